@@ -1,0 +1,1 @@
+"""Configuration files (data, not code): one root a command, one group a role."""

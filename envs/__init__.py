@@ -1,0 +1,1 @@
+"""The world: network, data, measuring, cutting. Import from the modules; importing the package itself stays light."""

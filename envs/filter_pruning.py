@@ -1,0 +1,260 @@
+"""Gymnasium environments: one keep/drop bit per filter, one decision a filter group.
+
+Shapes: M masks (parallel episodes), N filters, D weights a filter, F statistics a filter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from numpy.typing import NDArray
+from torch import nn
+
+from ..rewards.errors import UserError
+from ..rewards.outcome import Outcome, Reward, RewardFunction
+from .observation import STATISTIC_NAMES
+from .splits import Splits
+from .task import JudgeSettings, LayerTask, PruningTask
+from .whole_network import NetworkTask
+
+Observations = dict[str, NDArray[np.float32]]
+
+
+class FilterPruningEnv(gymnasium.Env[Observations, NDArray[np.int8]]):
+    """Keep or drop every filter of one group (the paper's form), or of each group of a network in turn.
+
+    ## Action space
+    `MultiBinary(N)`: 1 keeps a filter, 0 drops it. An action that keeps nothing is refused with a ValueError.
+    In the whole-network form N is the widest group's; entries past the current group's width are ignored.
+
+    ## Observation space
+    `Dict`, all float32:
+
+    | key | shape | meaning |
+    |---|---|---|
+    | `weights` | (N, D) | the filters of the group's convolution, flattened; rows past its width are 0 |
+    | `statistics` | (N, F) | the columns of `statistic_names` (norms, batch norm, activation, APoZ, Taylor, ...) |
+    | `valid` | (N,) | only in the whole-network form: 1 where a filter exists, 0 where a row pads |
+
+    ## Rewards
+    `reward(outcome).value`, unitless, for what the masks together do to the network: at the one step of a one-layer
+    episode, at the last step of a whole-network episode (0 before).
+
+    ## Start and end
+    `reset` shows the first group. The episode terminates after the last group; it is never truncated.
+
+    ## Arguments
+    layer: a `LayerTask` (one decision) or a `NetworkTask` (one decision a group).
+    reward: a pure function of an `Outcome`.
+
+    ## Info
+    `accuracy`, `accuracy_drop`, `kept_fraction`, `macs_fraction`, `params_fraction` and the reward's own terms, at the
+    last step. `statistic_names` and `group` at every step.
+
+    ## Version history
+    v0: first version.
+    """
+
+    metadata = {"render_modes": []}
+
+    def __init__(self, layer: LayerTask | NetworkTask, reward: RewardFunction) -> None:
+        self.layer = layer
+        self.reward = reward
+        self.statistic_names = STATISTIC_NAMES
+        self.observation_space, self.action_space = _spaces(layer)
+        self._masks: list[torch.Tensor] = []
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observations, dict[str, Any]]:
+        """Show the first group."""
+        super().reset(seed=seed, options=options)
+        self._masks = []
+        return self._observe(0), self._info(0)
+
+    def step(self, action: NDArray[np.int8]) -> tuple[Observations, float, bool, bool, dict[str, Any]]:
+        """Decide one group."""
+        position = len(self._masks)
+        if position >= _n_decisions(self.layer):
+            raise RuntimeError("the episode is over; call reset() before the next step.")
+        self._masks.append(_checked_masks(self.layer, position, np.asarray(action)[None]))
+        if len(self._masks) < _n_decisions(self.layer):
+            return self._observe(position + 1), 0.0, False, False, self._info(position + 1)
+        outcome = _outcomes(self.layer, self._masks, None)[0]
+        reward = self.reward(outcome)
+        return self._observe(position), float(reward.value), True, False, self._info(position) | _facts(outcome, reward)
+
+    def _observe(self, position: int) -> Observations:
+        # A copy each time: what a caller does to an observation must not change the next one.
+        return {key: value.copy() for key, value in _observation(self.layer, position).items()}
+
+    def _info(self, position: int) -> dict[str, Any]:
+        return {"statistic_names": self.statistic_names, "group": _group_names(self.layer)[position]}
+
+
+class FilterPruningVectorEnv(VectorEnv[Observations, NDArray[np.float64], NDArray[np.int8]]):
+    """M episodes of `FilterPruningEnv` side by side, their masks evaluated together on common images.
+
+    Every step takes M masks; all M episodes begin and end together, so after a terminated step the next observation is
+    already the first one of new episodes (`AutoresetMode.SAME_STEP`; the default would make every second step of a
+    one-step episode a no-op).
+
+    Args:
+        layer: a `LayerTask` or a `NetworkTask`.
+        reward: a pure function of an `Outcome`.
+        num_envs: M.
+        images_per_step: reward images drawn afresh for each evaluation, the same ones for all M masks (common random
+            numbers); None takes the whole reward split.
+
+    Infos are arrays (M,), with the keys of `FilterPruningEnv`; the base accuracy behind them is that of the same images.
+    """
+
+    metadata = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}
+
+    def __init__(
+        self, layer: LayerTask | NetworkTask, reward: RewardFunction, num_envs: int = 16, images_per_step: int | None = None
+    ) -> None:
+        if images_per_step is not None and images_per_step < 1:
+            raise UserError(f"images_per_step is {images_per_step}; expected at least 1, or null for all reward images.")
+        self.layer = layer
+        self.reward = reward
+        self.num_envs = num_envs
+        self.images_per_step = images_per_step
+        self.statistic_names = STATISTIC_NAMES
+        self.single_observation_space, self.single_action_space = _spaces(layer)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self._masks: list[torch.Tensor] = []
+
+    def reset(
+        self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observations, dict[str, Any]]:
+        """Show the first group to every episode; `seed` chooses the images of the following steps."""
+        super().reset(seed=seed if isinstance(seed, int) or seed is None else seed[0], options=options)
+        self._masks = []
+        return self._observe(0), {"statistic_names": self.statistic_names}
+
+    def step(
+        self, actions: NDArray[np.int8]
+    ) -> tuple[Observations, NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
+        """Decide one group in every episode: masks (M, N)."""
+        position = len(self._masks)
+        self._masks.append(_checked_masks(self.layer, position, np.asarray(actions)))
+        over = len(self._masks) == _n_decisions(self.layer)
+        rewards, infos = np.zeros(len(self._masks[0])), {}
+        if over:
+            rewards, infos = self._settle()
+        ended = np.full(len(rewards), over)
+        return self._observe(0 if over else position + 1), rewards, ended, np.zeros_like(ended), infos
+
+    def _settle(self) -> tuple[NDArray[np.float64], dict[str, Any]]:
+        outcomes = _outcomes(self.layer, self._masks, self._draw_images())
+        self._masks = []
+        rewards = [self.reward(outcome) for outcome in outcomes]
+        facts = [_facts(outcome, reward) for outcome, reward in zip(outcomes, rewards, strict=True)]
+        infos = {key: np.array([fact[key] for fact in facts]) for key in facts[0]}
+        return np.array([float(reward.value) for reward in rewards]), infos
+
+    def _draw_images(self) -> torch.Tensor | None:
+        total = self.layer.n_images
+        if self.images_per_step is None or self.images_per_step >= total:
+            return None
+        return torch.from_numpy(np.sort(self.np_random.choice(total, self.images_per_step, replace=False)))
+
+    def _observe(self, position: int) -> Observations:
+        # Read-only views: all episodes of a step see the same filters, and M copies of them would be waste.
+        return {
+            key: np.broadcast_to(value, (self.num_envs, *value.shape))
+            for key, value in _observation(self.layer, position).items()
+        }
+
+
+def make_env(
+    model: nn.Module | None = None,
+    splits: Splits | None = None,
+    reward: RewardFunction | None = None,
+    group: str | None = None,
+    layers: Sequence[str] | None = None,
+    settings: JudgeSettings | None = None,
+    seed: int = 0,
+) -> FilterPruningEnv:
+    """Entry point of `gymnasium.make("keepdrop/FilterPruning-v0", model=..., splits=..., reward=..., group=...)`.
+
+    Args:
+        model: a trained CNN.
+        splits: fit, reward and report images (`keepdrop.envs.splits`).
+        reward: a pure function of an `Outcome`.
+        group: the filter group of a one-layer episode; None plays the whole network, one decision a group.
+        layers: globs of the groups of a whole-network episode; None means all.
+        settings: how masks are judged.
+        seed: chooses the images behind statistics and compensation.
+    """
+    missing = [name for name, value in (("model", model), ("splits", splits), ("reward", reward)) if value is None]
+    if missing or model is None or splits is None or reward is None:
+        raise UserError(
+            f"keepdrop/FilterPruning-v0 was made without {', '.join(missing)}; expected "
+            'gymnasium.make("keepdrop/FilterPruning-v0", model=cnn, splits=splits, reward=TryAndLearn(0.02), group="conv2").'
+        )
+    task = PruningTask(model, splits, settings=settings, layers=layers, seed=seed)
+    return FilterPruningEnv(NetworkTask(task) if group is None else task.layer(group), reward)
+
+
+def make_vector_env(num_envs: int = 16, images_per_step: int | None = None, **arguments: Any) -> FilterPruningVectorEnv:
+    """Entry point of `gymnasium.make_vec("keepdrop/FilterPruning-v0", num_envs=M, ...)`; arguments as `make_env`."""
+    env = make_env(**arguments)
+    return FilterPruningVectorEnv(env.layer, env.reward, num_envs, images_per_step)
+
+
+def _n_decisions(layer: LayerTask | NetworkTask) -> int:
+    return len(layer.layers) if isinstance(layer, NetworkTask) else 1
+
+
+def _group_names(layer: LayerTask | NetworkTask) -> list[str]:
+    return [each.group.name for each in layer.layers] if isinstance(layer, NetworkTask) else [layer.group.name]
+
+
+def _observation(layer: LayerTask | NetworkTask, position: int) -> Observations:
+    return layer.observation(position) if isinstance(layer, NetworkTask) else layer.observation.as_dict()
+
+
+def _spaces(layer: LayerTask | NetworkTask) -> tuple[spaces.Dict, spaces.MultiBinary]:
+    shown = _observation(layer, 0)
+    boxes = {key: spaces.Box(-np.inf, np.inf, value.shape, np.float32) for key, value in shown.items()}
+    return spaces.Dict(boxes), spaces.MultiBinary(shown["weights"].shape[0])
+
+
+def _checked_masks(layer: LayerTask | NetworkTask, position: int, actions: NDArray[Any]) -> torch.Tensor:
+    width = _observation(layer, 0)["weights"].shape[0]
+    if actions.ndim != 2 or actions.shape[1] != width:
+        raise ValueError(f"an action of shape {actions.shape[1:]} came, expected ({width},): one bit per filter.")
+    one = layer.layers[position] if isinstance(layer, NetworkTask) else layer
+    masks = torch.from_numpy(actions[:, : one.n_filters] != 0)
+    if not bool(masks.any(1).all()):
+        raise ValueError(f"an action keeps no filter of {one.group.name!r}; keep at least one.")
+    return masks
+
+
+def _outcomes(
+    layer: LayerTask | NetworkTask, masks: list[torch.Tensor], image_indices: torch.Tensor | None
+) -> list[Outcome]:
+    if isinstance(layer, NetworkTask):
+        return layer.outcomes(masks, image_indices)
+    return layer.outcomes(masks[0], image_indices)
+
+
+def _facts(outcome: Outcome, reward: Reward) -> dict[str, float]:
+    return {
+        "accuracy": outcome.pruned_accuracy,
+        "accuracy_drop": outcome.accuracy_drop,
+        "kept_fraction": outcome.kept_fraction,
+        "macs_fraction": outcome.macs_fraction,
+        "params_fraction": outcome.params_fraction,
+        **reward.terms,
+    }

@@ -1,0 +1,101 @@
+"""`keepdrop COMMAND ...`: finds the command, composes its configuration, and turns a user's mistake into one sentence."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from ..agent.saved_agent import AgentMismatch
+from ..rewards.errors import UserError
+
+COMMANDS = {
+    "prune": "shrink a trained CNN: train an agent per layer, remove filters, fine-tune, report",
+    "train-cnn": "train a base network",
+    "train-agent": "train the agent of one layer (-m layer=a,b,c trains several)",
+    "apply": "let trained agents decide on a new checkpoint, without training them",
+}
+USER_MISTAKE = 2
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Console entry point; exits with 0, with 2 after a user's mistake, with 130 after Ctrl-C."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        sys.exit(run(arguments))
+    except (UserError, AgentMismatch, HydraException, OmegaConfBaseException) as error:
+        if debug:
+            raise
+        print(f"keepdrop: {_sentence(error)}", file=sys.stderr)
+        sys.exit(USER_MISTAKE)
+    except KeyboardInterrupt as stop:
+        print(f"\nkeepdrop: stopped. {stop}".rstrip(), file=sys.stderr)
+        sys.exit(130)
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line; returns the exit code."""
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"keepdrop {version('keepdrop')}")
+        return 0
+    command = arguments[0]
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(COMMANDS)}."
+        raise UserError(f"{command!r} is not a command; {hint}")
+    module = importlib.import_module(f".{command.replace('-', '_')}", __package__)
+    _enter(arguments)
+    module.door()
+    return 0
+
+
+def usage() -> str:
+    """The list of commands."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: keepdrop COMMAND [key=value ...]",
+            "",
+            *lines,
+            "",
+            "keepdrop COMMAND --help  shows a command's options; --debug shows the traceback of an error.",
+        ]
+    )
+
+
+def _enter(arguments: list[str]) -> None:
+    """What Hydra and a user's `_target_` need: an argument list, full errors, and the working directory on the path."""
+    sys.argv = [f"keepdrop {arguments[0]}", *arguments[1:]]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here instead of being printed by Hydra
+    os.environ.setdefault("KEEPDROP_COMMAND", arguments[0])
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+
+
+def _sentence(error: BaseException) -> str:
+    """An error without the decoration of the library it comes from."""
+    text = str(error).strip()
+    if isinstance(error, UserError | AgentMismatch):
+        return text
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith(("full_key:", "object_type=", "reference_type="))]
+    text = " ".join(lines)
+    cause = error.__cause__
+    if cause is not None and str(cause).strip() and str(cause).strip().splitlines()[0] not in text:
+        text = f"{text} ({str(cause).strip().splitlines()[0]})"
+    return text

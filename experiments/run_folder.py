@@ -1,0 +1,152 @@
+"""A run's folder: what it holds, how it is opened, resumed and never left half-written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from ..rewards.errors import UserError
+
+CONFIG = "config.yaml"
+FACTS = "facts.json"
+METRICS = "metrics.json"
+_PACKAGES = ("keepdrop", "torch", "gymnasium", "numpy", "hydra-core", "torch-pruning", "safetensors")
+
+
+class RunFolder:
+    """One run's folder.
+
+    Layout: `config.yaml` (resolved), `facts.json` (command, versions, seed, splits), `base/`, `layers/NN-name/` (agent,
+    decision, network), `finetune/`, `pruned/`, `tensorboard/`, `metrics.json`, `report.md`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, path: Path, config: DictConfig) -> RunFolder:
+        """Open a new folder and write its configuration; a folder that holds something is refused."""
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(
+                f"The run folder {str(path)!r} exists and is not empty; expected a new one: choose another run_dir, or "
+                f"continue that run with resume={path}."
+            )
+        with _disk_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+        folder = cls(path)
+        folder.write_text(CONFIG, OmegaConf.to_yaml(config, resolve=True))
+        return folder
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """Open the folder of an earlier run."""
+        if not (path / CONFIG).is_file():
+            raise UserError(
+                f"{str(path)!r} is not a keepdrop run folder ({CONFIG} is missing); expected the folder of an earlier run: "
+                "look under runs/."
+            )
+        return cls(path)
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def config(self) -> DictConfig:
+        """The resolved configuration the run began with."""
+        loaded = OmegaConf.load(self.path / CONFIG)
+        assert isinstance(loaded, DictConfig)
+        return loaded
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a file whole or not at all; the old one survives a full disk."""
+        target = self.path / name
+        temporary = target.with_name(target.name + ".partial")
+        with _disk_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(target)
+
+    def write_json(self, name: str, content: Any) -> None:
+        """`write_text` of indented JSON."""
+        self.write_text(name, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+    def read_json(self, name: str) -> Any:
+        """Parsed JSON, or None where the file is not there yet."""
+        path = self.path / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Path]:
+        """A folder that appears under its name only once everything in it is written.
+
+        Yields the working folder; an interrupted stage leaves `name.partial`, which the next attempt clears.
+        """
+        final, working = self.path / name, self.path / (name + ".partial")
+        with _disk_errors(final):
+            shutil.rmtree(working, ignore_errors=True)
+            working.mkdir(parents=True)
+            yield working
+            working.replace(final)
+
+
+@contextmanager
+def _disk_errors(target: Path) -> Iterator[None]:
+    """Turn a full disk or a forbidden folder into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR):
+            raise
+        raise UserError(
+            f"Could not write {str(target)!r}: {error.strerror}; what was there before is intact: free some space or choose "
+            "another run_dir, then continue with resume=."
+        ) from error
+
+
+def provenance(seed: int) -> dict[str, Any]:
+    """Command, versions, machine and git state of this process, for `facts.json`."""
+    return {
+        "command": ["keepdrop", *sys.argv[1:]],
+        "seed": seed,
+        "versions": {name: _version(name) for name in _PACKAGES} | {"python": platform.python_version()},
+        "machine": {"system": platform.system(), "processor": platform.machine(), "cpus": os.cpu_count()},
+        "git": _git_hash(),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_hash() -> str | None:
+    """Commit of the working directory, with `+changes` where it differs; None outside a repository."""
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        status = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if commit.returncode != 0:
+        return None
+    return commit.stdout.strip() + ("+changes" if status.stdout.strip() else "")
+
+
+def splits_summary(hashes: Mapping[str, str], sizes: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+    """Size and hash of every split, for `facts.json`."""
+    return {name: {"size": sizes[name], "sha256": hashes[name]} for name in hashes}
