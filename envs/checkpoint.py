@@ -24,8 +24,8 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, key: str 
     """Load the weights in `path` into `model`, exactly: every key and every shape must fit.
 
     Reads torch files (`weights_only=True`) and `.safetensors`. `key` names the entry of the file that holds the state
-    dict; without it `state_dict`, `model_state_dict`, `model`, `net` and `weights` are unwrapped. The prefixes `module.`
-    and `_orig_mod.` are stripped; missing `num_batches_tracked` counters are tolerated and keep the model's value.
+    dict; without it `state_dict`, `model_state_dict`, `model`, `net` and `weights` are unwrapped. The prefixes
+    `module.` and `_orig_mod.` are stripped; missing `num_batches_tracked` counters keep the model's value.
 
     Raises UserError, with the model untouched, when the file is missing, damaged, needs unpickling, holds no state
     dict, does not fit the model (the first keys and shapes are named) or holds NaN.

@@ -135,7 +135,7 @@ def test_wrong_architecture_names_keys_and_shapes(tmp_path, model):
     text = refusal(model, tmp_path / "w.pt")
     assert text.startswith(f"Checkpoint '{tmp_path / 'w.pt'}' is for another architecture; keys: ")
     assert "missing (conv2.weight, bn2.weight, bn2.bias and 17 more)" in text
-    assert "109 not in the model (layer1.0.conv1.weight, " in text
+    assert "108 not in the model (layer1.0.conv1.weight, " in text
     assert "conv1.weight is (16, 3, 3, 3), the model has (2, 1, 3, 3)" in text
 
 
