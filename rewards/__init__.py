@@ -1,6 +1,9 @@
 """The valuation: what a pruning outcome is worth. Standard library only."""
 
+from .budget import Budget
 from .errors import UserError
 from .outcome import Outcome, Reward, RewardFunction
+from .priced import Priced
+from .try_and_learn import TryAndLearn
 
-__all__ = ["Outcome", "Reward", "RewardFunction", "UserError"]
+__all__ = ["Budget", "Outcome", "Priced", "Reward", "RewardFunction", "TryAndLearn", "UserError"]
