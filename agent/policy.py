@@ -145,7 +145,7 @@ class SetPolicy(nn.Module):
         both = torch.cat([hidden_NH, context_H.expand(len(hidden_NH), -1)], dim=1)
         scores_N = (self.linear(features_NX) + self.residual(torch.relu(self.combine(both)))).squeeze(1)
         # Centred, so that the scores only rank and the threshold alone says how many.
-        return self.head(scores_N - scores_N.mean(), self.shift(context_H).squeeze(0))
+        return self.head(scores_N - scores_N.mean(), self.shift(context_H).squeeze(0) / len(context_H))
 
     def _features(self, observation: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         weights_ND, statistics_NF = check_observation(observation)

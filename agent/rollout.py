@@ -52,7 +52,7 @@ def collect_rollout(venv: gymnasium.vector.VectorEnv, policy: Policy, generator:
 def observe(venv: gymnasium.vector.VectorEnv) -> dict[str, Tensor]:
     """Reset the environment and return what its first sub-environment sees; all see the same."""
     observation, _ = venv.reset()
-    return {key: torch.as_tensor(np.asarray(rows)[0]).float() for key, rows in observation.items()}
+    return {key: torch.tensor(np.asarray(rows)[0], dtype=torch.float32) for key, rows in observation.items()}
 
 
 def evaluate_masks(venv: gymnasium.vector.VectorEnv, masks_KN: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

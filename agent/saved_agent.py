@@ -1,0 +1,216 @@
+"""Trained agents on disk: a folder with `policy.safetensors` and `facts.json`.
+
+The weights' file carries the facts in its header as well, so it is whole by itself and replaced in one
+step. `facts.json` is the copy to read; when a save was interrupted between the two, the header counts.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import nn
+
+from .files import write_atomically
+from .layer_matrix import LayerMatrixPolicy
+from .policy import Policy, SetPolicy
+
+FORMAT_VERSION = 1
+WEIGHTS, FACTS = "policy.safetensors", "facts.json"
+POLICIES: dict[str, Callable[..., Policy]] = {"SetPolicy": SetPolicy, "LayerMatrixPolicy": LayerMatrixPolicy}
+LIBRARIES = ("keepdrop", "torch", "numpy", "gymnasium", "safetensors")
+
+
+class AgentMismatch(ValueError):  # noqa: N818 - the name says what is wrong, as a user reads it
+    """A saved agent that cannot be read, or was trained for something else."""
+
+
+@dataclass(frozen=True)
+class SavedAgent:
+    """A trained agent.
+
+    Attributes:
+        policy: rebuilt, on the CPU, in eval mode.
+        facts: what was saved with it.
+        folder: where it was read from.
+    """
+
+    policy: Policy
+    facts: Mapping[str, Any]
+    folder: Path
+
+
+def save_agent(folder: Path | str, policy: Policy, facts: Mapping[str, Any]) -> None:
+    """Write an agent; an older one in the folder is replaced as a whole or stays.
+
+    Args:
+        folder: made if missing.
+        policy: an `nn.Module` with JSON-able `kwargs` that rebuild it.
+        facts: JSON-able; customary are command, config, seed, group, n_filters, n_weights,
+            statistic_names, base_hash, base_accuracy, reward_split_hash, reward_curve, best_step.
+            Format version, policy kind and arguments and library versions are added.
+
+    Raises:
+        OSError: the disk is full or not writable; the old agent is intact.
+        TypeError: facts that JSON cannot hold.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {key: value.detach().cpu().contiguous() for key, value in _module(policy).state_dict().items()}
+    full = {
+        "format_version": FORMAT_VERSION,
+        "libraries": library_versions(),
+        "policy": {"kind": type(policy).__name__, "kwargs": policy.kwargs},
+        **facts,
+    }
+    header = json.dumps(full, allow_nan=False)
+    data = save_tensors(state, metadata={"facts": header})
+    write_atomically(folder / WEIGHTS, data)
+    readable = {**full, "weights_sha256": hashlib.sha256(data).hexdigest()}
+    write_atomically(folder / FACTS, (json.dumps(readable, indent=2, allow_nan=False) + "\n").encode())
+
+
+def load_agent(folder: Path | str, policies: Mapping[str, Callable[..., Policy]] | None = None) -> SavedAgent:
+    """Read an agent; no code in its files is run.
+
+    Args:
+        folder: what `save_agent` wrote.
+        policies: constructors of the caller's own policies by class name, beside keepdrop's two.
+
+    Raises:
+        AgentMismatch: no agent there, a damaged file, a newer format, an unknown policy, or weights that
+            do not fit it.
+    """
+    folder = Path(folder)
+    data = _read(folder)
+    facts = _facts(folder, data)
+    version = facts.get("format_version")
+    if version != FORMAT_VERSION:
+        raise AgentMismatch(
+            f"the agent in {folder} has format version {version}, but this keepdrop reads {FORMAT_VERSION}; "
+            "train it again or install the version named in its facts.json"
+        )
+    policy = _rebuild(folder, facts, {**POLICIES, **(policies or {})})
+    _load_weights(folder, policy, data)
+    return SavedAgent(policy, facts, folder)
+
+
+def check_agent(agent: SavedAgent, **expected: Any) -> None:
+    """Compare an agent's facts with what it is to be used for, before it is used.
+
+    Args:
+        agent: as loaded.
+        expected: values by fact name, such as group, statistic_names, n_filters, n_weights.
+
+    Raises:
+        AgentMismatch: a fact that is missing or differs, with both values.
+    """
+    for name, wanted in expected.items():
+        wanted = list(wanted) if isinstance(wanted, tuple) else wanted
+        if name not in agent.facts:
+            raise AgentMismatch(f"the agent in {agent.folder} does not say its {name}, but {wanted!r} is needed")
+        if agent.facts[name] != wanted:
+            raise AgentMismatch(
+                f"the agent in {agent.folder} was trained for {name} {agent.facts[name]!r}, but is to be used for "
+                f"{wanted!r}; choose a matching agent or train one"
+            )
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries an agent depends on, for its facts."""
+    versions = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "unknown"
+    return versions
+
+
+def _read(folder: Path) -> bytes:
+    try:
+        return (folder / WEIGHTS).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise AgentMismatch(f"there is no agent in {folder}: {WEIGHTS} is missing; give an agent's folder") from None
+
+
+def _facts(folder: Path, data: bytes) -> dict[str, Any]:
+    embedded = _parse(folder, WEIGHTS, _header(folder, data))
+    try:
+        text = (folder / FACTS).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return embedded
+    except UnicodeDecodeError:
+        raise AgentMismatch(f"{folder / FACTS} is not text in UTF-8; restore it, or delete it") from None
+    facts = _parse(folder, FACTS, text)
+    if facts.pop("weights_sha256", None) != hashlib.sha256(data).hexdigest():
+        return embedded
+    return facts
+
+
+def _header(folder: Path, data: bytes) -> str:
+    # A safetensors file is 8 bytes of header length, the header in JSON, the tensors.
+    try:
+        length = int.from_bytes(data[:8], "little")
+        return str(json.loads(data[8 : 8 + length])["__metadata__"]["facts"])
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        raise AgentMismatch(
+            f"{folder / WEIGHTS} is damaged or was not written by keepdrop; train the agent again"
+        ) from None
+
+
+def _parse(folder: Path, name: str, text: str) -> dict[str, Any]:
+    try:
+        facts = json.loads(text)
+    except (ValueError, RecursionError):
+        raise AgentMismatch(
+            f"the facts in {folder / name} are not JSON; restore the file, or delete facts.json"
+        ) from None
+    if not isinstance(facts, dict):
+        raise AgentMismatch(
+            f"the facts in {folder / name} are not a JSON object; restore the file or delete facts.json"
+        )
+    return facts
+
+
+def _rebuild(folder: Path, facts: Mapping[str, Any], policies: Mapping[str, Callable[..., Policy]]) -> Policy:
+    described = facts.get("policy")
+    described = described if isinstance(described, dict) else {}
+    kind, kwargs = described.get("kind"), described.get("kwargs")
+    if not isinstance(kind, str) or kind not in policies or not isinstance(kwargs, dict):
+        known = ", ".join(sorted(policies))
+        raise AgentMismatch(f"the agent in {folder} uses the policy {kind!r}, but known are {known}; give its class")
+    try:
+        return policies[kind](**kwargs)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise AgentMismatch(f"the {kind} in {folder} cannot be rebuilt from its facts: {error}") from error
+
+
+def _load_weights(folder: Path, policy: Policy, data: bytes) -> None:
+    try:
+        state = load_tensors(data)
+    except (SafetensorError, ValueError, RuntimeError) as error:
+        raise AgentMismatch(f"{folder / WEIGHTS} is damaged: {error}; train the agent again") from error
+    wanted = _module(policy).state_dict()
+    for key in sorted(wanted.keys() | state.keys()):
+        have = tuple(state[key].shape) if key in state else "missing"
+        want = tuple(wanted[key].shape) if key in wanted else "not part of it"
+        if have != want:
+            raise AgentMismatch(
+                f"weights in {folder} do not fit its policy: {key} is {have}, but the policy has {want}"
+            )
+    _module(policy).load_state_dict(state)
+    _module(policy).eval()
+
+
+def _module(policy: Policy) -> nn.Module:
+    if not isinstance(policy, nn.Module):
+        raise TypeError(f"a policy is an nn.Module, this one is a {type(policy).__name__}")
+    return policy
