@@ -1,0 +1,67 @@
+"""Modules whose channel behaviour is known, so that they are taken whole instead of being looked into."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.utils import parametrize
+
+Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
+
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_LEAVES = (*_CONVS, nn.Linear, _BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.PReLU)
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether `module` computes exactly what torch's own class does, with plain parameters.
+
+    A subclass with its own `forward`, a parametrised weight or a weight made by a hook (weight norm) does something to
+    its weight that slicing might not commute with: it is no leaf.
+    """
+    base = next((base for base in _LEAVES if isinstance(module, base)), None)
+    if base is None or parametrize.is_parametrized(module):
+        return False
+    if type(module).forward is not base.forward:
+        return False
+    if isinstance(module, _ConvNd) and getattr(type(module), "_conv_forward", None) is not getattr(
+        base, "_conv_forward", None
+    ):
+        return False
+    return "weight" in module._parameters
+
+
+def is_conv(module: nn.Module) -> bool:
+    """A convolution or transposed convolution of 1, 2 or 3 dimensions."""
+    return isinstance(module, _ConvNd)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """A transposed convolution, whose weight is (in, out / groups, ...)."""
+    return isinstance(module, _ConvTransposeNd)
+
+
+def is_depthwise(module: nn.Module) -> bool:
+    """A convolution in which every input channel has its own filters and sees no other channel."""
+    return isinstance(module, _ConvNd) and module.groups == module.in_channels and module.groups > 1
+
+
+def run(model: nn.Module, inputs: Inputs) -> Any:
+    """Call `model` on a tensor, a tuple of positional arguments or a mapping of keyword arguments."""
+    if isinstance(inputs, Tensor):
+        return model(inputs)
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs)
+
+
+class LeafTracer(fx.Tracer):
+    """Traces a network down to torch's modules and to user subclasses that behave exactly like them."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Leaves of ours, and whatever `torch.fx` takes as a leaf."""
+        return is_leaf(m) or super().is_leaf_module(m, module_qualified_name)

@@ -1,0 +1,122 @@
+"""The promise behind every group, checked: masked at its consumers == cut for real."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from .groups import FilterGroup
+from .leaves import Inputs, run
+from .masking import masked_inputs
+from .surgery import prune
+
+TOLERANCE, FLOAT32_TOLERANCE = 1e-9, 1e-4
+
+
+class Verifier:
+    """Compares masked and pruned networks on a float64 copy with random parameters and random inputs.
+
+    Random parameters, because a branch that is switched off in the given weights (a zero-initialised scale, a dead
+    filter) would hide a wrong cut. A group holds for every set of weights or for none.
+    """
+
+    def __init__(self, model: nn.Module, example_inputs: Inputs, seed: int = 0) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+        self._probe = randomised(copy.deepcopy(model), self._generator)
+
+        def draw(value: Tensor) -> Tensor:
+            return _normal(value, self._generator).to(value.device) if value.is_floating_point() else value
+
+        self._inputs = tree_map_only(Tensor, draw, example_inputs)
+        self._tolerance = TOLERANCE
+        if not _runs(self._probe, self._inputs):
+            # It makes float32 constants of its own: check in float32.
+            self._probe = self._probe.float()
+            self._inputs = tree_map_only(Tensor, lambda x: x.float() if x.is_floating_point() else x, self._inputs)
+            self._tolerance = FLOAT32_TOLERANCE
+
+    def failures(self, groups: Sequence[FilterGroup]) -> dict[str, str]:
+        """Why groups cannot be trusted, by name; the others have masked == pruned to 1e-9 of the largest output.
+
+        All groups are cut at once first. Only if that fails is each one tried alone.
+        """
+        if len(groups) > 1 and self._failure(groups) is None:
+            return {}
+        found = {group.name: self._failure([group]) for group in groups}
+        return {name: reason for name, reason in found.items() if reason}
+
+    def _failure(self, groups: Sequence[FilterGroup]) -> str | None:
+        for share in (0.7, 0.4):
+            try:
+                worst = difference(self._probe, {group: self._keep(group, share) for group in groups}, self._inputs)
+            except Exception as error:
+                return f"the network does not run without some of its filters ({_first_line(error)})"
+            if not worst <= self._tolerance:
+                return f"cutting it does not equal masking it (relative difference {worst:.1e})"
+        return None
+
+    def _keep(self, group: FilterGroup, share: float) -> Tensor:
+        order = torch.randperm(group.n_filters, generator=self._generator)
+        return order < max(1, round(group.n_filters * share))
+
+
+def difference(model: nn.Module, choices: Mapping[FilterGroup, Tensor], inputs: Inputs) -> float:
+    """Largest difference between the masked and the pruned network, relative to the largest masked output.
+
+    `model` must be in evaluation mode. Raises what the pruned network raises.
+    """
+    with torch.no_grad():
+        with masked_inputs(model, choices):
+            masked = _tensors(run(model, inputs))
+        pruned = _tensors(run(prune(model, choices), inputs))
+    worst = [
+        float((a - b).abs().max() / a.abs().max().clamp_min(1e-30))
+        for a, b in zip(masked, pruned, strict=True)
+        if a.numel()
+    ]
+    # max() would lose a nan that does not come first.
+    return float(torch.tensor(worst, dtype=torch.float64).max()) if worst else 0.0
+
+
+def randomised(model: nn.Module, generator: torch.Generator) -> nn.Module:
+    """`model` itself in float64 and evaluation mode, all parameters and statistics drawn anew."""
+    model.double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            fan_in = max(1, parameter[0].numel()) if parameter.dim() > 1 else 4
+            shift = 1.0 if parameter.dim() == 1 else 0.0
+            drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / fan_in**0.5
+            parameter.copy_(shift + drawn)
+        for module in model.modules():
+            if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None:
+                module.running_mean.copy_(0.3 * _normal(module.running_mean, generator))
+                module.running_var.copy_(1 + 0.3 * _normal(module.running_var, generator).tanh())
+    return model
+
+
+def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator, dtype=torch.float64)
+
+
+def _runs(model: nn.Module, inputs: Inputs) -> bool:
+    try:
+        with torch.no_grad():
+            run(model, inputs)
+    except Exception:
+        return False
+    return True
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    return [value for value in tree_leaves(outputs) if isinstance(value, Tensor)]
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__
