@@ -86,7 +86,7 @@ class SetPolicy(nn.Module):
         hidden: int = 64,
         quantiles: Sequence[float] = (0.1, 0.25, 0.5, 0.75, 0.9),
         exploration: Exploration = "budget",
-        initial_keep: float = 0.7,
+        initial_keep: float = 0.85,
         initial_scale: float = 0.2,
         warm_start: str | None = None,
         statistic_names: Sequence[str] | None = None,
@@ -107,6 +107,8 @@ class SetPolicy(nn.Module):
             "seed": seed,
         }
         _check_keep(initial_keep)
+        if not initial_scale > 0.0:
+            raise ValueError(f"initial_scale is {initial_scale}, but a spread must be above 0")
         self.n_statistics = n_statistics
         self.quantiles = tuple(quantiles)
         n_features = 2 * (n_statistics + len(self.quantiles))

@@ -26,8 +26,8 @@ class AgentSettings:
         updates: at most so many; each costs as many mask evaluations as the environment has sub-environments.
         lr: Adam's learning rate of the policy's fast parameters.
         entropy_weight: bonus for each nat of entropy a filter.
-        baseline: "rank" (default: learns fastest from few masks, and no outlier drowns an update),
-            "leave_one_out" (unbiased) or "none".
+        baseline: "leave_one_out" (unbiased), "rank" (biased, but no outlier drowns an update: for rewards
+            without a lower bound) or "none".
         clip: bound of the advantages, or None.
         max_grad_norm: the gradient is scaled down to this norm, or None.
         patience: stop once the smoothed mean reward has not risen by min_gain for so many updates; None
@@ -40,8 +40,8 @@ class AgentSettings:
 
     updates: int = 40
     lr: float = 0.1
-    entropy_weight: float = 0.03
-    baseline: Baseline = "rank"
+    entropy_weight: float = 0.01
+    baseline: Baseline = "leave_one_out"
     clip: float | None = None
     max_grad_norm: float | None = 1.0
     patience: int | None = 20

@@ -1,6 +1,6 @@
 """Toy environments: one decision, M masks a step, like the pruning environment but with known answers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import gymnasium
@@ -49,7 +49,9 @@ class ToyVectorEnv(gymnasium.vector.VectorEnv):
         return dict(self.rows), rewards, ended, np.zeros_like(ended), infos
 
 
-def useless_filters_env(n_filters: int = 12, seed: int = 0, n_masks: int = 16) -> tuple[ToyVectorEnv, np.ndarray]:
+def useless_filters_env(
+    n_filters: int = 12, seed: int = 0, n_masks: int = 16, n_weights: int = 18
+) -> tuple[ToyVectorEnv, np.ndarray]:
     """Every other filter is useless: dropping it pays, dropping a useful one costs three times as much.
 
     The statistics say it only by half: "taylor" is noisy, "l1" says nothing, "apoz" is constant.
@@ -59,12 +61,21 @@ def useless_filters_env(n_filters: int = 12, seed: int = 0, n_masks: int = 16) -
     statistics = rng.normal(size=(n_filters, len(NAMES)))
     statistics[:, NAMES.index("taylor")] = useful + 0.2 * rng.normal(size=n_filters)
     statistics[:, NAMES.index("apoz")] = 0.3
-    weights = rng.normal(size=(n_filters, 18))
+    weights = rng.normal(size=(n_filters, n_weights))
 
     def score(masks: np.ndarray) -> np.ndarray:
         return ((~masks & ~useful).sum(1) - 3.0 * (~masks & useful).sum(1)) / n_filters
 
     return ToyVectorEnv(weights, statistics, score, n_masks), useful
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """These networks are tiny: more threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
