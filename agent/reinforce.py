@@ -89,7 +89,7 @@ class ReinforceSettings:
         max_grad_norm: the gradient is scaled down to this norm, or None.
     """
 
-    lr: float = 0.1
+    lr: float = 0.07
     entropy_weight: float = 0.01
     baseline: Baseline = "leave_one_out"
     clip: float | None = None

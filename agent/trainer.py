@@ -39,7 +39,7 @@ class AgentSettings:
     """
 
     updates: int = 40
-    lr: float = 0.1
+    lr: float = 0.07
     entropy_weight: float = 0.01
     baseline: Baseline = "leave_one_out"
     clip: float | None = None
