@@ -1,0 +1,122 @@
+"""MACs and parameters against hand counts; latency records."""
+
+import re
+
+import pytest
+import torch
+from keepdrop.envs.checkpoint import hash_state
+from keepdrop.envs.cost import count_cost
+from keepdrop.envs.latency import measure_latency
+from keepdrop.envs.networks import cifar_resnet, small_cnn, vgg16_bn
+from keepdrop.rewards.errors import UserError
+from torch import nn
+
+# module, shape of one image, MACs by hand
+BY_HAND = {
+    "conv1d": (nn.Conv1d(3, 8, 5), (3, 20), 8 * 16 * 3 * 5),
+    "conv2d": (nn.Conv2d(3, 8, 3, padding=1), (3, 10, 12), 8 * 10 * 12 * 3 * 9),
+    "conv2d_stride": (nn.Conv2d(3, 8, 3, stride=2, padding=1), (3, 10, 12), 8 * 5 * 6 * 3 * 9),
+    "conv2d_dilated": (nn.Conv2d(3, 8, (3, 1), dilation=2), (3, 10, 12), 8 * 6 * 12 * 3 * 3),
+    "grouped": (nn.Conv2d(8, 12, 3, padding=1, groups=4), (8, 6, 6), 12 * 36 * 2 * 9),
+    "depthwise": (nn.Conv2d(8, 8, 3, padding=1, groups=8), (8, 6, 6), 8 * 36 * 9),
+    "conv3d": (nn.Conv3d(2, 4, 3, padding=1), (2, 4, 5, 6), 4 * 120 * 2 * 27),
+    "transposed": (nn.ConvTranspose2d(6, 4, 2, stride=2), (6, 5, 5), 6 * 25 * 4 * 4),
+    "transposed_grouped": (nn.ConvTranspose2d(6, 4, 3, stride=2, groups=2), (6, 5, 5), 6 * 25 * 2 * 9),
+    "linear": (nn.Linear(7, 5), (7,), 35),
+    "linear_over_positions": (nn.Linear(7, 5), (4, 7), 4 * 35),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+@pytest.mark.parametrize("n_images", [1, 3])
+def test_modules_against_hand_counts(name, n_images):
+    module, shape, macs = BY_HAND[name]
+    cost = count_cost(nn.Sequential(module), torch.zeros(n_images, *shape))
+    assert cost.macs == cost.modules["0"].macs == macs
+    assert cost.params == cost.modules["0"].params == sum(p.numel() for p in module.parameters())
+
+
+def test_resnet20_by_hand():
+    stage = 16 * 16 * 9 * 1024  # every 3x3 conv inside a stage costs the same in all three
+    entries = 2 * (stage // 2)  # the first conv of stages 2 and 3 reads half the channels
+    cost = count_cost(cifar_resnet(20), torch.zeros(1, 3, 32, 32))
+    assert cost.macs == 3 * 16 * 9 * 1024 + 16 * stage + entries + 640
+    assert cost.modules["layer2.0.conv1"].macs == stage // 2
+    assert cost.params == 269_722
+
+
+def test_vgg16_by_hand():
+    widths, sides = (64, 64, 128, 128, 256, 256, 256, *[512] * 6), (32, 32, 16, 16, 8, 8, 8, 4, 4, 4, 2, 2, 2)
+    weights = [9 * before * width for before, width in zip((3, *widths), widths, strict=False)]
+    cost = count_cost(vgg16_bn(), torch.zeros(1, 3, 32, 32))
+    assert cost.macs == sum(size * side**2 for size, side in zip(weights, sides, strict=True)) + 5120
+    assert cost.params == sum(weights) + 2 * sum(widths) + 5130
+
+
+def test_shared_module_counts_every_call_and_its_parameters_once():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.alias = self.linear
+
+        def forward(self, x):
+            return self.linear(self.alias(x))
+
+    cost = count_cost(Twice(), torch.zeros(1, 4))
+    assert (cost.macs, cost.params) == (32, 20)
+    assert cost.modules["linear"].n_calls == 2 and "alias" not in cost.modules
+
+
+def test_several_inputs_by_position_and_by_name():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left, self.right = nn.Linear(3, 2), nn.Linear(5, 2)
+
+        def forward(self, left, right):
+            return self.left(left) + self.right(right)
+
+    left, right = torch.zeros(2, 3), torch.zeros(2, 5)
+    assert count_cost(Two(), (left, right)).macs == 16
+    assert count_cost(Two(), {"right": right, "left": left}).macs == 16
+
+
+def test_model_comes_back_as_it_was():
+    model = small_cnn().train()
+    model.bn2.eval()
+    before = hash_state(model)
+    count_cost(model, torch.randn(2, 1, 8, 8))
+    assert hash_state(model) == before
+    assert model.training and model.bn1.training and not model.bn2.training
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_failing_forward_leaves_no_hooks():
+    model = small_cnn().train()
+    with pytest.raises(RuntimeError):
+        count_cost(model, torch.zeros(1, 5, 8, 8))
+    assert model.training and not any(module._forward_hooks for module in model.modules())
+
+
+def test_latency_gives_a_record_for_every_model_and_batch_size():
+    torch.set_num_threads(1)
+    models = {"dense": small_cnn(), "pruned": small_cnn(widths=(4, 4, 4, 4, 4))}
+    records = measure_latency(models, torch.zeros(2, 1, 8, 8), batch_sizes=(1, 5), repeats=4, warmup=1)
+    assert [(r.model, r.batch_size) for r in records] == [("dense", 1), ("pruned", 1), ("dense", 5), ("pruned", 5)]
+    for record in records:
+        assert 0 < record.low_seconds <= record.median_seconds <= record.high_seconds
+        assert (record.n_threads, record.device, record.repeats) == (1, "cpu", 4)
+    assert models["dense"].training
+
+
+def test_latency_models_take_turns_and_see_the_batch_size():
+    seen = []
+    models = {name: lambda images, name=name: seen.append((name, len(images))) for name in "ab"}
+    measure_latency(models, (torch.zeros(3, 1, 8, 8),), batch_sizes=(7,), repeats=2, warmup=0)
+    assert seen == [("b", 7), ("a", 7), ("a", 7), ("b", 7)]
+
+
+def test_latency_refuses_what_measures_nothing():
+    with pytest.raises(UserError, match=re.escape("batch sizes of 1 or more, repeats >= 1 and warmup >= 0")):
+        measure_latency({"a": small_cnn()}, torch.zeros(1, 1, 8, 8), batch_sizes=(0,))
