@@ -150,12 +150,15 @@ class _Run:
             for step, indices in zip(range(first_step, last_step), order, strict=False):
                 self._step(step, indices, generator)
         loss, correct, total = self.totals.tolist()
-        if not math.isfinite(loss):
-            raise UserError(
-                f"Training diverged in epoch {epoch + 1}: the loss is {loss}; lower lr (it is {self.settings.lr})."
-            )
+        self._refuse_divergence(epoch, loss)
         lr = self.settings.lr_at(last_step - 1, self.n_steps)
         return TrainProgress(last_step, self.n_steps, epoch + 1, lr, loss / total, correct / total)
+
+    def _refuse_divergence(self, epoch: int, loss: float) -> None:
+        finite = all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters())
+        if not (math.isfinite(loss) and finite):
+            what = "the weights are no longer finite" if math.isfinite(loss) else f"the loss is {loss}"
+            raise UserError(f"Training diverged in epoch {epoch + 1}: {what}; lower lr (it is {self.settings.lr}).")
 
     def _step(self, step: int, indices: Tensor, generator: torch.Generator) -> None:
         images, labels = self.data.batch(indices)
