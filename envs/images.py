@@ -115,7 +115,7 @@ class ArrayImages:
         digest = hashlib.sha256(f"{self.image_shape} {self._mean} {self._std} {self._scale}".encode())
         digest.update(self.labels.numpy().tobytes())
         # NHWC is how most arrays arrive, so this is a view and not a copy.
-        digest.update(self._images.permute(0, 2, 3, 1).contiguous().numpy())
+        digest.update(self._images.permute(0, 2, 3, 1).contiguous().numpy().data)
         return digest.hexdigest()
 
 

@@ -65,7 +65,7 @@ def _interleaved(
     device = _device(inputs)
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for repeat in range(-warmup, repeats):
-        for name in models if repeat % 2 else reversed(models):
+        for name in list(models)[:: 1 if repeat % 2 else -1]:
             _wait_for(device)
             start = time.perf_counter()
             models[name](*args, **kwargs)
