@@ -4,7 +4,7 @@ Shape suffixes: M masks, N filters.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from .distributions import MaskDistribution, MaskSample
 from .policy import Policy
 from .rollout import Rollout
 
-Baseline: TypeAlias = Literal["none", "leave_one_out", "rank"]
+BASELINES = ("none", "leave_one_out", "rank")
 
 
 def leave_one_out_advantages(rewards_M: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ def rank_advantages(rewards_M: Tensor) -> Tensor:
     return (below_M + upto_M - 1).to(rewards_M.dtype) / (n_masks - 1) - 1.0
 
 
-def advantages(rewards_M: Tensor, baseline: Baseline = "leave_one_out", clip: float | None = None) -> Tensor:
+def advantages(rewards_M: Tensor, baseline: str = "leave_one_out", clip: float | None = None) -> Tensor:
     """The advantages (M,) under a baseline, clipped to +-clip if given (which biases them).
 
     Raises:
@@ -91,7 +91,7 @@ class ReinforceSettings:
 
     lr: float = 0.07
     entropy_weight: float = 0.01
-    baseline: Baseline = "leave_one_out"
+    baseline: str = "leave_one_out"
     clip: float | None = None
     max_grad_norm: float | None = 1.0
 

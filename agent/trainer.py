@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .best_masks import BestMasks, ScoredMask
 from .distributions import top_mask
 from .policy import Policy
-from .reinforce import Baseline, Reinforce, ReinforceSettings
+from .reinforce import BASELINES, Reinforce, ReinforceSettings
 from .rollout import Rollout, collect_rollout, evaluate_masks, observe
 
 
@@ -41,7 +41,7 @@ class AgentSettings:
     updates: int = 40
     lr: float = 0.07
     entropy_weight: float = 0.01
-    baseline: Baseline = "leave_one_out"
+    baseline: str = "leave_one_out"
     clip: float | None = None
     max_grad_norm: float | None = 1.0
     patience: int | None = 20
@@ -51,6 +51,8 @@ class AgentSettings:
     sweep: bool = True
 
     def __post_init__(self) -> None:
+        if self.baseline not in BASELINES:
+            raise ValueError(f"baseline is {self.baseline!r}, but it must be one of {', '.join(BASELINES)}")
         if self.updates < 0:
             raise ValueError(f"updates is {self.updates}, but it cannot be below 0")
         if self.patience is not None and self.patience < 1:

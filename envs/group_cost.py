@@ -11,7 +11,7 @@ from torch import nn
 
 if TYPE_CHECKING:
     from .cost import Cost
-    from .coupling import FilterGroup
+    from .groups import FilterGroup
 
 
 def pruned_cost(model: nn.Module, cost: Cost, kept: Mapping[FilterGroup, int]) -> tuple[int, int]:

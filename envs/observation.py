@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 if TYPE_CHECKING:
-    from .coupling import Cut, FilterGroup
+    from .groups import Cut, FilterGroup
 
 STATISTIC_NAMES: tuple[str, ...] = (
     "l1",

@@ -16,9 +16,10 @@ from ..rewards.errors import UserError
 from ..rewards.outcome import Outcome
 from .compensation import Compensation
 from .cost import Cost, count_cost
-from .coupling import FilterGroup, GroupPlan, find_groups, select_groups
+from .coupling import find_groups
 from .evaluate import MaskEvaluator, correct_flags
 from .group_cost import pruned_cost
+from .groups import FilterGroup, GroupPlan, select_groups
 from .observation import Observation, observe
 from .splits import Splits
 from .surgery import prune

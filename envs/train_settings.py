@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 from ..rewards.errors import UserError
 
@@ -25,7 +24,7 @@ class TrainSettings:
     lr: float = 0.05
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: str = "cosine"
     warmup: float = 0.1
     final_lr: float = 0.0
     label_smoothing: float = 0.0

@@ -5,13 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
-import platform
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +18,6 @@ from ..rewards.errors import UserError
 CONFIG = "config.yaml"
 FACTS = "facts.json"
 METRICS = "metrics.json"
-_PACKAGES = ("keepdrop", "torch", "gymnasium", "numpy", "hydra-core", "torch-pruning", "safetensors")
 
 
 class RunFolder:
@@ -115,38 +110,3 @@ def _disk_errors(target: Path) -> Iterator[None]:
             f"Could not write {str(target)!r}: {error.strerror}; what was there before is intact: free some space or choose "
             "another run_dir, then continue with resume=."
         ) from error
-
-
-def provenance(seed: int) -> dict[str, Any]:
-    """Command, versions, machine and git state of this process, for `facts.json`."""
-    return {
-        "command": ["keepdrop", *sys.argv[1:]],
-        "seed": seed,
-        "versions": {name: _version(name) for name in _PACKAGES} | {"python": platform.python_version()},
-        "machine": {"system": platform.system(), "processor": platform.machine(), "cpus": os.cpu_count()},
-        "git": _git_hash(),
-    }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _git_hash() -> str | None:
-    """Commit of the working directory, with `+changes` where it differs; None outside a repository."""
-    try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
-        status = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    if commit.returncode != 0:
-        return None
-    return commit.stdout.strip() + ("+changes" if status.stdout.strip() else "")
-
-
-def splits_summary(hashes: Mapping[str, str], sizes: Mapping[str, int]) -> dict[str, dict[str, Any]]:
-    """Size and hash of every split, for `facts.json`."""
-    return {name: {"size": sizes[name], "sha256": hashes[name]} for name in hashes}

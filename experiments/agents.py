@@ -1,0 +1,178 @@
+"""Agents as deciders: trained on the layer in front of them, or trained before and only asked."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from ..agent.criteria import CriterionAgent
+from ..agent.saved_agent import AgentMismatch, SavedAgent, check_agent, load_agent, save_agent
+from ..agent.trainer import AgentSettings, Trainer, TrainingResult, train_agent
+from ..envs.checkpoint import hash_state
+from ..envs.filter_pruning import FilterPruningVectorEnv
+from ..envs.observation import STATISTIC_NAMES
+from ..envs.task import LayerTask
+from ..rewards.errors import UserError
+from ..rewards.outcome import RewardFunction
+from .build import build_policy
+from .console import Terminal
+from .decide import Decision, observation_tensors
+from .doors import plain, settings
+from .run_folder import RunFolder
+from .seeds import derive_seed
+from .tracking import Tracker
+
+AGENT = "agent"
+
+
+class TrainAgents:
+    """Trains a fresh agent (or a saved one further) on each layer, and saves it in the layer's folder.
+
+    Args:
+        config: root configuration with `policy`, `agent`, `search`, `seed` and `warm_start`.
+        reward: what the agent is trained on.
+        terminal: shows progress.
+        tracker: gets a scalar for every metric of every update.
+    """
+
+    def __init__(self, config: DictConfig, reward: RewardFunction, terminal: Terminal, tracker: Tracker) -> None:
+        self.config = config
+        self.reward = reward
+        self.terminal = terminal
+        self.tracker = tracker
+        self.settings = settings(config.agent, AgentSettings)
+        self.known = load_agents(config.warm_start) if config.warm_start is not None else {}
+
+    def __call__(self, layer: LayerTask, working: Path, seed: int) -> Decision:
+        """Train, save, and decide greedily; the best sampled masks are the alternatives."""
+        policy = self._policy(layer, seed)
+        env = FilterPruningVectorEnv(layer, self.reward, self.config.search.masks, self.config.search.images)
+        env.reset(seed=derive_seed(seed, "images"))
+        generator = torch.Generator().manual_seed(derive_seed(seed, "masks"))
+        with self.terminal.progress(layer.group.name, self.settings.updates) as bar:
+            report = partial(self._report, layer.group.name, bar)
+            result = train_agent(env, policy, self.settings, generator, callback=report)
+        save_agent(working / AGENT, policy, self._facts(layer, seed, result))
+        alternatives = tuple(torch.as_tensor(scored.mask) for scored in result.best)
+        images = env.images_per_step or layer.n_images
+        facts = {
+            "updates": result.n_updates,
+            "converged": result.converged,
+            "mask_images": result.n_updates * env.num_envs * min(images, layer.n_images),
+        }
+        return Decision(result.greedy, "agent", alternatives, facts)
+
+    def _policy(self, layer: LayerTask, seed: int) -> Any:
+        saved = self.known.get(layer.group.name)
+        if saved is None:
+            return build_policy(self.config.policy, layer, derive_seed(seed, "policy"))
+        check_fit(saved, layer)
+        module: Any = saved.policy
+        return module.train()
+
+    def _report(self, name: str, bar: Terminal, trainer: Trainer, metrics: Mapping[str, float]) -> None:
+        step = len(trainer.history)
+        kept, drop = metrics.get("info/kept_fraction", 0.0), metrics.get("info/accuracy_drop", 0.0)
+        bar.advance(step, f"reward {metrics['reward_mean']:+.3f}, kept {kept:.0%}, drop {100 * drop:.1f} points")
+        self.tracker.scalars(f"agent/{name}", metrics, step)
+
+    def _facts(self, layer: LayerTask, seed: int, result: TrainingResult) -> dict[str, Any]:
+        curve = [metrics["reward_mean"] for metrics in result.history]
+        return {
+            "command": ["keepdrop", *sys.argv[1:]],
+            "config": plain(self.config),
+            "seed": seed,
+            **fit_facts(layer),
+            "base_hash": hash_state(layer.task.model),
+            "base_accuracy": layer.task.base.accuracy,
+            "reward_split_hash": layer.task.splits.hashes["reward"],
+            "reward_curve": curve,
+            "best_step": max(range(len(curve)), key=curve.__getitem__, default=None),
+        }
+
+
+class AskAgents:
+    """Asks trained agents, without training them.
+
+    Args:
+        agents: by layer name.
+    """
+
+    def __init__(self, agents: Mapping[str, SavedAgent]) -> None:
+        self.agents = agents
+
+    def __call__(self, layer: LayerTask, working: Path, seed: int) -> Decision:
+        """The layer's own agent's greedy mask."""
+        agent = self.agents[layer.group.name]
+        check_fit(agent, layer)
+        with torch.no_grad():
+            keep = agent.policy(observation_tensors(layer)).greedy()
+        return Decision(keep, "trained agent")
+
+
+class AskCriterion:
+    """Asks a criterion, at given counts: the control beside an agent.
+
+    Args:
+        criterion: one of `keepdrop.agent.criteria.CRITERIA`.
+        counts: filters to keep, by layer name.
+    """
+
+    def __init__(self, criterion: str, counts: Mapping[str, int]) -> None:
+        self.criterion = criterion
+        self.counts = counts
+
+    def __call__(self, layer: LayerTask, working: Path, seed: int) -> Decision:
+        """The criterion's mask."""
+        agent = CriterionAgent(self.criterion, torch.Generator().manual_seed(derive_seed(seed, self.criterion)))
+        keep = agent.keep(observation_tensors(layer), STATISTIC_NAMES, self.counts[layer.group.name])
+        return Decision(keep, self.criterion)
+
+
+def fit_facts(layer: LayerTask) -> dict[str, Any]:
+    """What an agent was trained for, as far as it decides whether it can be used on a layer."""
+    n_filters, n_weights = layer.observation.weights.shape
+    return {
+        "group": layer.group.name,
+        "n_filters": n_filters,
+        "n_weights": n_weights,
+        "statistic_names": list(STATISTIC_NAMES),
+    }
+
+
+def check_fit(agent: SavedAgent, layer: LayerTask) -> None:
+    """Refuse an agent of another layer or another observation format with an `AgentMismatch`."""
+    expected = fit_facts(layer)
+    # In a chain of pruned layers D shrinks with the layers before: only a policy that is tied to it must agree.
+    tied = {"n_filters", "n_weights"} & set(agent.facts["policy"]["kwargs"])
+    check_agent(agent, **{name: expected[name] for name in ("group", "statistic_names", *sorted(tied))})
+
+
+def load_agents(run: str) -> dict[str, SavedAgent]:
+    """All agents below a run folder (of `prune`, `train-agent`, or a sweep), by layer, in the order of the run."""
+    path = Path(run)
+    if not path.is_dir():
+        raise UserError(f"{run!r} is not a folder; expected a run folder of keepdrop prune or train-agent.")
+    folders = [facts.parent for facts in sorted(path.glob(f"**/{AGENT}/facts.json")) if ".partial" not in str(facts)]
+    agents = {str(agent.facts.get("group")): agent for agent in map(load_agent, folders)}
+    if not agents:
+        raise UserError(
+            f"There is no trained agent in {run!r}; expected a run folder of keepdrop prune or train-agent: look for one with "
+            f"layers/*/{AGENT}."
+        )
+    return agents
+
+
+def agents_config(run: str) -> DictConfig:
+    """The configuration of the run in which agents were trained (of the first job, in a sweep)."""
+    path = Path(run)
+    for folder in (path, *sorted(path.glob("*/"))):
+        if (folder / "config.yaml").is_file():
+            return RunFolder.open(folder).config()
+    raise AgentMismatch(f"{run!r} has agents but no config.yaml; expected the whole run folder: copy it again.")

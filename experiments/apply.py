@@ -1,0 +1,158 @@
+"""`keepdrop apply agents=RUN checkpoint=NEW`: trained agents on a network they have never seen, beside L1 and random."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from ..agent.criteria import CRITERIA
+from ..envs.checkpoint import hash_state
+from ..envs.cost import count_cost
+from ..envs.pruned_file import KeptChannels
+from ..envs.task import PruningTask
+from ..envs.training import TrainSettings
+from ..rewards.errors import UserError
+from .agents import AskAgents, AskCriterion, agents_config, check_fit, load_agents
+from .build import build_augment
+from .console import Terminal
+from .decide import Decider
+from .doors import hydra_door, interruptible, open_run, settings
+from .facts import run_facts
+from .finish import Networks, finetune, group_facts, report_accuracy, save_result
+from .prepare import Inputs, prepare
+from .recover import Recover, RecoverySettings
+from .run_folder import FACTS, METRICS, RunFolder
+from .prune import ScheduleLog
+from .schedule import LayerRecord, Schedule
+from .schema import PruneConfig, structured
+from .tracking import Tracker
+
+INHERITED = ("data", "network", "split", "augment", "judge", "recovery", "finetune", "drop_bound", "device", "order", "latency")
+AGENT = "agent"
+
+
+def door() -> None:
+    """Entry point of the command."""
+    hydra_door("apply", run)
+
+
+def run(config: DictConfig) -> dict[str, Any]:
+    """Decide, prune, fine-tune and compare; returns what `metrics.json` holds."""
+    inputs = None
+    if config.resume is None:
+        config = completed(config)
+        inputs = check(config)
+    folder, config = open_run(config)
+    terminal = Terminal(config.quiet)
+    metrics = folder.read_json(METRICS)
+    if metrics is None:
+        with interruptible(folder):
+            metrics = apply_agents(inputs or check(config), config, folder, terminal)
+    terminal.methods(metrics["methods"], metrics["base_accuracy"])
+    terminal.console.print(f"Run folder: {folder.path}", markup=False)
+    return metrics
+
+
+def completed(config: DictConfig) -> DictConfig:
+    """The configuration with what is null taken from the run that trained the agents, or from the schema's defaults."""
+    trained, defaults = agents_config(config.agents), structured(PruneConfig)
+    filled = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+    assert isinstance(filled, DictConfig)
+    for key in INHERITED:
+        inherited = trained.get(key) if trained.get(key) is not None else defaults[key]
+        given = filled.get(key)
+        filled[key] = inherited if given is None else given
+        if OmegaConf.is_dict(given) and OmegaConf.is_dict(inherited) and "_target_" not in given:
+            filled[key] = OmegaConf.merge(OmegaConf.create(OmegaConf.to_container(inherited)), given)
+    filled.layers = list(load_agents(config.agents))
+    return filled
+
+
+def check(config: DictConfig) -> Inputs:
+    """Find every mistake of the user's before anything is written."""
+    unknown = [name for name in config.controls if name not in CRITERIA]
+    if unknown:
+        raise UserError(f"controls has {unknown[0]!r}; expected any of {', '.join(CRITERIA)}.")
+    settings(config.recovery, RecoverySettings)
+    settings(config.finetune, TrainSettings)
+    inputs = prepare(config)
+    assert inputs.dense is not None
+    task = inputs.task(inputs.dense, config)
+    for name, agent in load_agents(config.agents).items():
+        check_fit(agent, task.layer(name))
+    return inputs
+
+
+def apply_agents(inputs: Inputs, config: DictConfig, folder: RunFolder, terminal: Terminal) -> dict[str, Any]:
+    """The agents first, then every control at the agents' own counts, all with the same recovery and fine-tuning."""
+    assert inputs.dense is not None
+    task = inputs.task(inputs.dense, config)
+    if not (folder / FACTS).is_file():
+        folder.write_json(FACTS, run_facts(task, config))
+    methods = {AGENT: prune_with(AskAgents(load_agents(config.agents)), AGENT, task, config, folder, terminal)}
+    counts = {record.name: record.n_kept for record in methods[AGENT].records}
+    for name in config.controls:
+        methods[name] = prune_with(AskCriterion(name, counts), name, task, config, folder, terminal)
+    ours = methods[AGENT]
+    save_result(ours.networks, ours.kept, config, folder, {"base_sha256": hash_state(inputs.dense)})
+    metrics = apply_metrics(methods, task, config)
+    folder.write_json(METRICS, metrics)
+    return metrics
+
+
+@dataclass(frozen=True)
+class Method:
+    """What one way of deciding led to."""
+
+    records: list[LayerRecord]
+    networks: Networks
+    kept: KeptChannels
+    finetune_seconds: float | None
+
+
+def prune_with(
+    decide: Decider, name: str, task: PruningTask, config: DictConfig, folder: RunFolder, terminal: Terminal
+) -> Method:
+    """Cut layer by layer as `decide` says, then fine-tune; everything lies in `methods/NAME`."""
+    dense = task.model
+    own = RunFolder(folder / "methods" / name)
+    tracker = Tracker(folder / "tensorboard" / name)
+    recovery = Recover(settings(config.recovery, RecoverySettings), dense, build_augment(config.augment))
+    schedule = Schedule(decide, None, None, recovery, config.order, config.seed)
+    terminal.say(f"Pruning with {name}")
+    pruned, kept, records = schedule.run(task, own, ScheduleLog(terminal, tracker))
+    finetuned, seconds = pruned.model, None
+    if name == AGENT or config.finetune_controls:
+        finetuned, seconds = finetune(dense, pruned.model, task.splits, config, own, terminal, tracker)
+    tracker.close()
+    return Method(records, Networks(dense, pruned.model, finetuned), kept, seconds)
+
+
+def apply_metrics(methods: Mapping[str, Method], task: PruningTask, config: DictConfig) -> dict[str, Any]:
+    """What `metrics.json` holds; accuracies are fractions on the report split, opened here for the first time."""
+    rows = {name: method_metrics(method, task) for name, method in methods.items()}
+    base = {
+        "base_accuracy": report_accuracy(task.model, task.splits),
+        "base_macs": task.base.cost.macs,
+        "base_params": task.base.cost.params,
+    }
+    ours = {key: value for key, value in rows[AGENT].items() if key != "bound_held"}
+    held = task.base.accuracy - methods[AGENT].records[-1].pruned_accuracy <= config.drop_bound + 1e-9
+    return base | ours | {"drop_bound": config.drop_bound, "bound_held": held, "methods": rows}
+
+
+def method_metrics(method: Method, task: PruningTask) -> dict[str, Any]:
+    """One row of the comparison."""
+    cost = count_cost(method.networks.pruned, task.example)
+    tuned = method.finetune_seconds is not None
+    return {
+        "pruned_accuracy": report_accuracy(method.networks.pruned, task.splits),
+        "finetuned_accuracy": report_accuracy(method.networks.finetuned, task.splits) if tuned else None,
+        "pruned_macs": cost.macs,
+        "pruned_params": cost.params,
+        "finetune_seconds": method.finetune_seconds,
+        "groups": [group_facts(record) for record in method.records],
+    }

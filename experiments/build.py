@@ -1,0 +1,137 @@
+"""From configuration to objects: the only functions that read `_target_`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from ..envs.augment import Augment
+from ..envs.checkpoint import load_checkpoint
+from ..envs.data import from_datasets
+from ..envs.images import LabelledData
+from ..envs.observation import STATISTIC_NAMES
+from ..envs.splits import Splits, split
+from ..envs.task import LayerTask
+from ..rewards.errors import UserError
+from ..rewards.outcome import RewardFunction
+
+Constructor = Callable[[], nn.Module]
+
+
+def build(node: DictConfig, what: str) -> Any:
+    """Instantiate a `_target_`; what goes wrong in there is a sentence about `what`."""
+    if node is None or OmegaConf.is_missing(node, "_target_") or "_target_" not in node:
+        raise UserError(
+            f"{what}._target_ is not set; expected the import path of a function or class: {what}._target_=package.name."
+        )
+    try:
+        return instantiate(node, _convert_="all")
+    except InstantiationException as error:
+        cause = _root_cause(error)
+        if isinstance(cause, UserError):
+            raise cause from error
+        raise UserError(
+            f"{what} could not be built from {node['_target_']}: {type(cause).__name__}: {cause}; check the path and its "
+            "arguments."
+        ) from error
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def build_data(node: DictConfig) -> LabelledData:
+    """The data source; a pair of datasets (train, test) of the user's is wrapped."""
+    source = build(node, "data")
+    if isinstance(source, LabelledData):
+        return source
+    if isinstance(source, tuple | list) and len(source) == 2:
+        return from_datasets(*source)
+    raise UserError(
+        f"data._target_={node['_target_']} returned {type(source).__name__}; expected LabelledData or a pair of datasets "
+        "(train, test)."
+    )
+
+
+def build_splits(config: DictConfig) -> Splits:
+    """The three splits of a root configuration."""
+    chosen = config.split
+    return split(
+        build_data(config.data), reward_from=chosen.reward_from, reward_size=chosen.reward_size, seed=chosen.seed
+    )
+
+
+def network_constructor(node: DictConfig, seed: int = 0) -> Constructor:
+    """A function that builds the dense network anew, with the same initial weights each time."""
+
+    def construct() -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = build(node, "network")
+        if not isinstance(model, nn.Module):
+            raise UserError(f"network._target_={node['_target_']} returned {type(model).__name__}; expected a nn.Module.")
+        return model
+
+    return construct
+
+
+def load_network(construct: Constructor, checkpoint: str | None) -> nn.Module:
+    """The dense network with a checkpoint's weights, in evaluation mode."""
+    model = construct()
+    if checkpoint is not None:
+        load_checkpoint(model, Path(checkpoint))
+    return model.eval()
+
+
+def build_augment(node: DictConfig | None) -> Augment | None:
+    """The augmentation of the fit images, or None."""
+    return build(node, "augment") if node is not None else None
+
+
+def build_reward(node: DictConfig) -> RewardFunction:
+    """A pure function of an `Outcome`."""
+    return build(node, "reward")
+
+
+def build_policy(node: DictConfig, layer: LayerTask, seed: int) -> Any:
+    """A fresh policy for one layer: the configured factory gets whatever it asks for by name.
+
+    Offered: n_filters, n_weights, n_statistics, statistic_names, seed.
+    """
+    factory = build(node, "policy")
+    n_filters, n_weights = layer.observation.weights.shape
+    offered = {
+        "n_filters": n_filters,
+        "n_weights": n_weights,
+        "n_statistics": len(STATISTIC_NAMES),
+        "statistic_names": STATISTIC_NAMES,
+        "seed": seed,
+    }
+    wanted = inspect.signature(factory).parameters
+    try:
+        return factory(**{name: value for name, value in offered.items() if name in wanted})
+    except ValueError as error:
+        raise UserError(f"policy could not be built: {error}") from error
+
+
+def resolve_device(name: str) -> torch.device:
+    """"cpu", "cuda", "cuda:1", "mps", or "auto" for the best one there is."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = str(error).splitlines()[0]
+        raise UserError(f"device is {name!r}, which is not to be had here ({first}); use cpu or auto.") from error
+    return device

@@ -1,0 +1,101 @@
+"""What a person sees in the terminal: progress while it runs, a table when it is done."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+class Terminal:
+    """Progress bars on a terminal, one line a stage elsewhere, nothing but the result when quiet.
+
+    Args:
+        quiet: print warnings and the final table only.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        # soft_wrap off a terminal: a log or a pipe must not be cut to 80 columns.
+        self.console = Console(stderr=False, soft_wrap=not sys.stdout.isatty(), highlight=False)
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+
+    def say(self, text: str) -> None:
+        """A line about what happens, left out when quiet."""
+        if not self.quiet:
+            self.console.print(text, markup=False)
+
+    def warn(self, text: str) -> None:
+        """A line that a person has to see."""
+        self.console.print(f"warning: {text}", style="yellow", markup=False)
+
+    @contextmanager
+    def progress(self, what: str, total: float) -> Iterator[Terminal]:
+        """A bar for one stage of work; `advance` moves it."""
+        if self.quiet or not self.console.is_terminal:
+            yield self
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:3.0f} %"),
+            TextColumn("{task.fields[detail]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.console, transient=True) as self._progress:
+            self._task = self._progress.add_task(what, total=total, detail="")
+            try:
+                yield self
+            finally:
+                self._progress = self._task = None
+
+    def advance(self, done: float, detail: str = "") -> None:
+        """Set the current bar to `done`, with a word on how it goes."""
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=done, detail=detail)
+
+    def layers(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """The table of layers: filters before and after."""
+        table = Table(title="Filters", title_justify="left")
+        table.add_column("layer")
+        for name in ("before", "after", "kept"):
+            table.add_column(name, justify="right")
+        table.add_column("decided by")
+        for group in groups:
+            kept = f"{100 * group['n_kept'] / group['n_filters']:.0f} %"
+            table.add_row(group["name"], str(group["n_filters"]), str(group["n_kept"]), kept, group["decided_by"])
+        self.console.print(table)
+
+    def totals(self, rows: Sequence[tuple[str, str, str, str]]) -> None:
+        """The table of the whole network: a quantity, its value before, after, and the change."""
+        table = Table(title="Network", title_justify="left")
+        table.add_column("")
+        for name in ("base", "pruned", "change"):
+            table.add_column(name, justify="right")
+        for row in rows:
+            table.add_row(*row)
+        self.console.print(table)
+
+    def methods(self, rows: Mapping[str, Mapping[str, Any]], base_accuracy: float) -> None:
+        """The table of an agent beside its controls, at equal counts."""
+        table = Table(title=f"Accuracy on the report split (base {100 * base_accuracy:.2f} %)", title_justify="left")
+        table.add_column("decided by")
+        for name in ("pruned", "fine-tuned", "MACs", "parameters"):
+            table.add_column(name, justify="right")
+        for name, row in rows.items():
+            tuned = row["finetuned_accuracy"]
+            table.add_row(
+                name,
+                f"{100 * row['pruned_accuracy']:.2f} %",
+                "-" if tuned is None else f"{100 * tuned:.2f} %",
+                f"{row['pruned_macs']:,}",
+                f"{row['pruned_params']:,}",
+            )
+        self.console.print(table)

@@ -1,0 +1,118 @@
+"""`keepdrop prune`: a trained CNN in, a smaller CNN, its agents and a report out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import DictConfig
+from torch import nn
+
+from ..agent.trainer import AgentSettings
+from ..envs.checkpoint import hash_state
+from ..envs.task import LayerTask
+from ..envs.training import TrainSettings
+from .base import base_network
+from .build import build_augment, build_reward
+from .console import Terminal
+from .agents import TrainAgents, load_agents
+from .doors import hydra_door, interruptible, open_run, settings
+from .facts import run_facts
+from .finish import Networks, finetune, metrics_of, save_result, show_results, write_results
+from .prepare import Inputs, prepare
+from .recover import Recover, RecoverySettings
+from .run_folder import FACTS, METRICS, RunFolder
+from .schedule import LayerRecord, Schedule
+from .tracking import Tracker
+
+
+def door() -> None:
+    """Entry point of the command."""
+    hydra_door("prune", run)
+
+
+def run(config: DictConfig) -> dict[str, Any]:
+    """Run the whole job, or go on with an interrupted one; returns what `metrics.json` holds."""
+    inputs = None if config.resume else check(config)
+    folder, config = open_run(config)
+    terminal = Terminal(config.quiet)
+    metrics = folder.read_json(METRICS)
+    if metrics is None:
+        with interruptible(folder):
+            metrics = prune_network(inputs or check(config), config, folder, terminal)
+    show_results(metrics, folder, terminal)
+    return metrics
+
+
+def check(config: DictConfig) -> Inputs:
+    """Find every mistake of the user's before anything is written."""
+    for node, kind in ((config.agent, AgentSettings), (config.finetune, TrainSettings), (config.base, TrainSettings)):
+        settings(node, kind)
+    settings(config.recovery, RecoverySettings)
+    build_reward(config.reward)
+    if config.warm_start is not None:
+        load_agents(config.warm_start)
+    return prepare(config)
+
+
+def prune_network(inputs: Inputs, config: DictConfig, folder: RunFolder, terminal: Terminal) -> dict[str, Any]:
+    """Base, schedule, fine-tuning, report; every finished part is found again by a resumed run."""
+    tracker = Tracker(folder / "tensorboard")
+    dense = inputs.dense
+    if dense is None:
+        dense = base_network(config, inputs.construct, inputs.splits, folder, terminal, tracker).to(inputs.device)
+    task = inputs.task(dense, config)
+    if not (folder / FACTS).is_file():
+        folder.write_json(FACTS, run_facts(task, config))
+    terminal.say(f"Base accuracy on {len(inputs.splits.reward)} reward images: {100 * task.base.accuracy:.2f} %")
+    schedule = build_schedule(dense, config, terminal, tracker)
+    pruned_task, kept, records = schedule.run(task, folder, ScheduleLog(terminal, tracker))
+    pruned = pruned_task.model
+    finetuned, seconds = finetune(dense, pruned, inputs.splits, config, folder, terminal, tracker)
+    networks = Networks(dense, pruned, finetuned)
+    metrics = metrics_of(networks, inputs.splits, records, config, seconds)
+    save_result(networks, kept, config, folder, {"base_sha256": hash_state(dense)})
+    tracker.close()
+    write_results(metrics, folder)
+    return metrics
+
+
+def build_schedule(dense: nn.Module, config: DictConfig, terminal: Terminal, tracker: Tracker) -> Schedule:
+    """The schedule of agents that are trained layer by layer."""
+    reward = build_reward(config.reward)
+    recovery = Recover(settings(config.recovery, RecoverySettings), dense, build_augment(config.augment))
+    return Schedule(
+        decide=TrainAgents(config, reward, terminal, tracker),
+        reward=reward,
+        drop_bound=config.drop_bound,
+        recover=recovery,
+        order=config.order,
+        seed=config.seed,
+    )
+
+
+class ScheduleLog:
+    """Says and logs what happens to each layer."""
+
+    def __init__(self, terminal: Terminal, tracker: Tracker) -> None:
+        self.terminal = terminal
+        self.tracker = tracker
+
+    def layer_begins(self, position: int, total: int, layer: LayerTask) -> None:
+        """Nothing to say: the decider shows its own progress."""
+
+    def layer_ends(self, position: int, total: int, record: LayerRecord) -> None:
+        """One line and the layer's scalars."""
+        self.terminal.say(
+            f"[{position + 1}/{total}] {record.name}: kept {record.n_kept} of {record.n_filters} ({record.decided_by}), "
+            f"accuracy {100 * record.pruned_accuracy:.2f} %, recovered {100 * record.recovered_accuracy:.2f} %, "
+            f"{record.search_seconds + record.recovery_seconds:.0f} s"
+        )
+        self.tracker.scalars(
+            "schedule",
+            {
+                "kept_fraction": record.n_kept / record.n_filters,
+                "pruned_accuracy": record.pruned_accuracy,
+                "recovered_accuracy": record.recovered_accuracy,
+            },
+            position,
+        )

@@ -1,0 +1,154 @@
+"""The schema of every root configuration: an unknown key or a wrong type fails while it is composed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from ..agent.trainer import AgentSettings
+from ..envs.task import JudgeSettings
+from ..envs.training import TrainSettings
+from .recover import RecoverySettings
+
+
+@dataclass
+class SplitConfig:
+    """Where rewards are measured: held out of "train", or taken from "test" (a checkpoint trained on all of train)."""
+
+    reward_from: str = "train"
+    reward_size: int = 300
+    seed: int = 0
+
+
+@dataclass
+class SearchConfig:
+    """What one update of an agent costs: masks an update, and reward images a mask (null: all)."""
+
+    masks: int = 16
+    images: int | None = 512
+
+
+@dataclass
+class LatencyConfig:
+    """How latency is measured: batch sizes, timed repeats and warm-up runs."""
+
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 64])
+    repeats: int = 20
+    warmup: int = 3
+
+
+@dataclass
+class RootConfig:
+    """What every command has."""
+
+    seed: int = 0
+    device: str = "cpu"
+    run_dir: str = "???"
+    quiet: bool = False
+    data: Any = None
+    network: Any = None
+    augment: Any = None
+    split: SplitConfig = field(default_factory=SplitConfig)
+
+
+@dataclass
+class TrainCnnConfig(RootConfig):
+    """`keepdrop train-cnn`."""
+
+    base: TrainSettings = field(default_factory=TrainSettings)
+    resume: str | None = None
+
+
+@dataclass
+class PruningConfig(RootConfig):
+    """What every command that prunes has."""
+
+    checkpoint: str | None = None
+    base: TrainSettings = field(default_factory=TrainSettings)
+    judge: JudgeSettings = field(default_factory=JudgeSettings)
+    drop_bound: float = 0.02
+    layers: list[str] | None = None
+
+
+@dataclass
+class PruneConfig(PruningConfig):
+    """`keepdrop prune`."""
+
+    order: str = "forward"
+    reward: Any = None
+    policy: Any = None
+    agent: AgentSettings = field(default_factory=AgentSettings)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    recovery: RecoverySettings = field(default_factory=RecoverySettings)
+    finetune: TrainSettings = field(default_factory=TrainSettings)
+    latency: LatencyConfig = field(default_factory=LatencyConfig)
+    warm_start: str | None = None
+    resume: str | None = None
+
+
+@dataclass
+class TrainAgentConfig(PruningConfig):
+    """`keepdrop train-agent`."""
+
+    layer: str = "???"
+    reward: Any = None
+    policy: Any = None
+    agent: AgentSettings = field(default_factory=AgentSettings)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    warm_start: str | None = None
+
+
+@dataclass
+class ApplyConfig:
+    """`keepdrop apply`: what is null comes from the run the agents were trained in."""
+
+    agents: str | None = None
+    checkpoint: str | None = None
+    controls: list[str] = field(default_factory=lambda: ["l1", "random"])
+    finetune_controls: bool = True
+    seed: int = 0
+    device: str | None = None
+    run_dir: str = "???"
+    quiet: bool = False
+    data: Any = None
+    network: Any = None
+    split: Any = None
+    drop_bound: float | None = None
+    augment: Any = None
+    judge: Any = None
+    recovery: Any = None
+    finetune: Any = None
+    latency: Any = None
+    order: str | None = None
+    resume: str | None = None
+
+
+ROOTS = {
+    "train_cnn": TrainCnnConfig,
+    "prune": PruneConfig,
+    "train_agent": TrainAgentConfig,
+    "apply": ApplyConfig,
+}
+
+
+def register_schemas() -> None:
+    """Make the schemas known to Hydra as `NAME_schema`."""
+    for name, root in ROOTS.items():
+        ConfigStore.instance().store(name=f"{name}_schema", node=structured(root))
+
+
+def structured(kind: type) -> DictConfig:
+    """The schema of a dataclass, writable: OmegaConf makes the nodes of frozen ones read-only, and these get overridden."""
+    node = OmegaConf.structured(kind)
+    _make_writable(node)
+    return node
+
+
+def _make_writable(node: DictConfig) -> None:
+    OmegaConf.set_readonly(node, None)
+    for key in node:
+        if not OmegaConf.is_missing(node, key) and isinstance(node[key], DictConfig):
+            _make_writable(node[key])

@@ -1,0 +1,91 @@
+"""`keepdrop train-agent layer=NAME`: one layer's agent on a checkpoint, nothing cut."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import DictConfig
+
+from ..agent.trainer import AgentSettings
+from ..envs.training import TrainSettings
+from ..rewards.errors import UserError
+from .agents import TrainAgents, load_agents
+from .base import base_network
+from .build import build_reward
+from .console import Terminal
+from .doors import hydra_door, open_run, settings
+from .facts import run_facts
+from .prepare import Inputs, prepare
+from .run_folder import FACTS, METRICS, RunFolder
+from .schedule import Schedule
+from .tracking import Tracker
+
+
+def door() -> None:
+    """Entry point of the command."""
+    hydra_door("train_agent", run)
+
+
+def run(config: DictConfig) -> dict[str, Any]:
+    """Train one agent; returns what `metrics.json` holds."""
+    inputs = check(config)
+    folder, config = open_run(config)
+    terminal = Terminal(config.quiet)
+    metrics = train_layer(inputs, config, folder, terminal)
+    terminal.console.print(
+        f"{metrics['name']}: kept {metrics['n_kept']} of {metrics['n_filters']} ({metrics['decided_by']}), accuracy "
+        f"{100 * metrics['base_accuracy']:.2f} % -> {100 * metrics['pruned_accuracy']:.2f} % on the reward split",
+        markup=False,
+    )
+    terminal.console.print(f"Run folder: {folder.path}", markup=False)
+    return metrics
+
+
+def check(config: DictConfig) -> Inputs:
+    """Find every mistake of the user's before anything is written."""
+    for node, kind in ((config.agent, AgentSettings), (config.base, TrainSettings)):
+        settings(node, kind)
+    build_reward(config.reward)
+    if config.warm_start is not None:
+        load_agents(config.warm_start)
+    if any(character in config.layer for character in "*?["):
+        raise UserError(f"layer is {config.layer!r}, a pattern; expected one name: train several with -m layer=a,b,c.")
+    config.layers = [config.layer]
+    return prepare(config)
+
+
+def train_layer(inputs: Inputs, config: DictConfig, folder: RunFolder, terminal: Terminal) -> dict[str, Any]:
+    """Train, verify and save the agent of `layer`."""
+    tracker = Tracker(folder / "tensorboard")
+    dense = inputs.dense
+    if dense is None:
+        dense = base_network(config, inputs.construct, inputs.splits, folder, terminal, tracker).to(inputs.device)
+    task = inputs.task(dense, config)
+    folder.write_json(FACTS, run_facts(task, config))
+    reward = build_reward(config.reward)
+    schedule = Schedule(TrainAgents(config, reward, terminal, tracker), reward, config.drop_bound, seed=config.seed)
+    _, _, (record,) = schedule.run(task, folder, _Silent())
+    tracker.close()
+    metrics = {
+        "name": record.name,
+        "n_filters": record.n_filters,
+        "n_kept": record.n_kept,
+        "decided_by": record.decided_by,
+        "base_accuracy": task.base.accuracy,
+        "pruned_accuracy": record.pruned_accuracy,
+        "within_bound": record.within_bound,
+        "search_seconds": record.search_seconds,
+        **record.facts,
+    }
+    folder.write_json(METRICS, metrics)
+    return metrics
+
+
+class _Silent:
+    """Watches and says nothing: there is one layer, and the final line tells of it."""
+
+    def layer_begins(self, position: int, total: int, layer: Any) -> None:
+        """Nothing."""
+
+    def layer_ends(self, position: int, total: int, record: Any) -> None:
+        """Nothing."""

@@ -1,0 +1,84 @@
+"""`keepdrop train-cnn`: a base network, its reward split held out of the training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from ..envs.checkpoint import save_weights
+from ..envs.cost import count_cost
+from ..envs.evaluate import count_correct
+from ..envs.splits import Splits
+from ..envs.training import TrainSettings
+from .base import WEIGHTS, train_base
+from .build import build_augment, build_splits, network_constructor, resolve_device
+from .console import Terminal
+from .doors import hydra_door, interruptible, open_run, settings
+from .facts import provenance
+from .run_folder import FACTS, METRICS, RunFolder
+from .seeds import derive_seed
+from .tracking import Tracker
+
+
+def door() -> None:
+    """Entry point of the command."""
+    hydra_door("train_cnn", run)
+
+
+def run(config: DictConfig) -> dict[str, Any]:
+    """Train, or go on training; returns what `metrics.json` holds."""
+    if config.resume is None:
+        check(config)
+    folder, config = open_run(config)
+    terminal = Terminal(config.quiet)
+    metrics = folder.read_json(METRICS)
+    if metrics is None:
+        with interruptible(folder):
+            metrics = train(config, folder, terminal)
+    terminal.console.print(
+        f"Accuracy: {100 * metrics['report_accuracy']:.2f} % on {metrics['n_report']} report images, "
+        f"{metrics['macs']:,} MACs, {metrics['params']:,} parameters",
+        markup=False,
+    )
+    terminal.console.print(f"Weights: {folder / WEIGHTS}", markup=False)
+    return metrics
+
+
+def check(config: DictConfig) -> None:
+    """Find every mistake of the user's before anything is written."""
+    settings(config.base, TrainSettings)
+    resolve_device(config.device)
+    build_augment(config.augment)
+    splits = build_splits(config)
+    with torch.inference_mode():
+        network_constructor(config.network)().eval()(splits.fit.batch(torch.arange(1))[0])
+
+
+def train(config: DictConfig, folder: RunFolder, terminal: Terminal) -> dict[str, Any]:
+    """Train the network and write weights, facts and metrics."""
+    splits = build_splits(config)
+    tracker = Tracker(folder / "tensorboard")
+    folder.write_json(FACTS, provenance(config.seed) | {"splits": splits.summary()})
+    model = network_constructor(config.network, derive_seed(config.seed, "init"))().to(resolve_device(config.device))
+    snapshot = folder / "snapshot.pt"
+    train_base(model, config, splits, snapshot, terminal, tracker)
+    model.eval()
+    save_weights(model, folder / WEIGHTS)
+    snapshot.unlink(missing_ok=True)
+    tracker.close()
+    metrics = metrics_of(model, splits)
+    folder.write_json(METRICS, metrics)
+    return metrics
+
+
+def metrics_of(model: torch.nn.Module, splits: Splits) -> dict[str, Any]:
+    """Accuracies (fractions) on the reward and the report split, and what the network costs."""
+    example = splits.reward.batch(torch.arange(1))[0]
+    cost = count_cost(model, example.to(next(model.parameters()).device))
+    accuracies = {}
+    for role in ("reward", "report"):
+        correct, total = count_correct(model, getattr(splits, role))
+        accuracies |= {f"{role}_accuracy": correct / total, f"n_{role}": total}
+    return accuracies | {"macs": cost.macs, "params": cost.params}
