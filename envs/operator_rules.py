@@ -19,8 +19,8 @@ def _words(text: str) -> frozenset[str]:
 
 
 SAME = _words(
-    """clone _to_copy alias detach detach_ contiguous lift_fresh lift zeros_like ones_like empty_like full_like rand_like
-    randn_like native_dropout bernoulli"""
+    """clone _to_copy alias detach detach_ contiguous lift_fresh lift zeros_like ones_like empty_like full_like
+    rand_like randn_like native_dropout bernoulli"""
 )
 # Moved, never mixed: run on the labels themselves.
 STRUCTURAL = _words(
