@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..rewards.errors import UserError
 from .groups import FilterGroup
-from .masking import MixKey
+from .masking import MixKey, evaluating
 from .split import Frontier, MaskedNetwork
 
 if TYPE_CHECKING:
@@ -178,16 +178,11 @@ def is_channels_last(value: Tensor) -> bool:
 @torch.inference_mode()
 def correct_flags(model: nn.Module, images: Tensor, labels: Tensor, batch: int = 256) -> Tensor:
     """Which of the images (B, C, H, W) the network gets right in evaluation mode: (B,) bool on the CPU."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with evaluating(model):
         right = [
             model(channels_last(images[start : start + batch])).argmax(1) == labels[start : start + batch]
             for start in range(0, len(images), batch)
         ]
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     return torch.cat(right).cpu().clone()
 
 

@@ -182,8 +182,7 @@ def test_weights_by_input_channel(module):
 
 
 def test_folding_a_mask_equals_masking_the_input_bit_for_bit():
-    _, images, groups, generator = _prepared(ZOO["Grouped"])
-    group = groups[0]
+    group = _prepared(ZOO["Grouped"])[2][0]
     module, cut = nn.Conv2d(12, 16, 3, padding=1, groups=4), group.consumers[0]
     keep = torch.tensor([True, False, True])
     x = torch.randn(2, 12, 8, 8)
