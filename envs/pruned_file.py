@@ -1,0 +1,240 @@
+"""A pruned network as data: `model.safetensors` and `architecture.json`, no pickle, no class definitions.
+
+`architecture.json` says how the dense network is made, which of its channels were kept (numbered as in the dense
+network), and what every tensor looks like; `load_pruned` makes the dense network, cuts it and fills in the weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from ..rewards.errors import UserError
+from . import networks
+from .groups import FilterGroup
+from .leaves import is_depthwise
+from .slicing import Rows, width
+from .surgery import cut_channels, find_module, kept_rows
+
+FORMAT_VERSION = 1
+WEIGHTS, ARCHITECTURE = "model.safetensors", "architecture.json"
+BUILT_IN = {
+    f"keepdrop.envs.networks.{name}": getattr(networks, name) for name in ("small_cnn", "vgg16_bn", "cifar_resnet")
+}
+
+
+@dataclass(frozen=True)
+class KeptChannels:
+    """Which channels of the dense network are left: module -> axis ("out", "in") -> their numbers there, ascending.
+
+    Networks are pruned step by step, and each step counts channels anew; `after` translates. Modules that were never
+    touched do not appear.
+    """
+
+    rows: Mapping[str, Mapping[str, Rows]] = field(default_factory=dict)
+
+    def after(self, model: nn.Module, choices: Mapping[FilterGroup, Tensor]) -> KeptChannels:
+        """What is left once `prune(model, choices)` has run; `model` is the network before that step."""
+        merged = {name: dict(axes) for name, axes in self.rows.items()}
+        for name, axes in kept_rows(model, choices).items():
+            module, known = find_module(model, name), merged.setdefault(name, {})
+            if isinstance(module, _ConvNd) and is_depthwise(module) and "in" in known:
+                # A grouped convolution whose blocks were pruned down to one input: from then on inputs follow outputs.
+                axes["in"] = np.unique(axes["out"] // (module.out_channels // module.in_channels))
+            for axis, rows in axes.items():
+                before = known.get(axis)
+                known[axis] = np.arange(width(module, axis), dtype=np.int64)[rows] if before is None else before[rows]
+        return KeptChannels(merged)
+
+    def as_lists(self) -> dict[str, dict[str, list[int]]]:
+        """The JSON form."""
+        return {name: {axis: rows.tolist() for axis, rows in axes.items()} for name, axes in self.rows.items()}
+
+
+def save_pruned(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    kept: KeptChannels,
+    constructor: Mapping[str, Any] | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a pruned network into `folder` (made if missing).
+
+    Args:
+        model: the pruned, perhaps fine-tuned network.
+        folder: where `model.safetensors` and `architecture.json` go. Each is written under another name first and then
+            renamed; a pair of different origin is refused when loading.
+        kept: its channels in terms of the dense network.
+        constructor: {"target": dotted name, "kwargs": {...}} of the dense network, if that can be said in JSON.
+        facts: anything else worth keeping (JSON).
+
+    Raises UserError if `constructor` or `facts` is no JSON.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
+    weights = save_tensors(tensors)
+    core = {
+        "format_version": FORMAT_VERSION,
+        "constructor": None if constructor is None else dict(constructor),
+        "kept": kept.as_lists(),
+        "tensors": {name: _described(value) for name, value in tensors.items()},
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+    }
+    try:
+        whole = {**core, "checksum": _checksum(core), "versions": _versions(), "facts": dict(facts or {})}
+        text = json.dumps(whole, indent=1, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"The constructor and facts of a pruned network must be JSON ({error}).") from error
+    _write(folder / WEIGHTS, weights)
+    _write(folder / ARCHITECTURE, text.encode())
+
+
+def load_pruned(folder: str | Path, constructor: Callable[[], nn.Module] | None = None) -> nn.Module:
+    """Rebuild a pruned network, in evaluation mode.
+
+    Args:
+        folder: what `save_pruned` wrote.
+        constructor: makes the dense network; not needed for keepdrop's own networks. No other stored constructor is
+            called: a file does not decide what code runs.
+
+    Raises UserError for anything missing, damaged or mixed up, and for a constructor that makes another network: it
+    names the first module or tensor that does not fit.
+    """
+    core = read_architecture(folder)
+    weights = _read(Path(folder) / WEIGHTS)
+    if hashlib.sha256(weights).hexdigest() != core["weights_sha256"]:
+        raise UserError(
+            f"{Path(folder) / WEIGHTS} is damaged, or belongs to another {ARCHITECTURE}; restore both files."
+        )
+    try:
+        tensors = load_tensors(weights)
+    except Exception as error:
+        raise UserError(f"{Path(folder) / WEIGHTS} is no safetensors file ({error}).") from error
+    dense = _dense(core["constructor"], constructor)
+    model = cut_channels(dense, core["kept"])
+    _fill(model, tensors, core["tensors"])
+    return model.eval()
+
+
+def read_architecture(folder: str | Path) -> dict[str, Any]:
+    """The contents of `architecture.json`, checked in form; UserError if it is missing or damaged."""
+    path = Path(folder) / ARCHITECTURE
+    try:
+        core = json.loads(_read(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no JSON ({str(error)[:120]}); restore it.") from error
+    if not isinstance(core, dict) or core.get("format_version") != FORMAT_VERSION:
+        came = core.get("format_version") if isinstance(core, dict) else type(core).__name__
+        raise UserError(f"{path} has format version {came!r}, expected {FORMAT_VERSION}.")
+    _check_form(path, core)
+    signed = {key: core.get(key) for key in ("format_version", "constructor", "kept", "tensors", "weights_sha256")}
+    if core.get("checksum") != _checksum(signed):
+        raise UserError(f"{path} is damaged or was edited (its checksum does not fit); restore it.")
+    return core
+
+
+def _check_form(path: Path, core: Mapping[str, Any]) -> None:
+    kept, tensors = core.get("kept"), core.get("tensors")
+    proper = (
+        isinstance(kept, dict) and isinstance(tensors, dict) and all(isinstance(axes, dict) for axes in kept.values())
+    )
+    if not proper:
+        raise UserError(f"{path} is damaged: its 'kept' channels or 'tensors' are not lists by module; restore it.")
+
+
+def _dense(stored: Any, constructor: Callable[[], nn.Module] | None) -> nn.Module:
+    if constructor is None:
+        target = stored.get("target") if isinstance(stored, dict) else None
+        if target not in BUILT_IN:
+            raise UserError(
+                f"The file names {target!r} as the constructor of the dense network, which is not called from a file; "
+                "pass it yourself: load_pruned(folder, constructor)."
+            )
+        maker, kwargs = BUILT_IN[target], stored.get("kwargs") or {}
+        constructor = lambda: maker(**kwargs)  # noqa: E731
+    try:
+        dense = constructor()
+    except Exception as error:
+        raise UserError(f"The constructor of the dense network fails ({type(error).__name__}: {error}).") from error
+    if not isinstance(dense, nn.Module):
+        raise UserError(f"The constructor of the dense network returned a {type(dense).__name__}, expected a module.")
+    return dense
+
+
+def _fill(model: nn.Module, tensors: Mapping[str, Tensor], described: Mapping[str, Any]) -> None:
+    floating = {value.dtype for value in tensors.values() if value.is_floating_point()}
+    if len(floating) == 1:
+        model.to(floating.pop())
+    own = model.state_dict()
+    for name in [*own, *tensors]:
+        ours = _described(own[name]) if name in own else "nothing"
+        theirs = _described(tensors[name]) if name in tensors else "nothing"
+        if ours != theirs or theirs != described.get(name):
+            raise UserError(
+                f"The constructor's network does not fit the file: {name!r} is {_words(ours)} after pruning, "
+                f"but {_words(theirs)} in the file."
+            )
+    model.load_state_dict(dict(tensors), strict=True)
+
+
+def _described(value: Tensor) -> dict[str, Any]:
+    return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+
+
+def _words(described: Any) -> str:
+    return described if isinstance(described, str) else f"{described['dtype']} {tuple(described['shape'])}"
+
+
+def _checksum(core: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(core, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        own = version("keepdrop")
+    except PackageNotFoundError:
+        own = "unknown"
+    return {
+        "keepdrop": own,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "safetensors": safetensors.__version__,
+    }
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"Cannot read {path}: {error.strerror or error}.") from error
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Either the old file or the new one is there, never half of one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
