@@ -128,7 +128,7 @@ def group_facts(record: LayerRecord) -> dict[str, Any]:
 def save_result(networks: Networks, kept: KeptChannels, config: DictConfig, folder: RunFolder, facts: Mapping[str, Any]) -> None:
     """The smaller CNN in `pruned/`: weights and architecture, loadable without pickle."""
     with folder.stage("pruned") as working:
-        save_pruned(networks.finetuned, working, plain(config.network), kept, facts=dict(facts))
+        save_pruned(networks.finetuned, working, kept=kept, constructor=plain(config.network), facts=facts)
 
 
 def total_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
