@@ -108,15 +108,16 @@ class Compensation:
         mixes = self.matrices(checked_keep(group, keep)[None])
         for cut in (cut for cut in group.consumers if cut.module in self.moments):
             module = copy.deepcopy(self.consumers[cut.module])
-            module.weight.data = fold(module, module.weight.data, cut, mixes[group.name, cut.module][0])
+            weight = _weight(module, "")
+            weight.data = fold(module, weight.data, cut, mixes[group.name, cut.module][0])
             _cut_like(group, cut.module, module, keep.cpu())
-            place = _weight(pruned, cut.module)
-            if place.shape != module.weight.shape:
+            place, weight = _weight(pruned, cut.module), _weight(module, "")
+            if place.shape != weight.shape:
                 raise UserError(
                     f"The pruned network has weights {tuple(place.shape)} at {cut.module!r}, expected "
-                    f"{tuple(module.weight.shape)}: fold right after pruning group {group.name!r} alone."
+                    f"{tuple(weight.shape)}: fold right after pruning group {group.name!r} alone."
                 )
-            place.data.copy_(module.weight.data)
+            place.data.copy_(weight.data)
 
     def folded(self, model: nn.Module, keep: Tensor) -> nn.Module:
         """A copy of the network that `fit` saw, compensated but not yet pruned: dropped channels have zero weights."""

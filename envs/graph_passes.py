@@ -27,9 +27,10 @@ def functionalise(traced: fx.GraphModule) -> None:
 
     Raises ValueError for an assignment into a slice, which has no such form.
     """
-    for module in traced.modules():
+    modules: list[Any] = list(traced.modules())
+    for module in modules:
         if getattr(module, "inplace", False) is True:
-            module.inplace = False  # type: ignore[assignment]
+            module.inplace = False
             _mark_inplace(traced, module)
     for node in traced.graph.nodes:
         if node.target is operator.setitem:
@@ -93,7 +94,7 @@ def _folding_partner(traced: fx.GraphModule, node: fx.Node, calls: dict[int, int
 def _fold_pair(conv: nn.Module, norm: nn.Module) -> None:
     assert isinstance(conv, _ConvNd) and isinstance(norm, _BatchNorm)
     assert norm.running_mean is not None and norm.running_var is not None
-    conv.weight, conv.bias = fuse_conv_bn_weights(  # type: ignore[assignment]
+    conv.weight, conv.bias = fuse_conv_bn_weights(
         conv.weight,
         conv.bias,
         norm.running_mean,
@@ -109,24 +110,38 @@ def reuse_memory(traced: fx.GraphModule) -> None:
     """ReLU and sums write into the fresh result of a layer that nothing else reads."""
     for node in traced.graph.nodes:
         source = node.args[0] if node.args else None
-        if _is_relu(traced, node) and isinstance(source, fx.Node) and _fresh(traced, source):
+        if is_relu(traced, node) and isinstance(source, fx.Node) and is_fresh(traced, source):
             node.op, node.target, node.args, node.kwargs = "call_function", torch.relu_, (source,), {}
-        elif node.op == "call_function" and node.target in (operator.add, torch.add) and len(node.args) == 2:
+        elif is_sum(node):
             _add_in_place(traced, node)
     traced.recompile()
 
 
 def _add_in_place(traced: fx.GraphModule, node: fx.Node) -> None:
-    a, b = node.args
-    if not isinstance(a, fx.Node) or not isinstance(b, fx.Node) or a is b or a.meta.get("shape") != b.meta.get("shape"):
-        return
-    for target, other in ((a, b), (b, a)):
-        if _fresh(traced, target) and not node.kwargs:
+    for target, other in alike_summands(node):
+        if is_fresh(traced, target):
             node.op, node.target, node.args = "call_method", "add_", (target, other)
             return
 
 
-def _is_relu(traced: fx.GraphModule, node: fx.Node) -> bool:
+def is_sum(node: fx.Node) -> bool:
+    """A plain sum of two values."""
+    if node.op != "call_function" or node.target not in (operator.add, torch.add):
+        return False
+    return len(node.args) == 2 and not node.kwargs
+
+
+def alike_summands(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
+    """Both orders of a sum's two values if they are tensors of one shape (nothing is broadcast), else nothing."""
+    a, b = node.args
+    if not isinstance(a, fx.Node) or not isinstance(b, fx.Node) or a is b:
+        return []
+    shape = a.meta.get("shape")
+    return [(a, b), (b, a)] if shape and shape == b.meta.get("shape") else []
+
+
+def is_relu(traced: fx.GraphModule, node: fx.Node) -> bool:
+    """A ReLU, written in any of the usual ways."""
     if node.op == "call_module":
         return type(traced.get_submodule(str(node.target))) is nn.ReLU
     if node.op == "call_function":
@@ -134,10 +149,10 @@ def _is_relu(traced: fx.GraphModule, node: fx.Node) -> bool:
     return node.op == "call_method" and node.target == "relu"
 
 
-def _fresh(traced: fx.GraphModule, node: fx.Node) -> bool:
+def is_fresh(traced: fx.GraphModule, node: fx.Node) -> bool:
     """Whether the value was just allocated by a layer or a sum, and has a single reader."""
     if len(node.users) != 1:
         return False
     if node.op == "call_module":
         return isinstance(traced.get_submodule(str(node.target)), (_ConvNd, nn.Linear))
-    return node.target in (operator.add, torch.add, "add_")
+    return node.target == "add_" or is_sum(node)

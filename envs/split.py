@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from ..rewards.errors import UserError
 from .folding import fold, mixing_obstacle
 from .graph_passes import fold_batch_norms, functionalise, reuse_memory
-from .groups import Cut, FilterGroup
+from .groups import FilterGroup
 from .leaves import LeafTracer
 from .masking import MixKey
 
@@ -32,7 +32,7 @@ class Halves:
     """`suffix(*prefix(images))` is the network; `masked` are the modules behind the frontier, by name."""
 
     prefix: Callable[[Tensor], Frontier]
-    suffix: Callable[..., Tensor]
+    suffix: fx.GraphModule | nn.Module
     masked: nn.Module
 
 
@@ -59,7 +59,7 @@ class MaskedNetwork:
         if method != "whole":
             self._try_to_split(model, example, method)
         self._weights: dict[str, Tensor] = {
-            cut.module: _weight(self._halves.masked, cut).detach().clone()
+            cut.module: _weight(self._halves.masked, cut.module).detach().clone()
             for group in groups
             for cut in group.consumers
         }
@@ -105,7 +105,7 @@ class MaskedNetwork:
 
     def _fold(self, masks: Mapping[str, Tensor], index: int, mixes: Mapping[MixKey, Tensor]) -> None:
         for name, weight in self._folded(masks, index, mixes):
-            self._halves.masked.get_submodule(name).weight.copy_(weight)  # type: ignore[operator,union-attr]
+            _weight(self._halves.masked, name).copy_(weight)
 
     def _folded(
         self, masks: Mapping[str, Tensor], index: int, mixes: Mapping[MixKey, Tensor]
@@ -125,7 +125,7 @@ class MaskedNetwork:
     def _restore(self, masks: Mapping[str, Tensor]) -> None:
         for group in self.groups:
             for cut in group.consumers if group.name in masks else ():
-                _weight(self._halves.masked, cut).copy_(self._weights[cut.module])
+                _weight(self._halves.masked, cut.module).copy_(self._weights[cut.module])
 
 
 class _Folded:
@@ -177,7 +177,8 @@ def split(model: nn.Module, groups: Sequence[FilterGroup], example: Tensor) -> H
     shapes = _Shapes(traced)
     with torch.inference_mode():
         shapes.run(example)
-        halves = _Cutter(traced, {cut.module for group in groups for cut in group.consumers}, len(example)).halves()
+        consumers = {cut.module for group in groups for cut in group.consumers}
+        halves = _Cutter(traced, consumers, len(example)).halves()
         _check(original(example), halves.suffix(*halves.prefix(example)))
     return halves
 
@@ -189,8 +190,8 @@ def _check(expected: Any, got: Any) -> None:
         raise ValueError("the traced network does not give the same logits")
 
 
-def _weight(masked: nn.Module, cut: Cut) -> Tensor:
-    weight = masked.get_submodule(cut.module).weight
+def _weight(masked: nn.Module, name: str) -> Tensor:
+    weight = masked.get_submodule(name).weight
     assert isinstance(weight, Tensor)
     return weight
 
@@ -234,7 +235,9 @@ class _Cutter:
         Sizes and tuples are cheap: the suffix makes them again from what they came from.
         """
         shape = node.meta.get("shape")
-        return node in self._on_images and node not in self._on_masks and bool(shape) and shape[0] == self._n_images
+        if node not in self._on_images or node in self._on_masks or not shape:
+            return False
+        return bool(shape[0] == self._n_images)
 
     def _needed(self, wanted: Sequence[fx.Node], given: Callable[[fx.Node], bool]) -> list[fx.Node]:
         """Nodes that `wanted` needs, in order, looking no further back than what is given."""
@@ -255,14 +258,16 @@ class _Cutter:
         return [node for node in self._behind() if self._cached(node)]
 
     def _prefix(self, frontier: list[fx.Node]) -> fx.GraphModule:
-        graph, copies = fx.Graph(), {}
+        graph = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
         for node in self._needed(frontier, lambda _node: False):
             copies[node] = graph.node_copy(node, lambda source: copies[source])
         graph.output(tuple(copies[node] for node in frontier))
         return fx.GraphModule(self._traced, graph)
 
     def _suffix(self, frontier: list[fx.Node]) -> fx.GraphModule:
-        graph, copies = fx.Graph(), {}
+        graph = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
         for position, node in enumerate(frontier):
             copies[node] = graph.placeholder(f"frontier_{position}")
             copies[node].meta["shape"] = node.meta["shape"]
