@@ -17,10 +17,12 @@ from ..rewards.errors import UserError
 
 COMMANDS = {
     "prune": "shrink a trained CNN: train an agent per layer, remove filters, fine-tune, report",
+    "inspect": "show what can be pruned, what hangs on it, and what is skipped and why",
     "train-cnn": "train a base network",
     "train-agent": "train the agent of one layer (-m layer=a,b,c trains several)",
     "apply": "let trained agents decide on a new checkpoint, without training them",
 }
+MODULES = {"inspect": "inspection"}  # where a command's module is not called like the command
 USER_MISTAKE = 2
 
 
@@ -56,7 +58,7 @@ def run(arguments: list[str]) -> int:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(COMMANDS)}."
         raise UserError(f"{command!r} is not a command; {hint}")
-    module = importlib.import_module(f".{command.replace('-', '_')}", __package__)
+    module = importlib.import_module(f".{MODULES.get(command, command.replace('-', '_'))}", __package__)
     _enter(arguments)
     module.door()
     return 0

@@ -99,3 +99,19 @@ class Terminal:
                 f"{row['pruned_params']:,}",
             )
         self.console.print(table)
+
+    def inspection(self, described: Mapping[str, Any]) -> None:
+        """What can be pruned and what is skipped."""
+        table = Table(title=f"{described['macs']:,} MACs, {described['params']:,} parameters", title_justify="left")
+        table.add_column("group")
+        for name in ("filters", "MACs", "parameters"):
+            table.add_column(name, justify="right")
+        table.add_column("coupled with")
+        table.add_column("read by")
+        for row in described["groups"]:
+            share = f"{row['macs']:,} ({100 * row['macs'] / max(described['macs'], 1):.1f} %)"
+            partners = [", ".join(row[key]) or "-" for key in ("coupled_with", "consumers")]
+            table.add_row(row["name"], str(row["n_filters"]), share, f"{row['params']:,}", *partners)
+        self.console.print(table)
+        for row in described["skipped"]:
+            self.console.print(f"skipped {row['name']}: {row['reason']}", markup=False)

@@ -126,7 +126,20 @@ class ApplyConfig:
     resume: str | None = None
 
 
+@dataclass
+class InspectConfig:
+    """`keepdrop inspect`."""
+
+    seed: int = 0
+    run_dir: str = "."
+    network: Any = None
+    checkpoint: str | None = None
+    input_shape: list[int] = field(default_factory=lambda: [1, 8, 8])
+    json: bool = False
+
+
 ROOTS = {
+    "inspect": InspectConfig,
     "train_cnn": TrainCnnConfig,
     "prune": PruneConfig,
     "train_agent": TrainAgentConfig,
