@@ -6,7 +6,7 @@ Shapes: M masks (parallel episodes), N filters, D weights a filter, F statistics
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import gymnasium
 import numpy as np
@@ -68,7 +68,8 @@ class FilterPruningEnv(gymnasium.Env[Observations, NDArray[np.int8]]):
         self.layer = layer
         self.reward = reward
         self.statistic_names = STATISTIC_NAMES
-        self.observation_space, self.action_space = _spaces(layer)
+        shown, decided = _spaces(layer)
+        self.observation_space, self.action_space = cast(Any, shown), cast(Any, decided)
         self._masks: list[torch.Tensor] = []
 
     def reset(
@@ -99,7 +100,7 @@ class FilterPruningEnv(gymnasium.Env[Observations, NDArray[np.int8]]):
         return {"statistic_names": self.statistic_names, "group": _group_names(self.layer)[position]}
 
 
-class FilterPruningVectorEnv(VectorEnv[Observations, NDArray[np.float64], NDArray[np.int8]]):
+class FilterPruningVectorEnv(VectorEnv[Observations, NDArray[np.int8], NDArray[Any]]):
     """M episodes of `FilterPruningEnv` side by side, their masks evaluated together on common images.
 
     Every step takes M masks; all M episodes begin and end together, so after a terminated step the next observation is
@@ -113,16 +114,22 @@ class FilterPruningVectorEnv(VectorEnv[Observations, NDArray[np.float64], NDArra
         images_per_step: reward images drawn afresh for each evaluation, the same ones for all M masks (common random
             numbers); None takes the whole reward split.
 
-    Infos are arrays (M,), with the keys of `FilterPruningEnv`; the base accuracy behind them is that of the same images.
+    Infos are arrays (M,), with the keys of `FilterPruningEnv`; the base accuracy behind them is of the same images.
     """
 
     metadata = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}
 
     def __init__(
-        self, layer: LayerTask | NetworkTask, reward: RewardFunction, num_envs: int = 16, images_per_step: int | None = None
+        self,
+        layer: LayerTask | NetworkTask,
+        reward: RewardFunction,
+        num_envs: int = 16,
+        images_per_step: int | None = None,
     ) -> None:
         if images_per_step is not None and images_per_step < 1:
-            raise UserError(f"images_per_step is {images_per_step}; expected at least 1, or null for all reward images.")
+            raise UserError(
+                f"images_per_step is {images_per_step}; expected at least 1, or null for all reward images."
+            )
         self.layer = layer
         self.reward = reward
         self.num_envs = num_envs
@@ -148,7 +155,8 @@ class FilterPruningVectorEnv(VectorEnv[Observations, NDArray[np.float64], NDArra
         position = len(self._masks)
         self._masks.append(_checked_masks(self.layer, position, np.asarray(actions)))
         over = len(self._masks) == _n_decisions(self.layer)
-        rewards, infos = np.zeros(len(self._masks[0])), {}
+        rewards = np.zeros(len(self._masks[0]))
+        infos: dict[str, Any] = {}
         if over:
             rewards, infos = self._settle()
         ended = np.full(len(rewards), over)
@@ -200,7 +208,8 @@ def make_env(
     if missing or model is None or splits is None or reward is None:
         raise UserError(
             f"keepdrop/FilterPruning-v0 was made without {', '.join(missing)}; expected "
-            'gymnasium.make("keepdrop/FilterPruning-v0", model=cnn, splits=splits, reward=TryAndLearn(0.02), group="conv2").'
+            'gymnasium.make("keepdrop/FilterPruning-v0", model=cnn, splits=splits, reward=TryAndLearn(0.02), '
+            'group="conv2").'
         )
     task = PruningTask(model, splits, settings=settings, layers=layers, seed=seed)
     return FilterPruningEnv(NetworkTask(task) if group is None else task.layer(group), reward)
@@ -226,7 +235,9 @@ def _observation(layer: LayerTask | NetworkTask, position: int) -> Observations:
 
 def _spaces(layer: LayerTask | NetworkTask) -> tuple[spaces.Dict, spaces.MultiBinary]:
     shown = _observation(layer, 0)
-    boxes = {key: spaces.Box(-np.inf, np.inf, value.shape, np.float32) for key, value in shown.items()}
+    boxes: dict[str, spaces.Space[Any]] = {
+        key: spaces.Box(-np.inf, np.inf, value.shape, np.float32) for key, value in shown.items()
+    }
     return spaces.Dict(boxes), spaces.MultiBinary(shown["weights"].shape[0])
 
 

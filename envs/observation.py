@@ -1,6 +1,7 @@
 """What an agent sees of a filter group: its filters' weights and twelve statistics a filter.
 
-Shapes: N filters, D weights a filter, F statistics a filter, B images, R channels a filter has at its consumer, P positions.
+Shapes: N filters, D weights a filter, F statistics a filter, B images, R channels a filter has at its consumer,
+P positions.
 """
 
 from __future__ import annotations

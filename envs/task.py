@@ -73,9 +73,9 @@ def measure_base(model: nn.Module, splits: Splits, device: torch.device | str = 
     margin = 3 * (chance * (1 - chance) / len(labels)) ** 0.5
     if base.accuracy <= chance + margin:
         raise UserError(
-            f"The base network's accuracy on the {len(labels)} reward images is {base.accuracy:.4f}, which is chance level "
-            f"(the most frequent class alone gives {chance:.4f}); expected a trained network: check the checkpoint, the "
-            "normalisation (mean and std) and the order of the classes."
+            f"The base network's accuracy on the {len(labels)} reward images is {base.accuracy:.4f}, which is chance "
+            f"level (the most frequent class gives {chance:.4f}); expected a trained network: check the checkpoint, "
+            "the normalisation (mean and std) and the order of the classes."
         )
     return base
 
@@ -259,5 +259,3 @@ class LayerTask:
         if self.compensation:
             self.compensation.fold(model, self.group, keep)
         return model
-
-

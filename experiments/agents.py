@@ -163,8 +163,8 @@ def load_agents(run: str) -> dict[str, SavedAgent]:
     agents = {str(agent.facts.get("group")): agent for agent in map(load_agent, folders)}
     if not agents:
         raise UserError(
-            f"There is no trained agent in {run!r}; expected a run folder of keepdrop prune or train-agent: look for one with "
-            f"layers/*/{AGENT}."
+            f"No trained agent in {run!r}; expected a run folder of keepdrop prune or train-agent: look for one "
+            f"with layers/*/{AGENT}."
         )
     return agents
 

@@ -1,4 +1,4 @@
-"""`keepdrop apply agents=RUN checkpoint=NEW`: trained agents on a network they have never seen, beside L1 and random."""
+"""`keepdrop apply agents=RUN checkpoint=NEW`: trained agents on a network they have never seen, beside controls."""
 
 from __future__ import annotations
 
@@ -23,14 +23,26 @@ from .doors import hydra_door, interruptible, open_run, settings
 from .facts import run_facts
 from .finish import Networks, finetune, group_facts, report_accuracy, save_result
 from .prepare import Inputs, prepare
+from .prune import ScheduleLog
 from .recover import Recover, RecoverySettings
 from .run_folder import FACTS, METRICS, RunFolder
-from .prune import ScheduleLog
 from .schedule import LayerRecord, Schedule
 from .schema import PruneConfig, structured
 from .tracking import Tracker
 
-INHERITED = ("data", "network", "split", "augment", "judge", "recovery", "finetune", "drop_bound", "device", "order", "latency")
+INHERITED = (
+    "data",
+    "network",
+    "split",
+    "augment",
+    "judge",
+    "recovery",
+    "finetune",
+    "drop_bound",
+    "device",
+    "order",
+    "latency",
+)
 AGENT = "agent"
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from ..envs.checkpoint import save_weights
 from ..envs.splits import Splits
 from ..envs.training import TrainProgress, TrainSettings, fit_network
-from .build import Constructor, build_augment, load_network
+from .build import Constructor, build_augment, load_network, resolve_device
 from .console import Terminal
 from .doors import settings
 from .run_folder import RunFolder
@@ -71,7 +71,9 @@ def train_with_progress(
 
         def report(progress: TrainProgress) -> None:
             bar.advance(progress.epoch, f"loss {progress.loss:.3f}, accuracy {100 * progress.accuracy:.1f} %")
-            tracker.scalars(what.replace(" ", "_"), {"loss": progress.loss, "accuracy": progress.accuracy}, progress.step)
+            tracker.scalars(
+                what.replace(" ", "_"), {"loss": progress.loss, "accuracy": progress.accuracy}, progress.step
+            )
 
         fit_network(
             model,
@@ -82,7 +84,5 @@ def train_with_progress(
             teacher=teacher,
             progress=report,
             snapshot=snapshot,
-            device=config.device,
+            device=resolve_device(config.device),
         )
-
-

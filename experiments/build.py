@@ -17,6 +17,7 @@ from ..envs.augment import Augment
 from ..envs.checkpoint import load_checkpoint
 from ..envs.data import from_datasets
 from ..envs.images import LabelledData
+from ..envs.modes import evaluating
 from ..envs.observation import STATISTIC_NAMES
 from ..envs.splits import Splits, split
 from ..envs.task import LayerTask
@@ -30,7 +31,7 @@ def build(node: DictConfig, what: str) -> Any:
     """Instantiate a `_target_`; what goes wrong in there is a sentence about `what`."""
     if node is None or OmegaConf.is_missing(node, "_target_") or "_target_" not in node:
         raise UserError(
-            f"{what}._target_ is not set; expected the import path of a function or class: {what}._target_=package.name."
+            f"{what}._target_ is not set; expected the import path of a function or class: {what}._target_=mine.name."
         )
     try:
         return instantiate(node, _convert_="all")
@@ -39,8 +40,8 @@ def build(node: DictConfig, what: str) -> Any:
         if isinstance(cause, UserError):
             raise cause from error
         raise UserError(
-            f"{what} could not be built from {node['_target_']}: {type(cause).__name__}: {cause}; check the path and its "
-            "arguments."
+            f"{what} could not be built from {node['_target_']}: {type(cause).__name__}: {cause}; check the path and "
+            "its arguments."
         ) from error
 
 
@@ -58,8 +59,8 @@ def build_data(node: DictConfig) -> LabelledData:
     if isinstance(source, tuple | list) and len(source) == 2:
         return from_datasets(*source)
     raise UserError(
-        f"data._target_={node['_target_']} returned {type(source).__name__}; expected LabelledData or a pair of datasets "
-        "(train, test)."
+        f"data._target_={node['_target_']} returned {type(source).__name__}; expected LabelledData or a pair of "
+        "datasets (train, test)."
     )
 
 
@@ -79,10 +80,38 @@ def network_constructor(node: DictConfig, seed: int = 0) -> Constructor:
             torch.manual_seed(seed)
             model = build(node, "network")
         if not isinstance(model, nn.Module):
-            raise UserError(f"network._target_={node['_target_']} returned {type(model).__name__}; expected a nn.Module.")
+            raise UserError(
+                f"network._target_={node['_target_']} returned {type(model).__name__}; expected a nn.Module."
+            )
         return model
 
     return construct
+
+
+def try_network(model: nn.Module, splits: Splits) -> None:
+    """Run the network on two images, in evaluation mode; whatever goes wrong in it is a `UserError`."""
+    images, _ = splits.fit.batch(torch.arange(min(2, len(splits.fit))))
+    shape = tuple(images.shape)
+    device = next((parameter.device for parameter in model.parameters()), None)
+    try:
+        with torch.no_grad(), evaluating(model):
+            logits = model(images.to(device))
+    except Exception as error:
+        raise UserError(
+            f"The network fails on images of shape {shape} ({type(error).__name__}: {_first_line(error)}); give one that "
+            "takes them: network=NAME, or its arguments."
+        ) from error
+    expected = (len(images), splits.fit.n_classes)
+    got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+    if not isinstance(got, tuple) or len(got) != 2 or got[0] != expected[0] or got[1] < expected[1]:
+        raise UserError(
+            f"The network returns {got} for images of shape {shape}; expected logits of shape {expected}: one row an image, "
+            "one column a class."
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0]
 
 
 def load_network(construct: Constructor, checkpoint: str | None) -> nn.Module:
@@ -104,12 +133,19 @@ def build_reward(node: DictConfig) -> RewardFunction:
 
 
 def build_policy(node: DictConfig, layer: LayerTask, seed: int) -> Any:
-    """A fresh policy for one layer: the configured factory gets whatever it asks for by name.
+    """A fresh policy for one layer."""
+    n_filters, n_weights = layer.observation.weights.shape
+    return make_policy(node, n_filters, n_weights, seed)
+
+
+def make_policy(node: DictConfig, n_filters: int, n_weights: int, seed: int = 0) -> Any:
+    """A fresh policy: the configured factory gets whatever it asks for by name.
 
     Offered: n_filters, n_weights, n_statistics, statistic_names, seed.
     """
     factory = build(node, "policy")
-    n_filters, n_weights = layer.observation.weights.shape
+    if not callable(factory):
+        raise UserError(f"policy._target_={node['_target_']} made a {type(factory).__name__}; expected a factory.")
     offered = {
         "n_filters": n_filters,
         "n_weights": n_weights,
@@ -117,15 +153,15 @@ def build_policy(node: DictConfig, layer: LayerTask, seed: int) -> Any:
         "statistic_names": STATISTIC_NAMES,
         "seed": seed,
     }
-    wanted = inspect.signature(factory).parameters
     try:
+        wanted = inspect.signature(factory).parameters
         return factory(**{name: value for name, value in offered.items() if name in wanted})
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise UserError(f"policy could not be built: {error}") from error
 
 
 def resolve_device(name: str) -> torch.device:
-    """"cpu", "cuda", "cuda:1", "mps", or "auto" for the best one there is."""
+    """ "cpu", "cuda", "cuda:1", "mps", or "auto" for the best one there is."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -1,8 +1,7 @@
-"""`keepdrop COMMAND ...`: finds the command, composes its configuration, and turns a user's mistake into one sentence."""
+"""`keepdrop COMMAND ...`: finds the command, runs it, and turns a user's mistake into one sentence."""
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import sys
@@ -14,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ..agent.saved_agent import AgentMismatch
 from ..rewards.errors import UserError
+from .mistakes import DISK_ERRORS, explain, nearest
 
 COMMANDS = {
     "prune": "shrink a trained CNN: train an agent per layer, remove filters, fine-tune, report",
@@ -33,10 +33,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
         sys.exit(run(arguments))
-    except (UserError, AgentMismatch, HydraException, OmegaConfBaseException) as error:
-        if debug:
+    except (UserError, AgentMismatch, HydraException, OmegaConfBaseException, OSError) as error:
+        if debug or (isinstance(error, OSError) and not _is_mistake(error)):
             raise
-        print(f"keepdrop: {_sentence(error)}", file=sys.stderr)
+        print(f"keepdrop: {_sentence(error, arguments)}", file=sys.stderr)
         sys.exit(USER_MISTAKE)
     except KeyboardInterrupt as stop:
         print(f"\nkeepdrop: stopped. {stop}".rstrip(), file=sys.stderr)
@@ -55,8 +55,7 @@ def run(arguments: list[str]) -> int:
         return 0
     command = arguments[0]
     if command not in COMMANDS:
-        near = difflib.get_close_matches(command, COMMANDS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(COMMANDS)}."
+        hint = nearest(command, COMMANDS) or f"expected one of {', '.join(COMMANDS)}."
         raise UserError(f"{command!r} is not a command; {hint}")
     module = importlib.import_module(f".{MODULES.get(command, command.replace('-', '_'))}", __package__)
     _enter(arguments)
@@ -89,15 +88,12 @@ def _enter(arguments: list[str]) -> None:
         sys.path.insert(0, here)
 
 
-def _sentence(error: BaseException) -> str:
-    """An error without the decoration of the library it comes from."""
-    text = str(error).strip()
+def _is_mistake(error: OSError) -> bool:
+    """Hydra's missing option is an OSError too; a full disk is nobody's bug."""
+    return isinstance(error, HydraException) or error.errno in DISK_ERRORS
+
+
+def _sentence(error: BaseException, arguments: Sequence[str]) -> str:
     if isinstance(error, UserError | AgentMismatch):
-        return text
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    lines = [line for line in lines if not line.startswith(("full_key:", "object_type=", "reference_type="))]
-    text = " ".join(lines)
-    cause = error.__cause__
-    if cause is not None and str(cause).strip() and str(cause).strip().splitlines()[0] not in text:
-        text = f"{text} ({str(cause).strip().splitlines()[0]})"
-    return text
+        return str(error).strip()
+    return explain(error, arguments[0].replace("-", "_"), arguments[1:])

@@ -14,7 +14,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from ..rewards.errors import UserError
-from .run_folder import RunFolder
+from .run_folder import CONFIG, RunFolder
 from .schema import register_schemas, structured
 
 SettingsT = TypeVar("SettingsT")
@@ -23,9 +23,23 @@ CONF = "pkg://keepdrop.conf"
 
 
 def hydra_door(name: str, run: Callable[[DictConfig], Any]) -> None:
-    """Compose root configuration `name` from the command line and call `run` on it."""
+    """Compose root configuration `name` from the command line and call `run` on it, once a job in a sweep.
+
+    A job that fails does not stop the others of a sweep; the first failure is raised when all are done.
+    """
     register_schemas()
-    hydra.main(version_base="1.3", config_path=CONF, config_name=name)(run)()
+    failures: list[Exception] = []
+
+    def job(config: DictConfig) -> Any:
+        try:
+            return run(config)
+        except Exception as error:  # Hydra would print its own account of it
+            failures.append(error)
+            return None
+
+    hydra.main(version_base="1.3", config_path=CONF, config_name=name)(job)()
+    if failures:
+        raise failures[0]
 
 
 def open_run(config: DictConfig) -> tuple[RunFolder, DictConfig]:
@@ -41,8 +55,23 @@ def open_run(config: DictConfig) -> tuple[RunFolder, DictConfig]:
         )
     folder = RunFolder.open(Path(resume))
     stored = folder.config()
+    _check_same_command(config, stored, folder)
     stored.quiet = config.quiet
     return folder, stored
+
+
+def _check_same_command(config: DictConfig, stored: DictConfig, folder: RunFolder) -> None:
+    odd = sorted({str(key) for key in config} ^ {str(key) for key in stored})
+    if odd:
+        raise UserError(
+            f"{str(folder.path)!r} was not written by keepdrop {command_name()} (its {CONFIG} differs in {odd[0]!r}); "
+            "continue it with the command that began it."
+        )
+
+
+def command_name() -> str:
+    """The command of this process, as a user writes it."""
+    return sys.argv[0].split()[-1]
 
 
 def _run_path(config: DictConfig) -> Path:
@@ -63,8 +92,7 @@ def interruptible(folder: RunFolder) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        command = sys.argv[0].split()[-1]
-        raise KeyboardInterrupt(f"Continue with: keepdrop {command} resume={folder.path}") from None
+        raise KeyboardInterrupt(f"Continue with: keepdrop {command_name()} resume={folder.path}") from None
 
 
 def plain(node: Any) -> Any:

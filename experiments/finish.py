@@ -20,6 +20,7 @@ from ..envs.pruned_file import KeptChannels, save_pruned
 from ..envs.splits import Splits
 from ..envs.training import TrainSettings
 from .base import train_with_progress
+from .build import resolve_device
 from .console import Terminal
 from .doors import plain, settings
 from .run_folder import METRICS, RunFolder
@@ -87,11 +88,9 @@ def metrics_of(
     networks: Networks, splits: Splits, records: Sequence[LayerRecord], config: DictConfig, finetune_seconds: float
 ) -> dict[str, Any]:
     """Everything that `metrics.json` holds; accuracies are fractions on the report split unless named otherwise."""
-    example = splits.reward.batch(torch.arange(1))[0].to(config.device)
+    example = splits.reward.batch(torch.arange(1))[0].to(resolve_device(config.device))
     dense, pruned = count_cost(networks.dense, example), count_cost(networks.pruned, example)
-    latency = measure_latency(
-        {"base": networks.dense, "pruned": networks.finetuned}, example, **plain(config.latency)
-    )
+    latency = measure_latency({"base": networks.dense, "pruned": networks.finetuned}, example, **plain(config.latency))
     return {
         "base_accuracy": report_accuracy(networks.dense, splits),
         "pruned_accuracy": report_accuracy(networks.pruned, splits),
@@ -125,10 +124,18 @@ def group_facts(record: LayerRecord) -> dict[str, Any]:
     }
 
 
-def save_result(networks: Networks, kept: KeptChannels, config: DictConfig, folder: RunFolder, facts: Mapping[str, Any]) -> None:
+def save_result(
+    networks: Networks, kept: KeptChannels, config: DictConfig, folder: RunFolder, facts: Mapping[str, Any]
+) -> None:
     """The smaller CNN in `pruned/`: weights and architecture, loadable without pickle."""
     with folder.stage("pruned") as working:
-        save_pruned(networks.finetuned, working, kept=kept, constructor=plain(config.network), facts=facts)
+        save_pruned(networks.finetuned, working, kept=kept, constructor=_constructor(config.network), facts=facts)
+
+
+def _constructor(node: DictConfig) -> dict[str, Any]:
+    """The dense network's `_target_` and arguments in the form of `load_pruned`."""
+    arguments = {str(key): value for key, value in plain(node).items()}
+    return {"target": arguments.pop("_target_"), "kwargs": arguments}
 
 
 def total_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
@@ -187,6 +194,7 @@ def show_results(metrics: Mapping[str, Any], folder: RunFolder, terminal: Termin
     terminal.totals(total_rows(metrics))
     if metrics["gave_way"]:
         terminal.warn(
-            f"the drop bound of {metrics['drop_bound']:g} did not hold at {', '.join(metrics['gave_way'])}; see {METRICS}."
+            f"the drop bound of {metrics['drop_bound']:g} did not hold at {', '.join(metrics['gave_way'])}; see "
+            f"{METRICS}."
         )
     terminal.console.print(f"Run folder: {folder.path}", markup=False)

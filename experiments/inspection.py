@@ -1,4 +1,4 @@
-"""`keepdrop inspect`: before anything is trained, which filters can go, what hangs on them, and what is skipped and why."""
+"""`keepdrop inspect`: before anything is trained, which filters can go, and what is skipped and why."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def describe(model: nn.Module, example: torch.Tensor) -> dict[str, Any]:
         cost = count_cost(model, example)
     except (RuntimeError, TypeError, ValueError) as error:
         raise UserError(
-            f"The network does not run on an input of shape {tuple(example.shape)} ({str(error).splitlines()[0]}); give the "
-            "shape of your images: input_shape=[channels,height,width]."
+            f"The network does not run on an input {tuple(example.shape)} ({str(error).splitlines()[0]}); give "
+            "the shape of your images: input_shape=[channels,height,width]."
         ) from error
     plan = find_groups(model, example)
     return {

@@ -11,10 +11,10 @@ from ..agent.trainer import AgentSettings
 from ..envs.checkpoint import hash_state
 from ..envs.task import LayerTask
 from ..envs.training import TrainSettings
+from .agents import TrainAgents, load_agents
 from .base import base_network
 from .build import build_augment, build_reward
 from .console import Terminal
-from .agents import TrainAgents, load_agents
 from .doors import hydra_door, interruptible, open_run, settings
 from .facts import run_facts
 from .finish import Networks, finetune, metrics_of, save_result, show_results, write_results
@@ -103,9 +103,9 @@ class ScheduleLog:
     def layer_ends(self, position: int, total: int, record: LayerRecord) -> None:
         """One line and the layer's scalars."""
         self.terminal.say(
-            f"[{position + 1}/{total}] {record.name}: kept {record.n_kept} of {record.n_filters} ({record.decided_by}), "
-            f"accuracy {100 * record.pruned_accuracy:.2f} %, recovered {100 * record.recovered_accuracy:.2f} %, "
-            f"{record.search_seconds + record.recovery_seconds:.0f} s"
+            f"[{position + 1}/{total}] {record.name}: kept {record.n_kept} of {record.n_filters} "
+            f"({record.decided_by}), accuracy {100 * record.pruned_accuracy:.2f} %, "
+            f"recovered {100 * record.recovered_accuracy:.2f} %, {record.search_seconds + record.recovery_seconds:.0f} s"
         )
         self.tracker.scalars(
             "schedule",

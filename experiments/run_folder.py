@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,17 @@ class RunFolder:
                 f"The run folder {str(path)!r} exists and is not empty; expected a new one: choose another run_dir, or "
                 f"continue that run with resume={path}."
             )
-        with _disk_errors(path):
-            path.mkdir(parents=True, exist_ok=True)
+        made = [parent for parent in (path, *path.parents) if not parent.exists()]
         folder = cls(path)
-        folder.write_text(CONFIG, OmegaConf.to_yaml(config, resolve=True))
+        try:
+            with _disk_errors(path):
+                path.mkdir(parents=True, exist_ok=True)
+            folder.write_text(CONFIG, OmegaConf.to_yaml(config, resolve=True))
+        except UserError:
+            for parent in made:
+                with suppress(OSError):
+                    parent.rmdir()
+            raise
         return folder
 
     @classmethod
@@ -49,8 +56,8 @@ class RunFolder:
         """Open the folder of an earlier run."""
         if not (path / CONFIG).is_file():
             raise UserError(
-                f"{str(path)!r} is not a keepdrop run folder ({CONFIG} is missing); expected the folder of an earlier run: "
-                "look under runs/."
+                f"{str(path)!r} is not a keepdrop run folder ({CONFIG} is missing); expected the folder of an earlier "
+                "run: look under runs/."
             )
         return cls(path)
 
@@ -69,11 +76,15 @@ class RunFolder:
         temporary = target.with_name(target.name + ".partial")
         with _disk_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(target)
+            try:
+                with temporary.open("w", encoding="utf-8") as file:
+                    file.write(text)
+                    file.flush()
+                    os.fsync(file.fileno())
+                temporary.replace(target)
+            except OSError:
+                temporary.unlink(missing_ok=True)
+                raise
 
     def write_json(self, name: str, content: Any) -> None:
         """`write_text` of indented JSON."""
@@ -95,6 +106,8 @@ class RunFolder:
             shutil.rmtree(working, ignore_errors=True)
             working.mkdir(parents=True)
             yield working
+            # Whoever writes a stage again (a run stopped between its last two files) has the newer one.
+            shutil.rmtree(final, ignore_errors=True)
             working.replace(final)
 
 
@@ -107,6 +120,6 @@ def _disk_errors(target: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR):
             raise
         raise UserError(
-            f"Could not write {str(target)!r}: {error.strerror}; what was there before is intact: free some space or choose "
-            "another run_dir, then continue with resume=."
+            f"Could not write {str(target)!r}: {error.strerror}; what was there before is intact: free some space or "
+            "choose another run_dir, then continue with resume=."
         ) from error

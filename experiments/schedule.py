@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +17,7 @@ from ..envs.pruned_file import KeptChannels
 from ..envs.surgery import prune
 from ..envs.task import LayerTask, PruningTask, replace_model
 from ..rewards.errors import UserError
+from ..rewards.outcome import Outcome, RewardFunction
 from .decide import Decider, Decision
 from .run_folder import RunFolder
 from .seeds import derive_seed
@@ -81,7 +81,7 @@ class Schedule:
 
     Args:
         decide: decides one layer.
-        reward: ranks alternatives when the decision breaks the bound.
+        reward: ranks alternatives when the decision breaks the bound; None prefers the fewest filters.
         drop_bound: the accuracy one may lose from the dense network, a fraction; None verifies nothing.
         recover: brings the network back after a cut; None leaves it as it is.
         order: "forward" (low to high, the paper's), "backward" or "largest_first" (by MACs that hang on the layer).
@@ -91,7 +91,7 @@ class Schedule:
     def __init__(
         self,
         decide: Decider,
-        reward: Callable[..., Any],
+        reward: RewardFunction | None,
         drop_bound: float | None,
         recover: Recovery | None = None,
         order: str = "forward",
@@ -174,15 +174,16 @@ class Schedule:
         outcome = layer.outcomes(decision.keep[None])[0]
         if self._fits(layer, outcome.pruned_accuracy):
             return decision.keep, decision.source, outcome.pruned_accuracy
-        fitting = []
-        if decision.alternatives:
-            outcomes = layer.outcomes(torch.stack(decision.alternatives))
-            fitting = [i for i, each in enumerate(outcomes) if self._fits(layer, each.pruned_accuracy)]
+        outcomes = layer.outcomes(torch.stack(decision.alternatives)) if decision.alternatives else []
+        fitting = [i for i, each in enumerate(outcomes) if self._fits(layer, each.pruned_accuracy)]
         if fitting:
-            best = max(fitting, key=lambda i: self.reward(outcomes[i]).value)
+            best = max(fitting, key=lambda i: self._worth(outcomes[i]))
             return decision.alternatives[best], "best sampled mask", outcomes[best].pruned_accuracy
         everything = torch.ones(layer.n_filters, dtype=torch.bool)
         return everything, "nothing fits", layer.outcomes(everything[None])[0].pruned_accuracy
+
+    def _worth(self, outcome: Outcome) -> float:
+        return -float(outcome.n_kept) if self.reward is None else self.reward(outcome).value
 
     def _fits(self, layer: LayerTask, accuracy: float) -> bool:
         # A hair of slack: two fractions of whole images may differ in the last bit.

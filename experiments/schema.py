@@ -154,7 +154,7 @@ def register_schemas() -> None:
 
 
 def structured(kind: type) -> DictConfig:
-    """The schema of a dataclass, writable: OmegaConf makes the nodes of frozen ones read-only, and these get overridden."""
+    """The schema of a dataclass, writable: OmegaConf makes nodes of frozen ones read-only, and these get overridden."""
     node = OmegaConf.structured(kind)
     _make_writable(node)
     return node

@@ -77,7 +77,7 @@ def metrics_of(model: torch.nn.Module, splits: Splits) -> dict[str, Any]:
     """Accuracies (fractions) on the reward and the report split, and what the network costs."""
     example = splits.reward.batch(torch.arange(1))[0]
     cost = count_cost(model, example.to(next(model.parameters()).device))
-    accuracies = {}
+    accuracies: dict[str, float] = {}
     for role in ("reward", "report"):
         correct, total = count_correct(model, getattr(splits, role))
         accuracies |= {f"{role}_accuracy": correct / total, f"n_{role}": total}
