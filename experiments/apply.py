@@ -26,7 +26,7 @@ from .prepare import Inputs, prepare
 from .prune import ScheduleLog
 from .recover import Recover, RecoverySettings
 from .run_folder import FACTS, METRICS, RunFolder
-from .schedule import LayerRecord, Schedule
+from .schedule import LayerRecord, Schedule, check_order
 from .schema import PruneConfig, structured
 from .tracking import Tracker
 
@@ -70,6 +70,9 @@ def run(config: DictConfig) -> dict[str, Any]:
 
 def completed(config: DictConfig) -> DictConfig:
     """The configuration with what is null taken from the run that trained the agents, or from the schema's defaults."""
+    for name in ("agents", "checkpoint"):
+        if config[name] is None:
+            raise UserError(f"{name} is not set; expected keepdrop apply agents=RUN checkpoint=FILE.")
     trained, defaults = agents_config(config.agents), structured(PruneConfig)
     filled = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
     assert isinstance(filled, DictConfig)
@@ -90,6 +93,7 @@ def check(config: DictConfig) -> Inputs:
         raise UserError(f"controls has {unknown[0]!r}; expected any of {', '.join(CRITERIA)}.")
     settings(config.recovery, RecoverySettings)
     settings(config.finetune, TrainSettings)
+    check_order(config.order)
     inputs = prepare(config)
     assert inputs.dense is not None
     task = inputs.task(inputs.dense, config)

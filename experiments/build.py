@@ -98,15 +98,15 @@ def try_network(model: nn.Module, splits: Splits) -> None:
             logits = model(images.to(device))
     except Exception as error:
         raise UserError(
-            f"The network fails on images of shape {shape} ({type(error).__name__}: {_first_line(error)}); give one that "
-            "takes them: network=NAME, or its arguments."
+            f"The network fails on images of shape {shape} ({type(error).__name__}: {_first_line(error)}); give one "
+            "that takes them: network=NAME, or its arguments."
         ) from error
     expected = (len(images), splits.fit.n_classes)
     got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
     if not isinstance(got, tuple) or len(got) != 2 or got[0] != expected[0] or got[1] < expected[1]:
         raise UserError(
-            f"The network returns {got} for images of shape {shape}; expected logits of shape {expected}: one row an image, "
-            "one column a class."
+            f"The network returns {got} for images of shape {shape}; expected logits of shape {expected}: one row "
+            "an image, one column a class."
         )
 
 

@@ -33,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
         sys.exit(run(arguments))
+    except BrokenPipeError:  # `keepdrop prune --help | head` is no error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except (UserError, AgentMismatch, HydraException, OmegaConfBaseException, OSError) as error:
         if debug or (isinstance(error, OSError) and not _is_mistake(error)):
             raise

@@ -61,7 +61,8 @@ def open_run(config: DictConfig) -> tuple[RunFolder, DictConfig]:
 
 
 def _check_same_command(config: DictConfig, stored: DictConfig, folder: RunFolder) -> None:
-    odd = sorted({str(key) for key in config} ^ {str(key) for key in stored})
+    ours, theirs = ({str(key) for key in each} for each in (config, stored))
+    odd = sorted((ours - theirs) | ({"agent"} & (theirs - ours)))
     if odd:
         raise UserError(
             f"{str(folder.path)!r} was not written by keepdrop {command_name()} (its {CONFIG} differs in {odd[0]!r}); "

@@ -8,13 +8,28 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
+from ..agent.saved_agent import AgentMismatch, check_agent
+from ..agent.trainer import AgentSettings
 from ..envs.coupling import find_groups
-from ..envs.groups import select_groups
+from ..envs.groups import FilterGroup, select_groups
+from ..envs.observation import STATISTIC_NAMES
 from ..envs.splits import Splits
 from ..envs.task import Base, JudgeSettings, PruningTask, measure_base
 from ..rewards.try_and_learn import check_drop_bound
-from .build import Constructor, build_augment, build_splits, load_network, network_constructor, resolve_device
+from .agents import load_agents
+from .build import (
+    Constructor,
+    build_augment,
+    build_reward,
+    build_splits,
+    load_network,
+    make_policy,
+    network_constructor,
+    resolve_device,
+    try_network,
+)
 from .doors import plain, settings
+from .schema import SearchConfig
 from .seeds import derive_seed
 
 
@@ -25,6 +40,7 @@ class Inputs:
     splits: Splits
     construct: Constructor
     device: torch.device
+    groups: tuple[FilterGroup, ...]
     dense: nn.Module | None
     base: Base | None
 
@@ -52,9 +68,32 @@ def prepare(config: DictConfig) -> Inputs:
     construct = network_constructor(config.network, derive_seed(config.seed, "init"))
     dense = base = None
     if config.checkpoint is not None:
+        try_network(construct(), splits)
         dense = load_network(construct, config.checkpoint).to(device)
         base = measure_base(dense, splits, device)
     example = splits.reward.batch(torch.arange(1))[0].to(device)
-    plan = find_groups(dense if dense is not None else construct().eval().to(device), example)
-    select_groups(plan, plain(config.get("layers")))
-    return Inputs(splits, construct, device, dense, base)
+    model = dense if dense is not None else construct().eval().to(device)
+    try_network(model, splits)
+    groups = select_groups(find_groups(model, example), plain(config.get("layers")))
+    return Inputs(splits, construct, device, groups, dense, base)
+
+
+def check_search(config: DictConfig, inputs: Inputs) -> None:
+    """Check what the agents of a search are made of, and the saved ones it starts from; raises `UserError`."""
+    settings(config.search, SearchConfig)
+    settings(config.agent, AgentSettings)
+    build_reward(config.reward)
+    make_policy(config.policy, n_filters=inputs.groups[0].n_filters, n_weights=9)
+    if config.warm_start is None:
+        return
+    known, names = load_agents(config.warm_start), [group.name for group in inputs.groups]
+    if not set(known) & set(names):
+        raise AgentMismatch(
+            f"the agents in {config.warm_start} were trained for {', '.join(known)}, but {', '.join(names)} is to be "
+            "pruned; choose a matching run or leave warm_start out"
+        )
+    for group in inputs.groups:
+        if group.name in known:
+            agent = known[group.name]
+            tied = {"n_filters": group.n_filters} if "n_filters" in agent.facts["policy"]["kwargs"] else {}
+            check_agent(agent, statistic_names=STATISTIC_NAMES, **tied)

@@ -7,21 +7,21 @@ from typing import Any
 from omegaconf import DictConfig
 from torch import nn
 
-from ..agent.trainer import AgentSettings
 from ..envs.checkpoint import hash_state
 from ..envs.task import LayerTask
 from ..envs.training import TrainSettings
-from .agents import TrainAgents, load_agents
+from .agents import TrainAgents
 from .base import base_network
 from .build import build_augment, build_reward
 from .console import Terminal
 from .doors import hydra_door, interruptible, open_run, settings
 from .facts import run_facts
 from .finish import Networks, finetune, metrics_of, save_result, show_results, write_results
-from .prepare import Inputs, prepare
+from .prepare import Inputs, check_search, prepare
 from .recover import Recover, RecoverySettings
 from .run_folder import FACTS, METRICS, RunFolder
-from .schedule import LayerRecord, Schedule
+from .schedule import LayerRecord, Schedule, check_order
+from .schema import LatencyConfig
 from .tracking import Tracker
 
 
@@ -45,13 +45,14 @@ def run(config: DictConfig) -> dict[str, Any]:
 
 def check(config: DictConfig) -> Inputs:
     """Find every mistake of the user's before anything is written."""
-    for node, kind in ((config.agent, AgentSettings), (config.finetune, TrainSettings), (config.base, TrainSettings)):
-        settings(node, kind)
+    for node in (config.finetune, config.base):
+        settings(node, TrainSettings)
     settings(config.recovery, RecoverySettings)
-    build_reward(config.reward)
-    if config.warm_start is not None:
-        load_agents(config.warm_start)
-    return prepare(config)
+    settings(config.latency, LatencyConfig)
+    check_order(config.order)
+    inputs = prepare(config)
+    check_search(config, inputs)
+    return inputs
 
 
 def prune_network(inputs: Inputs, config: DictConfig, folder: RunFolder, terminal: Terminal) -> dict[str, Any]:
@@ -105,7 +106,8 @@ class ScheduleLog:
         self.terminal.say(
             f"[{position + 1}/{total}] {record.name}: kept {record.n_kept} of {record.n_filters} "
             f"({record.decided_by}), accuracy {100 * record.pruned_accuracy:.2f} %, "
-            f"recovered {100 * record.recovered_accuracy:.2f} %, {record.search_seconds + record.recovery_seconds:.0f} s"
+            f"recovered {100 * record.recovered_accuracy:.2f} %, "
+            f"{record.search_seconds + record.recovery_seconds:.0f} s"
         )
         self.tracker.scalars(
             "schedule",

@@ -76,6 +76,12 @@ class Watcher(Protocol):
         ...
 
 
+def check_order(order: str) -> None:
+    """Refuse an order that is none."""
+    if order not in ORDERS:
+        raise UserError(f"order is {order!r}; expected one of {', '.join(ORDERS)}.")
+
+
 class Schedule:
     """Decide, verify, cut and recover layer by layer; every finished layer is on disk before the next begins.
 
@@ -97,8 +103,7 @@ class Schedule:
         order: str = "forward",
         seed: int = 0,
     ) -> None:
-        if order not in ORDERS:
-            raise UserError(f"order is {order!r}; expected one of {', '.join(ORDERS)}.")
+        check_order(order)
         self.decide = decide
         self.reward = reward
         self.drop_bound = drop_bound

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from ..agent.trainer import AgentSettings
 from ..envs.task import JudgeSettings
 from ..envs.training import TrainSettings
+from ..rewards.errors import UserError
 from .recover import RecoverySettings
 
 
@@ -30,6 +31,12 @@ class SearchConfig:
     masks: int = 16
     images: int | None = 512
 
+    def __post_init__(self) -> None:
+        if self.masks < 2:
+            raise UserError(f"search.masks is {self.masks}; expected 2 or more: rewards are compared with one another.")
+        if self.images is not None and self.images < 1:
+            raise UserError(f"search.images is {self.images}; expected 1 or more, or null for all reward images.")
+
 
 @dataclass
 class LatencyConfig:
@@ -38,6 +45,13 @@ class LatencyConfig:
     batch_sizes: list[int] = field(default_factory=lambda: [1, 64])
     repeats: int = 20
     warmup: int = 3
+
+    def __post_init__(self) -> None:
+        if not self.batch_sizes or min(self.batch_sizes) < 1 or self.repeats < 1 or self.warmup < 0:
+            raise UserError(
+                f"latency is batch_sizes={list(self.batch_sizes)}, repeats={self.repeats}, warmup={self.warmup}; "
+                "expected batch sizes and repeats of 1 or more, and a warmup of 0 or more."
+            )
 
 
 @dataclass

@@ -6,16 +6,15 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from ..agent.trainer import AgentSettings
 from ..envs.training import TrainSettings
 from ..rewards.errors import UserError
-from .agents import TrainAgents, load_agents
+from .agents import TrainAgents
 from .base import base_network
 from .build import build_reward
 from .console import Terminal
 from .doors import hydra_door, open_run, settings
 from .facts import run_facts
-from .prepare import Inputs, prepare
+from .prepare import Inputs, check_search, prepare
 from .run_folder import FACTS, METRICS, RunFolder
 from .schedule import Schedule
 from .tracking import Tracker
@@ -43,15 +42,13 @@ def run(config: DictConfig) -> dict[str, Any]:
 
 def check(config: DictConfig) -> Inputs:
     """Find every mistake of the user's before anything is written."""
-    for node, kind in ((config.agent, AgentSettings), (config.base, TrainSettings)):
-        settings(node, kind)
-    build_reward(config.reward)
-    if config.warm_start is not None:
-        load_agents(config.warm_start)
+    settings(config.base, TrainSettings)
     if any(character in config.layer for character in "*?["):
         raise UserError(f"layer is {config.layer!r}, a pattern; expected one name: train several with -m layer=a,b,c.")
     config.layers = [config.layer]
-    return prepare(config)
+    inputs = prepare(config)
+    check_search(config, inputs)
+    return inputs
 
 
 def train_layer(inputs: Inputs, config: DictConfig, folder: RunFolder, terminal: Terminal) -> dict[str, Any]:

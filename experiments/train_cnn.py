@@ -13,7 +13,7 @@ from ..envs.evaluate import count_correct
 from ..envs.splits import Splits
 from ..envs.training import TrainSettings
 from .base import WEIGHTS, train_base
-from .build import build_augment, build_splits, network_constructor, resolve_device
+from .build import build_augment, build_splits, network_constructor, resolve_device, try_network
 from .console import Terminal
 from .doors import hydra_door, interruptible, open_run, settings
 from .facts import provenance
@@ -52,8 +52,7 @@ def check(config: DictConfig) -> None:
     resolve_device(config.device)
     build_augment(config.augment)
     splits = build_splits(config)
-    with torch.inference_mode():
-        network_constructor(config.network)().eval()(splits.fit.batch(torch.arange(1))[0])
+    try_network(network_constructor(config.network)(), splits)
 
 
 def train(config: DictConfig, folder: RunFolder, terminal: Terminal) -> dict[str, Any]:
