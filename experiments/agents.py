@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from .build import build_policy
 from .console import Terminal
 from .decide import Decision, observation_tensors
 from .doors import plain, settings
+from .facts import command_line
 from .run_folder import RunFolder
 from .seeds import derive_seed
 from .tracking import Tracker
@@ -85,7 +85,7 @@ class TrainAgents:
     def _facts(self, layer: LayerTask, seed: int, result: TrainingResult) -> dict[str, Any]:
         curve = [metrics["reward_mean"] for metrics in result.history]
         return {
-            "command": ["keepdrop", *sys.argv[1:]],
+            "command": command_line(),
             "config": plain(self.config),
             "seed": seed,
             **fit_facts(layer),

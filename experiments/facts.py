@@ -26,12 +26,17 @@ def run_facts(task: PruningTask, config: DictConfig) -> dict[str, Any]:
 def provenance(seed: int) -> dict[str, Any]:
     """Command, versions, machine and git state of this process, for `facts.json`."""
     return {
-        "command": ["keepdrop", *sys.argv[1:]],
+        "command": command_line(),
         "seed": seed,
         "versions": {name: _version(name) for name in _PACKAGES} | {"python": platform.python_version()},
         "machine": {"system": platform.system(), "processor": platform.machine(), "cpus": os.cpu_count()},
         "git": _git_hash(),
     }
+
+
+def command_line() -> list[str]:
+    """This process's command as it can be typed again."""
+    return ["keepdrop", *sys.argv[0].split()[1:], *sys.argv[1:]]
 
 
 def _version(name: str) -> str | None:

@@ -100,9 +100,9 @@ def _missing_option(error: MissingConfigException) -> str:
 
 def _expected(error: BaseException) -> str:
     reason = str(error.__cause__ or error)
-    if found := re.search(r"could not be converted to (\w+)", reason):
-        kinds = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}
-        return kinds.get(found[1], found[1].lower())
+    if found := re.search(r"could not be converted to (\w+)|is not a valid (bool)", reason):
+        kinds = {"Integer": "a whole number", "Float": "a number", None: "true or false"}
+        return kinds.get(found[1], f"a value of type {found[1]}")
     if found := re.search(r"is not a subclass of (\w+)", reason):
         return "settings below it: key.NAME=VALUE"
     if "is not a ListConfig" in reason:

@@ -1,0 +1,145 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from keepdrop.experiments.cli import main
+
+# Small networks: a second thread costs more than it brings, above all beside other test processes.
+torch.set_num_threads(1)
+
+TINY = [
+    "base.epochs=2",
+    "base.lr=0.05",
+    "layers=[conv1,conv2]",
+    "agent.updates=2",
+    "search.masks=4",
+    "search.images=60",
+    "recovery.train.epochs=0.3",
+    "finetune.epochs=0.5",
+    "drop_bound=0.2",
+    "latency.repeats=1",
+    "latency.warmup=0",
+    "judge.compensation_images=100",
+    "judge.statistics_images=100",
+]
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """Overrides that make `keepdrop prune` a matter of seconds."""
+    return list(TINY)
+
+
+def run_main(*arguments):
+    """Run the console entry point in this process; returns its exit code."""
+    argv, path, environment = list(sys.argv), list(sys.path), dict(os.environ)
+    try:
+        main(list(arguments))
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    finally:
+        sys.argv[:], sys.path[:] = argv, path
+        os.environ.clear()
+        os.environ.update(environment)
+    return 0
+
+
+@pytest.fixture
+def keepdrop(tmp_path, monkeypatch, capsys):
+    """Runs a command line in an empty folder; the result has code, out and err."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(*arguments):
+        capsys.readouterr()
+        code = run_main(*arguments)
+        captured = capsys.readouterr()
+        return SimpleNamespace(code=code, out=captured.out, err=captured.err)
+
+    return command
+
+
+@pytest.fixture
+def refused(keepdrop, tmp_path):
+    """Runs a command line that must be refused: exit code 2, one line on stderr, nothing written. Returns the line."""
+
+    def content():
+        return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(tmp_path.rglob("*"))}
+
+    def command(*arguments):
+        before = content()
+        result = keepdrop(*arguments)
+        assert result.code == 2, result
+        assert result.out == ""
+        assert result.err.startswith("keepdrop: ") and result.err.count("\n") == 1, result.err
+        assert content() == before
+        return result.err.removeprefix("keepdrop: ").strip()
+
+    return command
+
+
+@pytest.fixture(scope="session")
+def cnn(tmp_path_factory):
+    """Run folder of a `keepdrop train-cnn`."""
+    folder = tmp_path_factory.mktemp("base") / "cnn"
+    assert run_main("train-cnn", "base.epochs=2", "base.lr=0.05", f"run_dir={folder}", "quiet=true") == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(cnn):
+    """Weights of a trained small CNN."""
+    return cnn / "model.safetensors"
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, tiny):
+    """Run folder of a whole, tiny `keepdrop prune` with seed 0, base training and all."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    assert run_main("prune", *tiny, f"run_dir={folder}", "quiet=true") == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def spawn():
+    """Starts `keepdrop ...` as a process of its own; returns the Popen object."""
+
+    def start(*arguments, cwd):
+        return subprocess.Popen(
+            [str(Path(sys.executable).with_name("keepdrop")), *map(str, arguments)],
+            cwd=cwd,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
+
+
+def decisions(run):
+    """What every layer of a run keeps, by the layer's folder."""
+    import json
+
+    return {
+        path.parent.name: json.loads(path.read_text())["keep"]
+        for path in sorted(Path(run).glob("layers/*/decision.json"))
+    }
+
+
+@pytest.fixture(scope="session")
+def outcome():
+    """All that two equal runs must share, bit by bit: decisions, agents' and networks' weights."""
+
+    def of(run):
+        weights = {
+            str(path.relative_to(run)): path.read_bytes()
+            for name in ("base/model", "layers/*/network", "finetune/model", "pruned/model")
+            for path in sorted(Path(run).glob(f"{name}.safetensors"))
+        }
+        return decisions(run), weights
+
+    return of
