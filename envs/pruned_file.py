@@ -80,7 +80,7 @@ def save_pruned(
         folder: where `model.safetensors` and `architecture.json` go. Each is written under another name first and then
             renamed; a pair of different origin is refused when loading.
         kept: its channels in terms of the dense network.
-        constructor: {"target": dotted name, "kwargs": {...}} of the dense network, if that can be said in JSON.
+        constructor: {"_target_": dotted name, argument: value, ...} of the dense network (Hydra's form), if there is one.
         facts: anything else worth keeping (JSON).
 
     Raises UserError if `constructor` or `facts` is no JSON.
@@ -160,13 +160,13 @@ def _check_form(path: Path, core: Mapping[str, Any]) -> None:
 
 def _dense(stored: Any, constructor: Callable[[], nn.Module] | None) -> nn.Module:
     if constructor is None:
-        target = stored.get("target") if isinstance(stored, dict) else None
+        target = stored.get("_target_") if isinstance(stored, dict) else None
         if target not in BUILT_IN:
             raise UserError(
                 f"The file names {target!r} as the constructor of the dense network, which is not called from a file; "
                 "pass it yourself: load_pruned(folder, constructor)."
             )
-        maker, kwargs = BUILT_IN[target], stored.get("kwargs") or {}
+        maker, kwargs = BUILT_IN[target], {key: value for key, value in stored.items() if key != "_target_"}
         constructor = lambda: maker(**kwargs)  # noqa: E731
     try:
         dense = constructor()

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 from zoo import IMAGES, ZOO
 
-RESNET = {"target": "keepdrop.envs.networks.cifar_resnet", "kwargs": {"depth": 8}}
+RESNET = {"_target_": "keepdrop.envs.networks.cifar_resnet", "depth": 8}
 
 
 def _pruned(make, shape, steps=2):
@@ -127,7 +127,7 @@ def test_another_constructor_names_the_first_mismatch(saved, constructor, messag
 
 def test_a_file_does_not_choose_what_code_runs(saved, tmp_path):
     _, model, kept, _, _ = saved
-    save_pruned(model, tmp_path / "evil", kept=kept, constructor={"target": "os.system", "kwargs": {"command": "true"}})
+    save_pruned(model, tmp_path / "evil", kept=kept, constructor={"_target_": "os.system", "command": "true"})
     with pytest.raises(UserError, match=r"names 'os.system' as the constructor .* pass it yourself"):
         load_pruned(tmp_path / "evil")
     save_pruned(model, tmp_path / "none", kept=kept)
