@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from torch import nn
@@ -17,7 +17,7 @@ from torch import nn
 from ..rewards.errors import UserError
 from .groups import Axis, Cut, FilterGroup, GroupPlan, Kind, Skipped, select_groups
 from .label_trace import trace_labels
-from .leaves import Inputs, is_conv, is_depthwise
+from .leaves import Inputs, is_conv, is_depthwise, is_leaf
 from .module_rules import Ownership
 from .verification import Verifier
 
@@ -39,15 +39,13 @@ def find_groups(model: nn.Module, example_inputs: Inputs, *, verify: bool = True
     Raises UserError if the network cannot be copied or does not run on the example.
     """
     owners = _trace(model, example_inputs)
-    groups = _assemble(model, owners)
-    skipped: dict[str, str] = {}
-    if verify and groups:
-        skipped = Verifier(model, example_inputs).failures(groups)
-        groups = [group for group in groups if group.name not in skipped]
-    for group in [group for group in groups if group.n_filters == 1]:
-        skipped[group.name] = "it has a single filter to decide on, which must stay"
-    groups = [group for group in groups if group.n_filters > 1]
-    return GroupPlan(tuple(groups), tuple(_skipped(model, owners, groups, skipped)))
+    found = _assemble(model, owners)
+    refused: dict[str, str] = Verifier(model, example_inputs).failures(found) if verify and found else {}
+    for group in found:
+        if group.n_filters == 1:
+            refused.setdefault(group.name, "it has a single filter to decide on, which must stay")
+    groups = tuple(group for group in found if group.name not in refused)
+    return GroupPlan(groups, tuple(_skipped(model, owners, groups, _reasons(found, refused))))
 
 
 def _trace(model: nn.Module, inputs: Inputs) -> Ownership:
@@ -99,8 +97,19 @@ def _cut(owners: Ownership, key: Key, members: Iterable[Channels]) -> Cut:
     return Cut(key[0], key[1], channels, owners.kinds[key])
 
 
+def _reasons(found: Iterable[FilterGroup], refused: Mapping[str, str]) -> dict[str, str]:
+    """Why each convolution of the refused groups is left alone."""
+    reasons: dict[str, str] = {}
+    for group in found:
+        if group.name in refused:
+            for cut in group.producers:
+                partner = "" if cut is group.cuts[0] else f"it goes together with {group.name!r}: "
+                reasons.setdefault(cut.module, partner + refused[group.name])
+    return reasons
+
+
 def _skipped(
-    model: nn.Module, owners: Ownership, groups: list[FilterGroup], reasons: dict[str, str]
+    model: nn.Module, owners: Ownership, groups: Iterable[FilterGroup], reasons: Mapping[str, str]
 ) -> Iterable[Skipped]:
     """Every convolution that makes filters and is in no group, with the most frequent reason of its filters."""
     covered = {cut.module for group in groups for cut in group.producers}
@@ -109,7 +118,10 @@ def _skipped(
         if not is_conv(module) or is_depthwise(module) or name in covered:
             continue
         if name not in ran:
-            yield Skipped(name, "its kind is not known, or it did not run on the example input")
+            plain = "it does not run on the example input (in evaluation mode)"
+            yield Skipped(
+                name, plain if is_leaf(module) else f"{type(module).__name__} makes its weight in its own way"
+            )
             continue
         found = [owners.forest.reason(label) for label in owners.ids[name, "out"].tolist()]
         known = Counter(reason for reason in found if reason)

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from .groups import Cut
-from .leaves import is_transposed
+from .leaves import is_leaf, is_transposed
 
 
 def mixing_obstacle(module: nn.Module, cut: Cut) -> str | None:
     """Why the channels of `cut` cannot be mixed inside the weights of `module`, or None if they can."""
+    if not is_leaf(module):
+        return f"{cut.module!r} is a {type(module).__name__} with a forward of its own"
     if not isinstance(module, _ConvNd) or module.groups == 1:
         return None
     blocks = cut.channels // (module.in_channels // module.groups)

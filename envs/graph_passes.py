@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from .leaves import is_transposed
+from .leaves import is_leaf, is_transposed
 
 _OUT_OF_PLACE: dict[Any, Any] = {
     operator.iadd: operator.add,
@@ -86,7 +86,14 @@ def _folding_partner(traced: fx.GraphModule, node: fx.Node, calls: dict[int, int
     if not isinstance(conv, fx.Node) or conv.op != "call_module" or len(conv.users) != 1:
         return None
     module = traced.get_submodule(str(conv.target))
-    if not isinstance(module, _ConvNd) or calls[id(module)] != 1 or calls[id(norm)] != 1 or norm.running_mean is None:
+    if (
+        not isinstance(module, _ConvNd)
+        or not is_leaf(module)
+        or not is_leaf(norm)
+        or calls[id(module)] != 1
+        or calls[id(norm)] != 1
+        or norm.running_mean is None
+    ):
         return None
     return None if is_transposed(module) and module.groups > 1 else conv
 

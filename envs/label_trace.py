@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from .labels import ChannelLabels
-from .leaves import Inputs, is_leaf, run
-from .module_rules import Ownership, apply_module
+from .leaves import Inputs, is_extended, is_leaf, run
+from .module_rules import Ownership, apply_module, own_input
 from .operator_rules import Labelled, apply_operator, fix_all
 
 REACHES_OUTPUT = "its filters are the network's output"
@@ -27,6 +27,7 @@ class LabelTrace(TorchDispatchMode):
         self.owners = Ownership(ChannelLabels())
         self._labelled: Labelled = {}
         self._inside = 0
+        self._extended: list[tuple[str, nn.Module]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator, then move the labels along."""
@@ -38,12 +39,23 @@ class LabelTrace(TorchDispatchMode):
 
     def _follow(self, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
         try:
+            source = own_input(self._extended[-1][1], func, args) if self._extended else None
+            if source is not None:
+                return self._apply_extended(source, out)
             return apply_operator(self.owners.forest, self._labelled, func, args, kwargs, out)
         except Exception as error:
             # An operator used in a way its rule does not foresee costs the filters that touch it, not the network.
             known = [self._labelled[id(each)][1] for each in tree_leaves((args, kwargs)) if id(each) in self._labelled]
             fix_all(self.owners.forest, known, f"the operation {func} cannot be followed here ({error})")
             return None
+
+    def _apply_extended(self, source: Any, out: Any) -> Any:
+        """The operator of a subclass with its own `forward` (padding before it, an activation after it)."""
+        name, module = self._extended[-1]
+        first = out if isinstance(out, Tensor) else out[0]
+        _, labels = self._labelled.get(id(source), (None, None))
+        result = apply_module(self.owners, name, module, labels, first)
+        return result if isinstance(out, Tensor) else [result] + [None] * (len(out) - 1)
 
     def enter(self, module: nn.Module, args: Any) -> None:
         """Forward pre-hook of known modules."""
@@ -59,6 +71,14 @@ class LabelTrace(TorchDispatchMode):
             self._note(out, apply_module(self.owners, name, module, labels, out))
 
         return hook
+
+    def look_into(self, name: str) -> Callable[..., None]:
+        """Forward pre-hook of the subclass `name`."""
+        return lambda module, args: self._extended.append((name, module))
+
+    def look_away(self, module: nn.Module, args: Any, out: Any) -> None:
+        """Forward hook of subclasses."""
+        self._extended.pop()
 
     def fix_outputs(self, outputs: Any) -> None:
         """What the network returns keeps its channels."""
@@ -83,6 +103,9 @@ def trace_labels(model: nn.Module, inputs: Inputs) -> Ownership:
         if is_leaf(module):
             handles.append(module.register_forward_pre_hook(trace.enter))
             handles.append(module.register_forward_hook(trace.leave(name), with_kwargs=True))
+        elif is_extended(module):
+            handles.append(module.register_forward_pre_hook(trace.look_into(name)))
+            handles.append(module.register_forward_hook(trace.look_away))
     try:
         with torch.no_grad(), trace:
             trace.fix_outputs(run(model, inputs))

@@ -35,6 +35,13 @@ def is_leaf(module: nn.Module) -> bool:
     return "weight" in module._parameters
 
 
+def is_extended(module: nn.Module) -> bool:
+    """Whether `module` is a layer whose class puts a `forward` of its own around torch's operator."""
+    known = isinstance(module, (*_CONVS, nn.Linear, _BatchNorm, nn.GroupNorm))
+    plain = not parametrize.is_parametrized(module) and "weight" in module._parameters
+    return known and plain and not is_leaf(module)
+
+
 def is_conv(module: nn.Module) -> bool:
     """A convolution or transposed convolution of 1, 2 or 3 dimensions."""
     return isinstance(module, _ConvNd)
@@ -63,5 +70,5 @@ class LeafTracer(fx.Tracer):
     """Traces a network down to torch's modules and to user subclasses that behave exactly like them."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Leaves of ours, and whatever `torch.fx` takes as a leaf."""
-        return is_leaf(m) or super().is_leaf_module(m, module_qualified_name)
+        """Leaves of ours, every layer that may read a group's filters, and whatever `torch.fx` takes as a leaf."""
+        return is_leaf(m) or isinstance(m, (*_CONVS, nn.Linear)) or super().is_leaf_module(m, module_qualified_name)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -12,7 +14,10 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .groups import Axis, Kind
 from .labels import ChannelLabels, Ids, per_channel, spread, varying
-from .leaves import is_depthwise
+from .leaves import is_depthwise, is_transposed
+
+LAYER_NORM_MIXES = "a LayerNorm mixes its channels, so that removing one changes the others"
+BATCH_NORMS = ("native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "miopen_batch_norm")
 
 
 @dataclass
@@ -48,6 +53,24 @@ def apply_module(owners: Ownership, name: str, module: nn.Module, labels: Tensor
     if isinstance(module, (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.PReLU)):
         owners.own(name, "out", "pass", ids)
     return spread(ids, min(1, out.dim() - 1), out.shape)
+
+
+def own_input(module: nn.Module, func: Any, args: Sequence[Any]) -> Any:
+    """What the operator call reads if it is that of `module` itself (its kind, its own weight, its groups), or None."""
+    name, weight = func.overloadpacket.__name__, module._parameters.get("weight")
+    if isinstance(module, nn.Linear):
+        source, read = (args[-2], args[-1]) if name in ("addmm", "mm") else (None, None)
+        same = isinstance(read, Tensor) and weight is not None and read.data_ptr() == weight.data_ptr()
+        return source if same and read.shape == weight.T.shape else None
+    if len(args) < 2 or args[1] is None or args[1] is not weight:
+        return None
+    if isinstance(module, _ConvNd):
+        fits = name == "convolution" and (args[6], args[8]) == (is_transposed(module), module.groups)
+    elif isinstance(module, nn.GroupNorm):
+        fits = name == "native_group_norm" and args[6] == module.num_groups
+    else:
+        fits = name in BATCH_NORMS
+    return args[0] if fits else None
 
 
 def _channel_ids(forest: ChannelLabels, labels: Tensor | None, dim: int, count: int) -> Ids:
@@ -90,7 +113,7 @@ def _layer_norm(owners: Ownership, module: nn.LayerNorm, labels: Tensor | None) 
         return None
     first = labels.dim() - len(module.normalized_shape)
     if any(dim >= first for dim in varying(labels)):
-        owners.forest.fix(labels.unique(), "a LayerNorm mixes its channels, so that removing one changes the others")
+        owners.forest.fix(labels.unique(), LAYER_NORM_MIXES)
         return None
     return labels
 

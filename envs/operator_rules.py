@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from .labels import ChannelLabels, compact, compress, per_channel, spread, varying
-from .module_rules import tie_blocks
+from .module_rules import LAYER_NORM_MIXES, tie_blocks
 
 
 def _words(text: str) -> frozenset[str]:
@@ -64,6 +64,9 @@ def apply_operator(forest: ChannelLabels, labelled: Labelled, func: Any, args: A
         return _reduce(forest, name, known[0], args, kwargs, out)
     if (torch.Tag.pointwise in func.tags or name in POINTWISE) and isinstance(out, Tensor):
         return pointwise(forest, inputs, [labelled.get(id(value), (value, None))[1] for value in inputs], out, name)
+    if name == "native_layer_norm":
+        fix_all(forest, known, LAYER_NORM_MIXES)
+        return None
     fix_all(forest, known, f"the operation {name!r} is not one that keeps channels apart")
     return None
 

@@ -7,6 +7,7 @@ import torch
 from keepdrop.envs.compensation import Compensation, Moments, solve
 from keepdrop.envs.coupling import find_groups
 from keepdrop.envs.evaluate import MaskEvaluator
+from keepdrop.envs.leaves import is_leaf
 from keepdrop.envs.masking import masked_inputs
 from keepdrop.envs.networks import cifar_resnet, small_cnn
 from keepdrop.envs.surgery import prune
@@ -43,7 +44,9 @@ def test_masked_and_mixed_equals_pruned_and_folded(name):
     for group in groups:
         keep = _keep(group, generator)
         compensation = Compensation.fit(model, group, images)
-        assert not compensation.skipped
+        # A layer with a forward of its own may do something to its input before it reads it.
+        own = {cut.module for cut in group.consumers if not is_leaf(model.get_submodule(cut.module))}
+        assert set(compensation.skipped) == own
         mixes = {key: matrix[0] for key, matrix in compensation.matrices(keep[None]).items()}
         pruned = prune(model, {group: keep})
         compensation.fold(pruned, group, keep)

@@ -33,6 +33,7 @@ EXPECTED = {
     "Norms": {"stem": (12, set()), "middle": (4, set())},
     "PixelShuffle": {"stem": (4, set()), "head": (6, set())},
     "Branching": {"head": (6, set())},
+    "Extended": {"first": (6, set()), "second": (5, set())},
     "OneDimensional": {"stem": (8, set()), "head": (6, set())},
     "ThreeDimensional": {"stem": (6, set()), "head": (6, set())},
 }
@@ -125,7 +126,7 @@ class _Odd(nn.Module):
         (lambda net, x: net.norm(x), "GroupNorm of one group mixes"),
         (lambda net, x: x.softmax(1), "'_softmax' mixes its channels"),
         (lambda net, x: x / x.norm(dim=1, keepdim=True), "mixes its channels"),
-        (lambda net, x: F.layer_norm(x, x.shape[1:]), "'native_layer_norm' is not one that keeps channels apart"),
+        (lambda net, x: F.layer_norm(x, x.shape[1:]), "a LayerNorm mixes its channels"),
         (lambda net, x: torch.cumsum(x, 1), "'cumsum' mixes its channels"),
         (lambda net, x: torch.einsum("bchw,cd->bdhw", x, torch.eye(6)), "not one that keeps channels apart"),
         (lambda net, x: torch.cat(torch.split(x, 3, dim=1)[::-1], 1), "does not"),

@@ -261,11 +261,47 @@ class ThreeDimensional(nn.Module):
         return self.linear(F.relu(self.head(x)).mean((2, 3, 4)))
 
 
+class SamePadding(nn.Conv2d):
+    """Pads by itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(F.pad(x, (0, 1, 0, 1)), self.weight, self.bias, self.stride)
+
+
+class NormRelu(nn.BatchNorm2d):
+    """Normalisation and activation in one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(
+            F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.1, self.eps)
+        )
+
+
+class HalfLinear(nn.Linear):
+    """Scales what it returns."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias) / 2
+
+
+class Extended(nn.Module):
+    """Subclasses whose `forward` does more than torch's, as timm's do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.bn = SamePadding(3, 6, 2, stride=2), NormRelu(6)
+        self.second, self.head = SamePadding(6, 5, 2), HalfLinear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(self.bn(self.first(x))).relu().mean((2, 3)))
+
+
 ZOO = {
     each.__name__: each
     for each in (
         ResidualStream, PadShortcut, Concat, Depthwise, Grouped, Reused, Chunked, Shuffled, Flattened, Gated, Decoder,
         Norms, PixelShuffle, Branching, OneDimensional, ThreeDimensional,
+        Extended,
     )
 }  # fmt: skip
 IMAGES = (2, 3, 8, 8)
