@@ -11,7 +11,7 @@ import torch
 from omegaconf import DictConfig
 
 from ..agent.criteria import CriterionAgent
-from ..agent.saved_agent import AgentMismatch, SavedAgent, check_agent, load_agent, save_agent
+from ..agent.saved_agent import WEIGHTS, AgentMismatch, SavedAgent, check_agent, load_agent, save_agent
 from ..agent.trainer import AgentSettings, Trainer, TrainingResult, train_agent
 from ..envs.checkpoint import hash_state
 from ..envs.filter_pruning import FilterPruningVectorEnv
@@ -159,7 +159,7 @@ def load_agents(run: str) -> dict[str, SavedAgent]:
     path = Path(run)
     if not path.is_dir():
         raise UserError(f"{run!r} is not a folder; expected a run folder of keepdrop prune or train-agent.")
-    folders = [facts.parent for facts in sorted(path.glob(f"**/{AGENT}/facts.json")) if ".partial" not in str(facts)]
+    folders = [facts.parent for facts in sorted(path.glob(f"**/{AGENT}/{WEIGHTS}")) if ".partial" not in str(facts)]
     agents = {str(agent.facts.get("group")): agent for agent in map(load_agent, folders)}
     if not agents:
         raise UserError(

@@ -73,6 +73,7 @@ def completed(config: DictConfig) -> DictConfig:
     for name in ("agents", "checkpoint"):
         if config[name] is None:
             raise UserError(f"{name} is not set; expected keepdrop apply agents=RUN checkpoint=FILE.")
+    known = load_agents(config.agents)
     trained, defaults = agents_config(config.agents), structured(PruneConfig)
     filled = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
     assert isinstance(filled, DictConfig)
@@ -82,7 +83,7 @@ def completed(config: DictConfig) -> DictConfig:
         filled[key] = inherited if given is None else given
         if OmegaConf.is_dict(given) and OmegaConf.is_dict(inherited) and "_target_" not in given:
             filled[key] = OmegaConf.merge(OmegaConf.create(OmegaConf.to_container(inherited)), given)
-    filled.layers = list(load_agents(config.agents))
+    filled.layers = list(known)
     return filled
 
 

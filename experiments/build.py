@@ -46,7 +46,8 @@ def build(node: DictConfig, what: str) -> Any:
 
 
 def _root_cause(error: BaseException) -> BaseException:
-    while error.__cause__ is not None:
+    """What Hydra's error stands for: the sentence of a `UserError` if there is one, else the first cause of all."""
+    while error.__cause__ is not None and not isinstance(error, UserError):
         error = error.__cause__
     return error
 

@@ -129,13 +129,7 @@ def save_result(
 ) -> None:
     """The smaller CNN in `pruned/`: weights and architecture, loadable without pickle."""
     with folder.stage("pruned") as working:
-        save_pruned(networks.finetuned, working, kept=kept, constructor=_constructor(config.network), facts=facts)
-
-
-def _constructor(node: DictConfig) -> dict[str, Any]:
-    """The dense network's `_target_` and arguments in the form of `load_pruned`."""
-    arguments = {str(key): value for key, value in plain(node).items()}
-    return {"target": arguments.pop("_target_"), "kwargs": arguments}
+        save_pruned(networks.finetuned, working, kept=kept, constructor=plain(config.network), facts=facts)
 
 
 def total_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
