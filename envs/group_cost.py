@@ -9,36 +9,35 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from .slicing import width
+
 if TYPE_CHECKING:
     from .cost import Cost
     from .groups import FilterGroup
 
 
 def pruned_cost(model: nn.Module, cost: Cost, kept: Mapping[FilterGroup, int]) -> tuple[int, int]:
-    """MACs and parameters when each group keeps the given number of its filters.
+    """MACs an image and parameters when each group keeps the given number of its filters.
 
     Which filters go does not matter, only how many. Equal to `count_cost` of the pruned network (a test compares).
+
+    Args:
+        model: the network the groups were found in.
+        cost: its `count_cost`.
+        kept: filters kept, 0 to N, by group; groups that are not named keep all.
     """
     shares: dict[str, dict[str, Fraction]] = defaultdict(lambda: {"out": Fraction(1), "in": Fraction(1)})
     for group, n_kept in kept.items():
+        if not 0 <= n_kept <= group.n_filters:
+            raise ValueError(f"group {group.name!r} cannot keep {n_kept} of its {group.n_filters} filters.")
         for cut in group.cuts:
-            module = model.get_submodule(cut.module)
             gone = (group.n_filters - n_kept) * cut.channels.shape[1]
-            shares[cut.module][cut.axis] -= Fraction(gone, _width(module, cut.axis))
+            shares[cut.module][cut.axis] -= Fraction(gone, width(model.get_submodule(cut.module), cut.axis))
     macs, params = cost.macs, cost.params
     for name, share in shares.items():
-        module, both = model.get_submodule(name), share["out"] * share["in"]
+        both = share["out"] * share["in"]
         if name in cost.modules:
-            dense = cost.modules[name].macs
-            macs -= dense - int(dense * both)
-        for parameter in module.parameters(recurse=False):
-            part = share["out"] if parameter.dim() == 1 else both
-            params -= parameter.numel() - int(parameter.numel() * part)
+            macs -= int(cost.modules[name].macs * (1 - both))
+        for parameter in model.get_submodule(name).parameters(recurse=False):
+            params -= int(parameter.numel() * (1 - (share["out"] if parameter.dim() == 1 else both)))
     return macs, params
-
-
-def _width(module: nn.Module, axis: str) -> int:
-    for attribute in (f"{axis}_channels", f"{axis}_features", "num_features", "num_channels", "num_parameters"):
-        if hasattr(module, attribute):
-            return int(getattr(module, attribute))
-    raise TypeError(f"{type(module).__name__} has no width that can be pruned.")

@@ -1,22 +1,29 @@
 """What an agent sees of a filter group: its filters' weights and twelve statistics a filter.
 
-Shapes: N filters, D weights a filter, F statistics a filter, B images, R channels a filter has at its consumer,
-P positions.
+Shapes: N filters, D weights a filter, F statistics a filter, B images, R channels of a module that belong to one
+filter, S samples of a filter's activation.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
-if TYPE_CHECKING:
-    from .groups import Cut, FilterGroup
+from ..rewards.errors import UserError
+from .folding import by_input
+from .groups import Cut, FilterGroup
+from .leaves import is_transposed
+from .masking import channel_dim
+from .modes import evaluating
 
 STATISTIC_NAMES: tuple[str, ...] = (
     "l1",
@@ -46,7 +53,7 @@ class Observation:
         return {"weights": self.weights, "statistics": self.statistics}
 
 
-def observe(model: nn.Module, group: FilterGroup, images: Tensor, labels: Tensor, batch: int = 256) -> Observation:
+def observe(model: nn.Module, group: FilterGroup, images: Tensor, labels: Tensor, batch: int = 128) -> Observation:
     """Read one filter group of `model` (evaluation mode, left as it was found).
 
     Args:
@@ -54,7 +61,10 @@ def observe(model: nn.Module, group: FilterGroup, images: Tensor, labels: Tensor
         group: the filter group.
         images: (B, C, H, W) float images that may be looked at freely (the fit split).
         labels: (B,) int64.
-        batch: images a forward pass.
+        batch: images a pass; it does not change the result beyond rounding.
+
+    `l1` and `l2` are means over a filter's weights (mean absolute value, root mean square), so that they do not grow
+    with D. Raises UserError for a network whose activations or gradients are not finite.
     """
     weights = filter_weights(model, group)
     columns = {
@@ -67,105 +77,152 @@ def observe(model: nn.Module, group: FilterGroup, images: Tensor, labels: Tensor
         **_consumer_columns(model, group),
     }
     statistics = torch.stack([columns[name].float().cpu() for name in STATISTIC_NAMES], dim=1)
-    return Observation(weights.cpu().numpy(), torch.nan_to_num(statistics).numpy())
+    for name, column in zip(STATISTIC_NAMES, statistics.T, strict=True):
+        if not bool(column.isfinite().all()):
+            raise UserError(
+                f"The statistic {name!r} of {group.name!r} is not finite; check the checkpoint and the "
+                "normalisation of the images for NaN and infinite values."
+            )
+    return Observation(weights.cpu().numpy(), statistics.numpy())
 
 
 def filter_weights(model: nn.Module, group: FilterGroup) -> Tensor:
-    """The root convolution's filters as a matrix (N, D), float32."""
-    module = model.get_submodule(group.name)
-    weight = _output_major(module).detach().float()
-    rows = torch.as_tensor(group.producers[0].channels, device=weight.device)
-    return weight[rows.reshape(-1)].reshape(group.n_filters, -1)
+    """The root convolution's filters as a matrix (N, D), float32; D counts all R channels of a filter."""
+    root = group.producers[0]
+    weight = _by_output(model.get_submodule(root.module))
+    return weight[_rows(root, weight).reshape(-1)].reshape(group.n_filters, -1)
 
 
-def _output_major(module: nn.Module) -> Tensor:
-    """Weight with output channels first; a transposed convolution stores (in, out / groups, ...)."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.transpose(0, 1) if isinstance(module, nn.modules.conv._ConvTransposeNd) else weight
+def _by_output(module: nn.Module) -> Tensor:
+    """Weight with the output channel first; a transposed convolution stores (in, out / groups, ...)."""
+    weight = _weight(module)
+    if not is_transposed(module):
+        return weight
+    assert isinstance(module, _ConvNd)
+    return weight.unflatten(0, (module.groups, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def _weight(module: nn.Module) -> Tensor:
+    assert isinstance(module.weight, Tensor)
+    return module.weight.detach().float()
+
+
+def _rows(cut: Cut, like: Tensor) -> Tensor:
+    return torch.as_tensor(cut.channels, device=like.device)
 
 
 def _batch_norm_columns(model: nn.Module, group: FilterGroup) -> dict[str, Tensor]:
+    """Absolute scale and shift of the group's first batch normalisation; 1 and 0 without one."""
     for cut in group.cuts:
         module = model.get_submodule(cut.module)
         if isinstance(module, _BatchNorm) and module.affine:
-            rows = torch.as_tensor(cut.channels[:, 0], device=module.weight.device)
-            return {"bn_scale": module.weight.detach()[rows].abs(), "bn_shift": module.bias.detach()[rows]}
+            rows = _rows(cut, module.weight)
+            scale, shift = module.weight.detach()[rows], module.bias.detach()[rows]
+            return {"bn_scale": scale.abs().mean(1), "bn_shift": shift.mean(1)}
     return {"bn_scale": torch.ones(group.n_filters), "bn_shift": torch.zeros(group.n_filters)}
 
 
 def _consumer_columns(model: nn.Module, group: FilterGroup) -> dict[str, Tensor]:
-    """Mean absolute and root mean square weight with which consumers read each filter."""
-    absolute, square, count = torch.zeros(group.n_filters), torch.zeros(group.n_filters), 0
+    """Mean absolute and root mean square of all weights with which the consumers read each filter."""
+    read = []
     for cut in group.consumers:
         module = model.get_submodule(cut.module)
-        weight = _output_major(module).detach().float().cpu()
-        if weight.shape[1] <= int(cut.channels.max()):  # a grouped consumer stores in / groups columns
-            continue
-        read = weight.transpose(0, 1)[torch.as_tensor(cut.channels)].reshape(group.n_filters, -1)
-        absolute, square, count = absolute + read.abs().sum(1), square + read.square().sum(1), count + read.shape[1]
-    return {"consumer_l1": absolute / max(count, 1), "consumer_l2": (square / max(count, 1)).sqrt()}
+        weight = by_input(module, _weight(module))
+        read.append(weight[_rows(cut, weight)].reshape(group.n_filters, -1))
+    weights = torch.cat(read, dim=1)
+    return {"consumer_l1": weights.abs().mean(1), "consumer_l2": weights.square().mean(1).sqrt()}
 
 
 def _activation_columns(
     model: nn.Module, group: FilterGroup, images: Tensor, labels: Tensor, batch: int
 ) -> dict[str, Tensor]:
-    """Mean activation, APoZ (Hu et al. 2016), Taylor (Molchanov et al. 2017, eq. 8) and redundancy, at the consumer."""
-    n = group.n_filters
-    mean, zeros, taylor = torch.zeros(n), torch.zeros(n), torch.zeros(n)
-    gram = torch.zeros(n, n, dtype=torch.float64)
-    count = 0
+    """What the consumers read of each filter: mean activation, APoZ, Taylor and redundancy.
+
+    Samples are the values of a filter that consumers read, over images, positions, channels of the filter, consumers
+    and their calls. APoZ is the share of them that is not positive (Hu et al. 2016, arXiv 1607.03250, eq. 1); Taylor
+    is the mean over images of |mean over samples of activation x its gradient| (Molchanov et al. 2017, eq. 8).
+    """
+    sums, taylor = _Sums(group.n_filters), torch.zeros(group.n_filters, dtype=torch.float64)
     for start in range(0, len(images), batch):
-        activation, gradient = _activation_and_gradient(
-            model, group.consumers[0], images[start : start + batch], labels[start : start + batch]
-        )
-        size = len(activation)
-        mean += activation.mean(2).sum(0).cpu()
-        zeros += (activation <= 0).float().mean(2).sum(0).cpu()
-        # The loss of an image enters the batch mean with 1 / size: undo it, so that the batch size does not matter.
-        taylor += (activation * gradient * size).mean(2).abs().sum(0).cpu()
-        flat = activation.transpose(0, 1).reshape(n, -1)
-        gram += (flat @ flat.T).double().cpu()
-        count += size
+        rows, before = slice(start, start + batch), sums.n_samples
+        slope = _slope(model, group, images[rows], labels[rows], sums)
+        an_image = (sums.n_samples - before) / len(slope)
+        taylor += (slope / max(an_image, 1)).abs().sum(0)
+    n_samples = max(sums.n_samples, 1)
     return {
-        "mean_activation": mean / count,
-        "apoz": zeros / count,
-        "taylor": taylor / count,
-        "redundancy": _redundancy(gram),
+        "mean_activation": sums.activation / n_samples,
+        "apoz": 1 - sums.positive / n_samples,
+        "taylor": taylor / len(images),
+        "redundancy": _redundancy(sums.gram),
     }
 
 
-def _activation_and_gradient(model: nn.Module, consumer: Cut, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """What `consumer` reads of the group, and the loss gradient there: two (B, N, R * P) tensors."""
-    seen: list[Tensor] = []
+class _Sums:
+    """Sums over samples, in float64 so that their order hardly matters: (N,), (N,) and (N, N)."""
 
-    def keep_input(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        # A fresh leaf: the gradient of everything behind it is all that is needed, and frozen weights stay untouched.
-        leaf = inputs[0].detach().requires_grad_() if not seen else inputs[0]
-        seen.append(leaf)
-        return (leaf, *inputs[1:])
+    def __init__(self, n_filters: int) -> None:
+        self.activation, self.positive = torch.zeros(2, n_filters, dtype=torch.float64)
+        self.gram = torch.zeros(n_filters, n_filters, dtype=torch.float64)
+        self.n_samples = 0
 
-    training = {module: module.training for module in model.modules()}
-    handle = model.get_submodule(consumer.module).register_forward_pre_hook(keep_input)
+    def add(self, samples: Tensor) -> None:
+        """Add what one call of a consumer reads: (N, S)."""
+        samples = samples.cpu().double()
+        self.activation += samples.sum(1)
+        self.positive += (samples > 0).sum(1)
+        self.gram += samples @ samples.T
+        self.n_samples += samples.shape[1]
+
+
+def _slope(model: nn.Module, group: FilterGroup, images: Tensor, labels: Tensor, sums: _Sums) -> Tensor:
+    """Each image's loss slope along a gate on each filter, (B, N) float64; what the consumers read goes into `sums`.
+
+    The gate multiplies a filter wherever it is read: its slope at 1 is the sum of activation x gradient over all
+    samples, whatever the number of consumers and calls. No parameter gets a gradient.
+    """
+    gate = torch.ones(len(images), group.n_filters, device=images.device, requires_grad=True)
+    handles = [
+        model.get_submodule(cut.module).register_forward_pre_hook(_gated(cut, gate, sums)) for cut in group.consumers
+    ]
     try:
-        model.eval()
-        with torch.enable_grad():
-            loss = functional.cross_entropy(model(images), labels)
-            (gradient,) = torch.autograd.grad(loss, seen[0])
+        with evaluating(model), _frozen(model), torch.enable_grad():
+            # Summed, not averaged: then an image's slope does not depend on the others in its batch.
+            loss = functional.cross_entropy(model(images), labels, reduction="sum")
+            (slope,) = torch.autograd.grad(loss, gate, materialize_grads=True)
     finally:
-        handle.remove()
-        for module, mode in training.items():
-            module.training = mode
-    return _filters_first(seen[0].detach(), consumer), _filters_first(gradient, consumer)
+        for handle in handles:
+            handle.remove()
+    return slope.cpu().double()
 
 
-def _filters_first(tensor: Tensor, consumer: Cut) -> Tensor:
-    """(B, C, ...) -> (B, N, R * P): the channels of each filter, with their positions behind them."""
-    n, r = consumer.channels.shape
-    rows = torch.as_tensor(consumer.channels.reshape(-1), device=tensor.device)
-    if tensor.dim() == 2:
-        return tensor[:, rows].reshape(len(tensor), n, r).float()
-    return tensor[:, rows].reshape(len(tensor), n, -1).float()
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Without gradients of parameters nothing in front of the gate has to be remembered."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+def _gated(cut: Cut, gate: Tensor, sums: _Sums) -> Callable[[nn.Module, tuple[Tensor, ...]], Any]:
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        dim = channel_dim(module, inputs[0])
+        value = inputs[0].movedim(dim, 1)
+        rows = _rows(cut, value)
+        sums.add(value.detach()[:, rows].transpose(0, 1).flatten(1))
+        # Images may have been cut into several rows each (patches, frames).
+        an_image = gate.to(value.dtype).repeat_interleave(len(value) // len(gate), dim=0)
+        scale = torch.ones(value.shape[:2], device=value.device, dtype=value.dtype)
+        scale[:, rows] = an_image[:, :, None]
+        # A copy, since the network may overwrite in place what autograd still needs.
+        gated = value.clone() * scale.reshape(*scale.shape, *[1] * (value.dim() - 2))
+        return (gated.movedim(1, dim), *inputs[1:])
+
+    return hook
 
 
 def _redundancy(gram: Tensor) -> Tensor:
