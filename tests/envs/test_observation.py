@@ -1,6 +1,7 @@
 """The twelve statistics: by hand on a tiny network, by finite differences and recorded activations on the zoo."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -211,25 +212,12 @@ def test_transposed_convolutions():
     assert torch.allclose(_column(observe(model, up, images, labels), "consumer_l1"), read.abs().mean(1), rtol=1e-5)
 
 
-class Halves(nn.Module):
-    """One convolution whose halves go different ways: two groups with one root."""
-
-    def __init__(self):
-        super().__init__()
-        self.both, self.left, self.right = nn.Conv2d(3, 10, 3), nn.Conv2d(4, 4, 1), nn.Conv2d(6, 4, 1)
-
-    def forward(self, x):
-        a, b = self.both(x).split([4, 6], dim=1)
-        return (self.left(a) - self.right(b)).mean((2, 3))
-
-
-def test_two_groups_of_one_convolution():
-    model, images = Halves(), torch.randn(3, 3, 6, 6)
-    first, second = find_groups(model, images).groups
-    assert second.name == "both[4]"
-    weight = model.both.weight.detach().flatten(1)
-    assert torch.equal(filter_weights(model, first), weight[:4])
-    assert np.array_equal(observe(model, second, images, torch.arange(3)).weights, weight[4:].numpy())
+def test_a_group_need_not_be_called_like_its_convolution():
+    """Where two groups share a root, the second one's name has an index behind it."""
+    model, images, labels, groups = _prepared("Concat")
+    renamed = dataclasses.replace(groups[0], name=f"{groups[0].name}[2]")
+    one, other = (observe(model, group, images, labels) for group in (groups[0], renamed))
+    assert np.array_equal(one.weights, other.weights) and np.array_equal(one.statistics, other.statistics)
 
 
 def test_a_linear_layer_behind_a_flatten():
