@@ -58,6 +58,26 @@ def measure_latency(
     return records
 
 
+def speed_advice(macs_fraction: float, seconds_fraction: float) -> str | None:
+    """A sentence for a pruned network that has less to do and is no faster, else None.
+
+    Args:
+        macs_fraction: MACs, pruned / dense.
+        seconds_fraction: median time, pruned / dense.
+
+    Said where at least a tenth of the MACs went and less than a quarter of that share of the time did.
+    """
+    if not (macs_fraction > 0 and seconds_fraction > 0):
+        raise ValueError(f"fractions must be positive, got {macs_fraction} (MACs) and {seconds_fraction} (seconds).")
+    removed, saved = 1 - macs_fraction, 1 - seconds_fraction
+    if removed < 0.1 or saved >= removed / 4:
+        return None
+    return (
+        f"MACs fell by {removed:.0%} but time did not ({saved:+.0%} saved): processors like round channel counts, "
+        "try round_to=8."
+    )
+
+
 def _interleaved(
     models: Mapping[str, Callable[..., Any]], inputs: ExampleInputs, repeats: int, warmup: int
 ) -> dict[str, list[float]]:

@@ -60,8 +60,9 @@ def own_input(module: nn.Module, func: Any, args: Sequence[Any]) -> Any:
     name, weight = func.overloadpacket.__name__, module._parameters.get("weight")
     if isinstance(module, nn.Linear):
         source, read = (args[-2], args[-1]) if name in ("addmm", "mm") else (None, None)
-        same = isinstance(read, Tensor) and weight is not None and read.data_ptr() == weight.data_ptr()
-        return source if same and read.shape == weight.T.shape else None
+        if not isinstance(read, Tensor) or weight is None or read.shape != weight.T.shape:
+            return None
+        return source if read.data_ptr() == weight.data_ptr() else None
     if len(args) < 2 or args[1] is None or args[1] is not weight:
         return None
     if isinstance(module, _ConvNd):

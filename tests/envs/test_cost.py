@@ -1,15 +1,18 @@
 """MACs and parameters against hand counts; latency records."""
 
+import copy
 import re
 
 import pytest
 import torch
 from keepdrop.envs.checkpoint import hash_state
 from keepdrop.envs.cost import count_cost
-from keepdrop.envs.latency import measure_latency
+from keepdrop.envs.latency import measure_latency, speed_advice
 from keepdrop.envs.networks import cifar_resnet, small_cnn, vgg16_bn
 from keepdrop.rewards.errors import UserError
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from zoo import ZOO
 
 # module, shape of one image, MACs by hand
 BY_HAND = {
@@ -120,3 +123,31 @@ def test_latency_models_take_turns_and_see_the_batch_size():
 def test_latency_refuses_what_measures_nothing():
     with pytest.raises(UserError, match=re.escape("batch sizes of 1 or more, repeats >= 1 and warmup >= 0")):
         measure_latency({"a": small_cnn()}, torch.zeros(1, 1, 8, 8), batch_sizes=(0,))
+
+
+@pytest.mark.parametrize(("macs", "seconds"), [(0.5, 0.5), (0.5, 0.8), (0.95, 1.2), (1.0, 1.0), (0.8, 0.94)])
+def test_no_advice_where_time_fell_or_hardly_any_macs_went(macs, seconds):
+    assert speed_advice(macs, seconds) is None
+
+
+def test_advice_where_macs_fell_and_time_did_not():
+    assert speed_advice(0.6, 0.97) == (
+        "MACs fell by 40% but time did not (+3% saved): processors like round channel counts, try round_to=8."
+    )
+    assert "(-10% saved)" in speed_advice(0.5, 1.1)
+    with pytest.raises(ValueError, match="must be positive"):
+        speed_advice(0.5, 0.0)
+
+
+@pytest.mark.parametrize("name", [*BY_HAND, *ZOO, "small_cnn", "cifar_resnet", "vgg16_bn"])
+def test_macs_agree_with_torchs_own_counter(name):
+    """It counts two flops a multiply-accumulate, of convolutions and matrix products alike."""
+    networks = {"small_cnn": (small_cnn, 1), "cifar_resnet": (lambda: cifar_resnet(20), 3), "vgg16_bn": (vgg16_bn, 3)}
+    if name in BY_HAND:
+        model, inputs = BY_HAND[name][0], torch.zeros(1, *BY_HAND[name][1])
+    else:
+        make, channels = networks.get(name, (ZOO.get(name), 3))
+        model, inputs = make(), torch.zeros(1, channels, *[32 if name == "vgg16_bn" else 8] * 2)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        copy.deepcopy(model).eval()(inputs)
+    assert count_cost(model, inputs).macs == counter.get_total_flops() // 2
