@@ -20,12 +20,12 @@ from .build import build_augment
 from .console import Terminal
 from .decide import Decider
 from .doors import hydra_door, interruptible, open_run, settings
-from .facts import run_facts
+from .facts import keep_facts
 from .finish import Networks, finetune, group_facts, report_accuracy, save_result
 from .prepare import Inputs, prepare
 from .prune import ScheduleLog
 from .recover import Recover, RecoverySettings
-from .run_folder import FACTS, METRICS, RunFolder
+from .run_folder import METRICS, RunFolder
 from .schedule import LayerRecord, Schedule, check_order
 from .schema import PruneConfig, structured
 from .tracking import Tracker
@@ -107,8 +107,7 @@ def apply_agents(inputs: Inputs, config: DictConfig, folder: RunFolder, terminal
     """The agents first, then every control at the agents' own counts, all with the same recovery and fine-tuning."""
     assert inputs.dense is not None
     task = inputs.task(inputs.dense, config)
-    if not (folder / FACTS).is_file():
-        folder.write_json(FACTS, run_facts(task, config))
+    keep_facts(task, config, folder)
     methods = {AGENT: prune_with(AskAgents(load_agents(config.agents)), AGENT, task, config, folder, terminal)}
     counts = {record.name: record.n_kept for record in methods[AGENT].records}
     for name in config.controls:

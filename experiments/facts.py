@@ -13,8 +13,27 @@ from omegaconf import DictConfig
 
 from ..envs.checkpoint import hash_state
 from ..envs.task import PruningTask
+from ..rewards.errors import UserError
+from .run_folder import FACTS, RunFolder
 
 _PACKAGES = ("keepdrop", "torch", "gymnasium", "numpy", "hydra-core", "safetensors")
+
+
+def keep_facts(task: PruningTask, config: DictConfig, folder: RunFolder) -> None:
+    """Write `facts.json`; a resumed run has it already, and is refused if its data or its base network changed."""
+    known = folder.read_json(FACTS)
+    if known is None:
+        folder.write_json(FACTS, run_facts(task, config))
+        return
+    for what, before, now in (
+        ("data", known["splits"], task.splits.summary()),
+        ("base network", known["base"]["sha256"], hash_state(task.model)),
+    ):
+        if before != now:
+            raise UserError(
+                f"The {what} is not what {str(folder.path)!r} began with (its {FACTS} has another hash); put the "
+                "old one back, or begin a new run."
+            )
 
 
 def run_facts(task: PruningTask, config: DictConfig) -> dict[str, Any]:

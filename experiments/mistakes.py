@@ -70,7 +70,7 @@ def known_keys(root: str, arguments: Sequence[str] = ()) -> list[str]:
 
 
 def _flat(node: DictConfig, prefix: str = "") -> Iterator[str]:
-    for key in node:
+    for key in map(str, node):
         yield f"{prefix}{key}"
         value = node._get_node(key)
         if isinstance(value, DictConfig) and not value._is_none() and not value._is_missing():

@@ -15,11 +15,11 @@ from .base import base_network
 from .build import build_augment, build_reward
 from .console import Terminal
 from .doors import hydra_door, interruptible, open_run, settings
-from .facts import run_facts
+from .facts import keep_facts
 from .finish import Networks, finetune, metrics_of, save_result, show_results, write_results
 from .prepare import Inputs, check_search, prepare
 from .recover import Recover, RecoverySettings
-from .run_folder import FACTS, METRICS, RunFolder
+from .run_folder import METRICS, RunFolder
 from .schedule import LayerRecord, Schedule, check_order
 from .schema import LatencyConfig
 from .tracking import Tracker
@@ -62,8 +62,7 @@ def prune_network(inputs: Inputs, config: DictConfig, folder: RunFolder, termina
     if dense is None:
         dense = base_network(config, inputs.construct, inputs.splits, folder, terminal, tracker).to(inputs.device)
     task = inputs.task(dense, config)
-    if not (folder / FACTS).is_file():
-        folder.write_json(FACTS, run_facts(task, config))
+    keep_facts(task, config, folder)
     terminal.say(f"Base accuracy on {len(inputs.splits.reward)} reward images: {100 * task.base.accuracy:.2f} %")
     schedule = build_schedule(dense, config, terminal, tracker)
     pruned_task, kept, records = schedule.run(task, folder, ScheduleLog(terminal, tracker))

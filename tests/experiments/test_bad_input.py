@@ -291,6 +291,17 @@ def test_resume_with_other_settings(refused, finished):
     )
 
 
+def test_resume_with_another_checkpoint(keepdrop, finished, cnn, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run/metrics.json").unlink()
+    shutil.copy(cnn / "model.safetensors", tmp_path / "run/base/model.safetensors")
+    facts = json.loads((tmp_path / "run/facts.json").read_text())
+    facts["base"]["sha256"] = "0" * 64
+    (tmp_path / "run/facts.json").write_text(json.dumps(facts))
+    result = keepdrop("prune", "resume=run", "quiet=true")
+    assert result.code == 2 and "The base network is not what 'run' began with" in result.err
+
+
 @pytest.fixture
 def full_disk(monkeypatch):
     """From the given number of synced files on, the disk is full."""

@@ -213,9 +213,7 @@ MOMENTS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_killed_and_resumed_ends_the_same(
-    spawn, keepdrop, tiny, tmp_path, tmp_path_factory, uninterrupted, outcome, moment
-):
+def test_killed_and_resumed_ends_the_same(spawn, keepdrop, tmp_path, uninterrupted, outcome, moment):
     settings, whole = uninterrupted
     process = spawn("prune", *settings, "run_dir=run", cwd=tmp_path)
     wait_for(process, (tmp_path / "run" / MOMENTS[moment]).exists, moment)
