@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -178,7 +179,7 @@ Made by `python benchmarks/coverage.py`; its head says how. {len(rows)} networks
 {sum(row["prunable"] for row in done.values())} of {sum(row["found"] for row in done.values())} groups found are
 prunable: masked and cut, the network gives the same answer (relative difference at most 1e-9 in float64; 1e-4 in
 float32 where it makes constants of its own). In {whole} networks every convolution's filters are in a group. What is
-skipped is named with its reason, by frequency, with the first layer it names; `keepdrop inspect` names all.
+skipped is named with its reason and one of its layers, partners counted in; `keepdrop inspect` names all.
 
 {platform.machine()}, one thread, torch {torch.__version__.partition("+")[0]}, {versions()}. Seconds are those of
 finding and checking all groups.
@@ -198,9 +199,13 @@ def line(name: str, row: Mapping[str, Any]) -> str:
     short = name.split("/")[1]
     if "failed" in row:
         return f"| {short} | | | | | | failed: {row['failed'].replace('|', '/')} |"
-    reasons = "; ".join(
-        f"{count}: {reason} (`{row['examples'][reason]}`)".replace("|", "/") for reason, count in row["reasons"].items()
-    )
+    merged: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+    for reason, count in row["reasons"].items():
+        kind = re.sub(r"^it goes together with '[^']*': | \(RuntimeError: .*", "", reason).replace("|", "/")
+        merged[kind] += count
+        examples.setdefault(kind, row["examples"][reason])
+    reasons = "; ".join(f"{count}: {kind} (`{examples[kind]}`)" for kind, count in merged.most_common())
     cells = (short, row["side"], row["found"], row["prunable"], f"{row['convs_prunable']} / {row['convs']}")
     return f"| {' | '.join(map(str, cells))} | {row['seconds']:.1f} | {reasons} |"
 

@@ -90,3 +90,12 @@ def test_partners_of_a_refused_group_say_which_one(network):
     single = "it has a single filter to decide on, which must stay"
     assert reasons["stage3.0.branch1.2"] == single
     assert reasons["stage3.4.branch2.5"] == f"it goes together with 'stage3.0.branch1.2': {single}"
+
+
+def test_a_row_of_the_coverage_page_merges_partners(coverage_script):
+    cut = "the network does not run without some of its filters"
+    reasons = {f"it goes together with 'a': {cut} (RuntimeError: 3 | 4)": 2, f"{cut} (RuntimeError: 3 | 4)": 1}
+    row = {"side": 64, "found": 3, "prunable": 2, "convs_prunable": 2, "convs": 5, "seconds": 0.25}
+    row |= {"reasons": reasons, "examples": dict.fromkeys(reasons, "a")}
+    assert coverage_script.line("timm/net", row) == f"| net | 64 | 3 | 2 | 2 / 5 | 0.2 | 3: {cut} (`a`) |"
+    assert coverage_script.line("timm/net", {"failed": "x"}) == "| net | | | | | | failed: x |"
