@@ -64,8 +64,11 @@ def main() -> None:
             known[name] = in_own_process(name)
             write(store, json.dumps(known, indent=1))
             print(name, {key: value for key, value in known[name].items() if key != "reasons"}, flush=True)
-    if arguments.only == "*":
-        write(PAGE, page({name: known[name] for name in wanted}))
+        if arguments.only == "*":
+            write(
+                PAGE,
+                page({each: known[each] for each in wanted if each in known}, [n for n in wanted if n not in known]),
+            )
 
 
 def parsed() -> argparse.Namespace:
@@ -169,8 +172,8 @@ def write(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def page(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """docs/models.md."""
+def page(rows: Mapping[str, Mapping[str, Any]], missing: Sequence[str] = ()) -> str:
+    """docs/models.md; `missing` are the networks that have not been run yet."""
     done = {name: row for name, row in rows.items() if "failed" not in row}
     whole = sum(row["convs_prunable"] == row["convs"] for row in done.values())
     head = f"""# Networks seen
@@ -191,6 +194,8 @@ finding and checking all groups.
         parts += [line(name, row) for name, row in rows.items() if name.startswith(f"{library}/")]
         parts.append("")
     parts.append(f"Left out as pure transformers: {', '.join(TRANSFORMERS)}.")
+    if missing:
+        parts += ["", f"Listed and not run yet: {', '.join(missing)}."]
     return "\n".join(parts) + "\n"
 
 
