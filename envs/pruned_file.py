@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..rewards.errors import UserError
 from . import networks
+from .checkpoint import write_atomic
 from .groups import FilterGroup
 from .leaves import is_depthwise
 from .slicing import Rows, width
@@ -80,7 +80,7 @@ def save_pruned(
         folder: where `model.safetensors` and `architecture.json` go. Each is written under another name first and then
             renamed; a pair of different origin is refused when loading.
         kept: its channels in terms of the dense network.
-        constructor: {"_target_": dotted name, argument: value, ...} of the dense network (Hydra's form), if there is one.
+        constructor: {"_target_": dotted name, argument: value, ...} of the dense network (Hydra's form).
         facts: anything else worth keeping (JSON).
 
     Raises UserError if `constructor` or `facts` is no JSON.
@@ -101,8 +101,8 @@ def save_pruned(
         text = json.dumps(whole, indent=1, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise UserError(f"The constructor and facts of a pruned network must be JSON ({error}).") from error
-    _write(folder / WEIGHTS, weights)
-    _write(folder / ARCHITECTURE, text.encode())
+    write_atomic(folder / WEIGHTS, weights)
+    write_atomic(folder / ARCHITECTURE, text.encode())
 
 
 def load_pruned(folder: str | Path, constructor: Callable[[], nn.Module] | None = None) -> nn.Module:
@@ -225,16 +225,3 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror or error}.") from error
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Either the old file or the new one is there, never half of one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
