@@ -5,8 +5,8 @@
 Naive, and fair: the whole masked network for every mask, eager, one mask at a time, batch 256, channels-last, inference
 mode. Ours: `MaskEvaluator`, its frontier cached beforehand. The two take turns within every round; the ratio is
 that of the medians. `limit` is what the mathematics allows: MACs of the whole network / MACs behind the frontier.
-`efficiency` is the suffix's MACs a second over those of the plain network, timed in the same rounds. Counts are compared,
-too. Random weights: time does not depend on them. Needs an otherwise idle machine.
+`efficiency` is the suffix's MACs a second over those of the plain network, timed in the same rounds. Counts are
+compared, too. Random weights: time does not depend on them. Needs an otherwise idle machine.
 """
 
 from __future__ import annotations
