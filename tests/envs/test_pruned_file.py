@@ -216,7 +216,7 @@ def test_a_full_disk_leaves_the_old_files(saved, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with torch.no_grad():
         model.linear.bias += 1
-    with pytest.raises(UserError, match="No space left on device.*untouched"):
+    with pytest.raises(UserError, match=r"No space left on device.*untouched"):
         save_pruned(model, folder, kept=kept, constructor=RESNET)
     assert sorted(path.name for path in folder.iterdir()) == ["architecture.json", "model.safetensors"]
     with torch.no_grad():
