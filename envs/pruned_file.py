@@ -135,8 +135,9 @@ def load_pruned(folder: str | Path, constructor: Callable[[], nn.Module] | None 
 def read_architecture(folder: str | Path) -> dict[str, Any]:
     """The contents of `architecture.json`, checked in form; UserError if it is missing or damaged."""
     path = Path(folder) / ARCHITECTURE
+    content = _read(path)
     try:
-        core = json.loads(_read(path))
+        core = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no JSON ({str(error)[:120]}); restore it.") from error
     if not isinstance(core, dict) or core.get("format_version") != FORMAT_VERSION:
