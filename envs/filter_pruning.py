@@ -78,7 +78,7 @@ class FilterPruningEnv(gymnasium.Env[Observations, NDArray[np.int8]]):
         """Show the first group."""
         super().reset(seed=seed, options=options)
         self._masks = []
-        return self._observe(0), self._info(0)
+        return self._observe(0), _info(self.layer, 0)
 
     def step(self, action: NDArray[np.int8]) -> tuple[Observations, float, bool, bool, dict[str, Any]]:
         """Decide one group."""
@@ -87,23 +87,21 @@ class FilterPruningEnv(gymnasium.Env[Observations, NDArray[np.int8]]):
             raise RuntimeError("the episode is over; call reset() before the next step.")
         self._masks.append(_checked_masks(self.layer, position, np.asarray(action)[None]))
         if len(self._masks) < _n_decisions(self.layer):
-            return self._observe(position + 1), 0.0, False, False, self._info(position + 1)
+            return self._observe(position + 1), 0.0, False, False, _info(self.layer, position + 1)
         outcome = _outcomes(self.layer, self._masks, None)[0]
         reward = self.reward(outcome)
-        return self._observe(position), float(reward.value), True, False, self._info(position) | _facts(outcome, reward)
+        info = _info(self.layer, position) | _facts(outcome, reward)
+        return self._observe(position), float(reward.value), True, False, info
 
     def _observe(self, position: int) -> Observations:
         # A copy each time: what a caller does to an observation must not change the next one.
         return {key: value.copy() for key, value in _observation(self.layer, position).items()}
 
-    def _info(self, position: int) -> dict[str, Any]:
-        return {"statistic_names": self.statistic_names, "group": _group_names(self.layer)[position]}
-
 
 class FilterPruningVectorEnv(VectorEnv[Observations, NDArray[np.int8], NDArray[Any]]):
     """M episodes of `FilterPruningEnv` side by side, their masks evaluated together on common images.
 
-    Every step takes M masks; all M episodes begin and end together, so after a terminated step the next observation is
+    Every step takes M masks; all M episodes begin and end together. After a terminated step the next observation is
     already the first one of new episodes (`AutoresetMode.SAME_STEP`; the default would make every second step of a
     one-step episode a no-op).
 
@@ -112,9 +110,12 @@ class FilterPruningVectorEnv(VectorEnv[Observations, NDArray[np.int8], NDArray[A
         reward: a pure function of an `Outcome`.
         num_envs: M.
         images_per_step: reward images drawn afresh for each evaluation, the same ones for all M masks (common random
-            numbers); None takes the whole reward split.
+            numbers); None takes the whole reward split. `reset(seed=...)` sets what is drawn; with a list of seeds
+            the first one counts.
 
-    Infos are arrays (M,), with the keys of `FilterPruningEnv`; the base accuracy behind them is of the same images.
+    Infos are those of Gymnasium's own vector environments: an array (M,) a key, `final_obs` and `final_info` at the
+    last step. The numbers of `FilterPruningEnv`'s last step stand beside them at the top as well. The base accuracy
+    behind `accuracy_drop` is of the same images. Observations are read-only views.
     """
 
     metadata = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}
@@ -126,6 +127,8 @@ class FilterPruningVectorEnv(VectorEnv[Observations, NDArray[np.int8], NDArray[A
         num_envs: int = 16,
         images_per_step: int | None = None,
     ) -> None:
+        if num_envs < 1:
+            raise UserError(f"num_envs is {num_envs}; expected at least 1 mask a step.")
         if images_per_step is not None and images_per_step < 1:
             raise UserError(
                 f"images_per_step is {images_per_step}; expected at least 1, or null for all reward images."
@@ -144,31 +147,44 @@ class FilterPruningVectorEnv(VectorEnv[Observations, NDArray[np.int8], NDArray[A
         self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observations, dict[str, Any]]:
         """Show the first group to every episode; `seed` chooses the images of the following steps."""
-        super().reset(seed=seed if isinstance(seed, int) or seed is None else seed[0], options=options)
+        super().reset(seed=seed[0] if isinstance(seed, list) else seed, options=options)
         self._masks = []
-        return self._observe(0), {"statistic_names": self.statistic_names}
+        return self._observe(0), self._infos([_info(self.layer, 0)] * self.num_envs)
 
     def step(
         self, actions: NDArray[np.int8]
     ) -> tuple[Observations, NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
         """Decide one group in every episode: masks (M, N)."""
-        position = len(self._masks)
-        self._masks.append(_checked_masks(self.layer, position, np.asarray(actions)))
-        over = len(self._masks) == _n_decisions(self.layer)
-        rewards = np.zeros(len(self._masks[0]))
-        infos: dict[str, Any] = {}
-        if over:
-            rewards, infos = self._settle()
-        ended = np.full(len(rewards), over)
-        return self._observe(0 if over else position + 1), rewards, ended, np.zeros_like(ended), infos
+        actions = np.asarray(actions)
+        if actions.shape[:1] != (self.num_envs,):
+            raise ValueError(f"actions of shape {actions.shape} came, expected {self.num_envs}: one for each episode.")
+        masks = [*self._masks, _checked_masks(self.layer, len(self._masks), actions)]
+        over = len(masks) == _n_decisions(self.layer)
+        self._masks = [] if over else masks
+        infos = [_info(self.layer, len(self._masks)) for _ in range(self.num_envs)]
+        rewards = self._settle(masks, infos) if over else np.zeros(self.num_envs)
+        ended = np.full(self.num_envs, over)
+        return self._observe(len(self._masks)), rewards, ended, np.zeros_like(ended), self._infos(infos)
 
-    def _settle(self) -> tuple[NDArray[np.float64], dict[str, Any]]:
-        outcomes = _outcomes(self.layer, self._masks, self._draw_images())
-        self._masks = []
-        rewards = [self.reward(outcome) for outcome in outcomes]
-        facts = [_facts(outcome, reward) for outcome, reward in zip(outcomes, rewards, strict=True)]
-        infos = {key: np.array([fact[key] for fact in facts]) for key in facts[0]}
-        return np.array([float(reward.value) for reward in rewards]), infos
+    def _settle(self, masks: list[torch.Tensor], infos: list[dict[str, Any]]) -> NDArray[np.float64]:
+        """Rewards (M,) of full episodes; adds to `infos` what they did."""
+        last = len(masks) - 1
+        # One for all, and read-only: M copies of the weights would be waste.
+        shown = {key: np.broadcast_to(value, value.shape) for key, value in _observation(self.layer, last).items()}
+        rewards = np.zeros(self.num_envs)
+        for i, outcome in enumerate(_outcomes(self.layer, masks, self._draw_images())):
+            reward = self.reward(outcome)
+            facts = _facts(outcome, reward)
+            infos[i] |= facts | {"final_obs": shown, "final_info": _info(self.layer, last) | facts}
+            rewards[i] = reward.value
+        return rewards
+
+    def _infos(self, infos: list[dict[str, Any]]) -> dict[str, Any]:
+        """Gymnasium's form: an array (M,) a key, and who has it as `_key`."""
+        joined: dict[str, Any] = {}
+        for i, info in enumerate(infos):
+            joined = self._add_info(joined, info, i)
+        return joined
 
     def _draw_images(self) -> torch.Tensor | None:
         total = self.layer.n_images
@@ -193,7 +209,7 @@ def make_env(
     settings: JudgeSettings | None = None,
     seed: int = 0,
 ) -> FilterPruningEnv:
-    """Entry point of `gymnasium.make("keepdrop/FilterPruning-v0", model=..., splits=..., reward=..., group=...)`.
+    """Entry point of the id `keepdrop.envs.registration:keepdrop/FilterPruning-v0` in `gymnasium.make(id, ...)`.
 
     Args:
         model: a trained CNN.
@@ -208,15 +224,15 @@ def make_env(
     if missing or model is None or splits is None or reward is None:
         raise UserError(
             f"keepdrop/FilterPruning-v0 was made without {', '.join(missing)}; expected "
-            'gymnasium.make("keepdrop/FilterPruning-v0", model=cnn, splits=splits, reward=TryAndLearn(0.02), '
-            'group="conv2").'
+            'gymnasium.make("keepdrop.envs.registration:keepdrop/FilterPruning-v0", model=cnn, splits=splits, '
+            'reward=TryAndLearn(0.02), group="conv2").'
         )
     task = PruningTask(model, splits, settings=settings, layers=layers, seed=seed)
     return FilterPruningEnv(NetworkTask(task) if group is None else task.layer(group), reward)
 
 
 def make_vector_env(num_envs: int = 16, images_per_step: int | None = None, **arguments: Any) -> FilterPruningVectorEnv:
-    """Entry point of `gymnasium.make_vec("keepdrop/FilterPruning-v0", num_envs=M, ...)`; arguments as `make_env`."""
+    """Entry point of the same id in `gymnasium.make_vec(id, num_envs=M, ...)`; arguments as `make_env`."""
     env = make_env(**arguments)
     return FilterPruningVectorEnv(env.layer, env.reward, num_envs, images_per_step)
 
@@ -227,6 +243,10 @@ def _n_decisions(layer: LayerTask | NetworkTask) -> int:
 
 def _group_names(layer: LayerTask | NetworkTask) -> list[str]:
     return [each.group.name for each in layer.layers] if isinstance(layer, NetworkTask) else [layer.group.name]
+
+
+def _info(layer: LayerTask | NetworkTask, position: int) -> dict[str, Any]:
+    return {"statistic_names": STATISTIC_NAMES, "group": _group_names(layer)[position]}
 
 
 def _observation(layer: LayerTask | NetworkTask, position: int) -> Observations:

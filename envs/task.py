@@ -20,6 +20,7 @@ from .coupling import find_groups
 from .evaluate import MaskEvaluator, correct_flags
 from .group_cost import pruned_cost
 from .groups import FilterGroup, GroupPlan, select_groups
+from .masking import MixKey
 from .observation import Observation, observe
 from .splits import Splits
 from .surgery import prune
@@ -151,17 +152,64 @@ class PruningTask:
         return images.to(self.device), labels.to(self.device)
 
     def layer(self, name: str) -> LayerTask:
-        """The task of one filter group."""
-        by_name = {group.name: group for group in self.groups}
-        return LayerTask(self, by_name[name] if name in by_name else select_groups(self.plan, [name])[0])
+        """The task of one filter group, by its exact name; UserError for any other."""
+        for group in self.plan.groups:
+            if group.name == name:
+                return LayerTask(self, group)
+        matched = ", ".join(group.name for group in select_groups(self.plan, [name]))
+        raise UserError(f"One layer is decided at a time, but {name!r} matches {matched}; name one of them.")
 
-    def pruned(self, keeps: Mapping[str, Tensor]) -> PruningTask:
-        """The task after filters are removed for real; each keep mask is (N,) bool, compensation is folded in."""
-        model = self.model
-        for name, keep in keeps.items():
-            layer = replace_model(self, model).layer(name)
-            model = layer.cut(keep)
-        return replace_model(self, model)
+    def evaluator(self, groups: Sequence[FilterGroup]) -> MaskEvaluator:
+        """Counts the right answers under masks of `groups` on the reward split."""
+        images, labels = self.reward_images
+        cache_gib, method = self.settings.cache_gib, self.settings.method
+        return MaskEvaluator(self.model, groups, images, labels, cache_gib=cache_gib, method=method)
+
+    def outcomes(
+        self,
+        evaluator: MaskEvaluator,
+        masks: Mapping[FilterGroup, Tensor],
+        mixes: Mapping[MixKey, Tensor],
+        image_indices: Tensor | None = None,
+    ) -> list[Outcome]:
+        """What M masks (M, N) of every group do together, each with its channel mixes (M, N, N).
+
+        `image_indices` (B,) int64 names the reward images to look at, for the base as well; None means all.
+        """
+        by_name = {group.name: _checked_masks(group, each) for group, each in masks.items()}
+        correct = evaluator.correct(by_name, image_indices=image_indices, mixes=mixes or None)
+        base = self.base.correct if image_indices is None else self.base.correct[image_indices]
+        n_kept = {group: by_name[group.name].sum(1).tolist() for group in masks}
+        return [
+            self._outcome(
+                int(base.sum()) / len(base), int(count) / len(base), {group: kept[i] for group, kept in n_kept.items()}
+            )
+            for i, count in enumerate(correct)
+        ]
+
+    def _outcome(self, base_accuracy: float, accuracy: float, n_kept: Mapping[FilterGroup, int]) -> Outcome:
+        macs, params = pruned_cost(self.model, self.cost, n_kept)
+        return Outcome(
+            base_accuracy=base_accuracy,
+            pruned_accuracy=accuracy,
+            n_filters=sum(group.n_filters for group in n_kept),
+            n_kept=sum(n_kept.values()),
+            base_macs=self.base.cost.macs,
+            pruned_macs=macs,
+            base_params=self.base.cost.params,
+            pruned_params=params,
+        )
+
+
+def _checked_masks(group: FilterGroup, masks: Tensor) -> Tensor:
+    masks_MN = torch.as_tensor(masks, dtype=torch.bool)
+    if masks_MN.dim() != 2 or masks_MN.shape[1] != group.n_filters:
+        raise ValueError(
+            f"masks of {group.name!r} have shape {tuple(masks_MN.shape)}, expected (M, {group.n_filters})."
+        )
+    if not bool(masks_MN.any(1).all()):
+        raise ValueError(f"a mask of {group.name!r} keeps no filter at all; keep at least one.")
+    return masks_MN
 
 
 def replace_model(task: PruningTask, model: nn.Module) -> PruningTask:
@@ -201,16 +249,8 @@ class LayerTask:
         return observe(self.task.model, self.group, images, labels)
 
     @cached_property
-    def evaluator(self) -> MaskEvaluator:
-        """Counts the right answers of masked networks."""
-        settings = self.task.settings
-        return MaskEvaluator(
-            self.task.model,
-            [self.group],
-            *self.task.reward_images,
-            cache_gib=settings.cache_gib,
-            method=settings.method,
-        )
+    def _evaluator(self) -> MaskEvaluator:
+        return self.task.evaluator([self.group])
 
     @cached_property
     def compensation(self) -> Compensation | None:
@@ -221,41 +261,21 @@ class LayerTask:
         images, _ = self.task.fit_images(settings.compensation_images)
         return Compensation.fit(self.task.model, self.group, images, ridge=settings.ridge)
 
+    def mixes(self, masks_MN: Tensor) -> dict[MixKey, Tensor]:
+        """The compensation's channel mixes (M, N, N) under masks, by group and consumer; empty without one."""
+        return {} if self.compensation is None else self.compensation.matrices(masks_MN)
+
     def outcomes(self, masks_MN: Tensor, image_indices: Tensor | None = None) -> list[Outcome]:
         """What each mask does to the network, on the whole reward split or on the images named.
 
         A mask that keeps nothing is refused with a ValueError.
         """
-        masks_MN = torch.as_tensor(masks_MN, dtype=torch.bool)
-        if masks_MN.dim() != 2 or masks_MN.shape[1] != self.n_filters:
-            raise ValueError(f"masks have shape {tuple(masks_MN.shape)}, expected (M, {self.n_filters}).")
-        if not bool(masks_MN.any(1).all()):
-            raise ValueError(f"a mask of {self.group.name!r} keeps no filter at all; keep at least one.")
-        mixes = self.compensation.matrices(masks_MN) if self.compensation else None
-        correct = self.evaluator.correct({self.group.name: masks_MN}, image_indices=image_indices, mixes=mixes)
-        flags = self.task.base.correct if image_indices is None else self.task.base.correct[image_indices]
-        base_accuracy = int(flags.sum()) / len(flags)
-        return [
-            self._outcome(base_accuracy, int(count) / len(flags), int(mask.sum()))
-            for count, mask in zip(correct, masks_MN, strict=True)
-        ]
-
-    def _outcome(self, base_accuracy: float, accuracy: float, n_kept: int) -> Outcome:
-        macs, params = pruned_cost(self.task.model, self.task.cost, {self.group: n_kept})
-        return Outcome(
-            base_accuracy=base_accuracy,
-            pruned_accuracy=accuracy,
-            n_filters=self.n_filters,
-            n_kept=n_kept,
-            base_macs=self.task.base.cost.macs,
-            pruned_macs=macs,
-            base_params=self.task.base.cost.params,
-            pruned_params=params,
-        )
+        masks_MN = _checked_masks(self.group, masks_MN)
+        return self.task.outcomes(self._evaluator, {self.group: masks_MN}, self.mixes(masks_MN), image_indices)
 
     def cut(self, keep: Tensor) -> nn.Module:
         """A new, smaller network without the filters that `keep` (N,) bool drops."""
         model = prune(self.task.model, {self.group: keep})
-        if self.compensation:
+        if self.compensation is not None:
             self.compensation.fold(model, self.group, keep)
         return model

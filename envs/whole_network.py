@@ -5,16 +5,17 @@ Shapes: M masks, N filters (of the widest group), D weights a filter (of the wid
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..rewards.outcome import Outcome
 from .evaluate import MaskEvaluator
-from .group_cost import pruned_cost
+from .masking import MixKey
+from .surgery import prune
 from .task import LayerTask, PruningTask
 
 
@@ -49,44 +50,26 @@ class NetworkTask:
 
     @cached_property
     def _evaluator(self) -> MaskEvaluator:
-        settings = self.task.settings
-        return MaskEvaluator(
-            self.task.model,
-            [layer.group for layer in self.layers],
-            *self.task.reward_images,
-            cache_gib=settings.cache_gib,
-            method=settings.method,
-        )
+        return self.task.evaluator([layer.group for layer in self.layers])
 
-    def outcomes(self, masks: list[Tensor], image_indices: Tensor | None = None) -> list[Outcome]:
+    def outcomes(self, masks: Sequence[Tensor], image_indices: Tensor | None = None) -> list[Outcome]:
         """What M combinations do; `masks[i]` is (M, N_i) bool for the group at position i."""
-        by_name = {layer.group.name: mask for layer, mask in zip(self.layers, masks, strict=True)}
-        mixes = {}
+        chosen = {layer.group: mask for layer, mask in zip(self.layers, masks, strict=True)}
+        mixes: dict[MixKey, Tensor] = {}
         for layer, mask in zip(self.layers, masks, strict=True):
-            mixes.update(layer.compensation.matrices(mask) if layer.compensation else {})
-        correct = self._evaluator.correct(by_name, image_indices=image_indices, mixes=mixes or None)
-        flags = self.task.base.correct if image_indices is None else self.task.base.correct[image_indices]
-        base_accuracy = int(flags.sum()) / len(flags)
-        kept_MG = torch.stack([mask.sum(1) for mask in masks], dim=1)
-        return [
-            self._outcome(base_accuracy, int(count) / len(flags), kept.tolist())
-            for count, kept in zip(correct, kept_MG, strict=True)
-        ]
+            mixes.update(layer.mixes(mask))
+        return self.task.outcomes(self._evaluator, chosen, mixes, image_indices)
 
-    def _outcome(self, base_accuracy: float, accuracy: float, kept: list[int]) -> Outcome:
-        counts = {layer.group: n for layer, n in zip(self.layers, kept, strict=True)}
-        macs, params = pruned_cost(self.task.model, self.task.cost, counts)
-        return Outcome(
-            base_accuracy=base_accuracy,
-            pruned_accuracy=accuracy,
-            n_filters=sum(layer.n_filters for layer in self.layers),
-            n_kept=sum(kept),
-            base_macs=self.task.base.cost.macs,
-            pruned_macs=macs,
-            base_params=self.task.base.cost.params,
-            pruned_params=params,
-        )
+    def cut(self, keeps: Sequence[Tensor]) -> nn.Module:
+        """The network that `outcomes` judges, cut for real; `keeps[i]` is (N_i,) bool for the group at position i."""
+        model = self.task.model
+        for layer, keep in zip(self.layers, keeps, strict=True):
+            if layer.compensation is not None:
+                model = layer.compensation.folded(model, keep)
+        return prune(model, {layer.group: keep for layer, keep in zip(self.layers, keeps, strict=True)})
 
 
 def _padded(array: NDArray[np.float32], shape: tuple[int, ...]) -> NDArray[np.float32]:
-    return np.pad(array, [(0, wide - narrow) for narrow, wide in zip(array.shape, shape, strict=True)]).astype(np.float32)
+    return np.pad(array, [(0, wide - narrow) for narrow, wide in zip(array.shape, shape, strict=True)]).astype(
+        np.float32
+    )

@@ -1,0 +1,26 @@
+"""A small network trained on the digits and its splits, trained once a test process."""
+
+from functools import cache
+
+from keepdrop.envs.data import digits
+from keepdrop.envs.networks import small_cnn
+from keepdrop.envs.splits import split
+from keepdrop.envs.task import JudgeSettings, PruningTask
+from keepdrop.envs.training import TrainSettings, fit_network
+
+QUICK = JudgeSettings(compensation_images=150, statistics_images=60)
+MASKED = JudgeSettings(compensate=False, statistics_images=60)
+
+
+@cache
+def trained():
+    """A trained network in training mode, and its splits; tests must leave both alone."""
+    splits = split(digits(), reward_from="train", reward_size=250, seed=0)
+    model = small_cnn(widths=(8, 10, 12))
+    fit_network(model, splits.fit, TrainSettings(epochs=6, batch_size=64), seed=0)
+    return model, splits
+
+
+def make_task(settings=MASKED, **arguments):
+    """A fresh task on the trained network."""
+    return PruningTask(*trained(), settings=settings, **arguments)
