@@ -1,97 +1,196 @@
+"""What a mask is said to be worth is what the really cut network does; the base is measured once, and must know."""
+
+import copy
+import dataclasses
+
 import pytest
 import torch
 from judged import MASKED, QUICK, make_task, trained
+from keepdrop.envs import task as task_module
 from keepdrop.envs.cost import count_cost
-from keepdrop.envs.evaluate import correct_flags
+from keepdrop.envs.evaluate import count_correct
 from keepdrop.envs.networks import small_cnn
-from keepdrop.envs.task import measure_base, replace_model
+from keepdrop.envs.task import PruningTask, measure_base, replace_model
 from keepdrop.envs.whole_network import NetworkTask
 from keepdrop.rewards.errors import UserError
 
 
-def half_masks(n_filters, n_masks=3):
-    masks = torch.rand(n_masks, n_filters, generator=torch.Generator().manual_seed(1)) < 0.6
+def _masks(n_filters, count=4, seed=0):
+    masks = torch.rand(count, n_filters, generator=torch.Generator().manual_seed(seed)) < 0.6
     masks[:, 0] = True
     return masks
 
 
-@pytest.mark.parametrize("settings", [MASKED, QUICK], ids=["masked", "compensated"])
-def test_a_mask_is_worth_what_the_cut_network_is(settings):
-    task = make_task(settings)
-    layer = task.layer("conv2")
-    for mask, outcome in zip(half_masks(10), layer.outcomes(half_masks(10)), strict=True):
-        cut = layer.cut(mask)
-        right = int(correct_flags(cut, *task.reward_images).sum())
-        cost = count_cost(cut, task.example)
-        assert outcome.pruned_accuracy == right / len(task.splits.reward)
+def _accuracy(model, data):
+    correct, total = count_correct(model, data)
+    return correct / total
+
+
+@pytest.fixture(scope="module", params=[MASKED, QUICK], ids=["masked", "compensated"])
+def task(request):
+    return make_task(request.param)
+
+
+@pytest.mark.parametrize("name", ["conv1", "conv3"])
+def test_a_masks_outcome_is_that_of_the_cut_network(task, name):
+    layer, splits = task.layer(name), task.splits
+    masks = _masks(layer.n_filters)
+    dense = count_cost(task.model, task.example)
+    for mask, outcome in zip(masks, layer.outcomes(masks), strict=True):
+        model = layer.cut(mask)
+        cost = count_cost(model, task.example)
+        assert outcome.pruned_accuracy == _accuracy(model, splits.reward)
+        assert outcome.base_accuracy == _accuracy(task.model, splits.reward) == task.base.accuracy
+        assert (outcome.n_filters, outcome.n_kept) == (layer.n_filters, int(mask.sum()))
+        assert (outcome.base_macs, outcome.base_params) == (dense.macs, dense.params)
         assert (outcome.pruned_macs, outcome.pruned_params) == (cost.macs, cost.params)
-        assert outcome.n_kept == int(mask.sum())
 
 
-def test_compensation_keeps_more_of_the_accuracy():
-    masks = half_masks(10, 8)
-    plain = sum(each.pruned_accuracy for each in make_task(MASKED).layer("conv2").outcomes(masks))
-    helped = sum(each.pruned_accuracy for each in make_task(QUICK).layer("conv2").outcomes(masks))
-    assert helped > plain
+def test_whole_network_outcomes_are_those_of_the_cut_network(task):
+    network = NetworkTask(task)
+    masks = [_masks(layer.n_filters, 3, seed) for seed, layer in enumerate(network.layers)]
+    for i, outcome in enumerate(network.outcomes(masks)):
+        model = network.cut([mask[i] for mask in masks])
+        cost = count_cost(model, task.example)
+        assert outcome.pruned_accuracy == _accuracy(model, task.splits.reward)
+        assert (outcome.pruned_macs, outcome.pruned_params) == (cost.macs, cost.params)
+        assert (outcome.n_filters, outcome.n_kept) == (30, sum(int(mask[i].sum()) for mask in masks))
 
 
-@pytest.mark.parametrize("settings", [MASKED, QUICK], ids=["masked", "compensated"])
-def test_whole_network_is_worth_what_the_cut_network_is(settings):
-    network = NetworkTask(make_task(settings))
-    masks = [half_masks(layer.n_filters, 2) for layer in network.layers]
-    for index, outcome in enumerate(network.outcomes(masks)):
-        cut = network.cut([mask[index] for mask in masks])
-        right = int(correct_flags(cut, *network.task.reward_images).sum())
-        assert outcome.pruned_accuracy == right / network.n_images
-        assert outcome.pruned_macs == count_cost(cut, network.task.example).macs
+def test_keeping_everything_changes_nothing(task):
+    (outcome,) = task.layer("conv2").outcomes(torch.ones(1, 10, dtype=torch.bool))
+    assert outcome.accuracy_drop == 0 and outcome.macs_fraction == 1 and outcome.params_fraction == 1
 
 
-def test_base_is_measured_on_the_images_of_the_mask():
+def test_compensation_helps():
+    plain, helped = make_task(MASKED).layer("conv2"), make_task(QUICK).layer("conv2")
+    masks = _masks(10, 12) & _masks(10, 12, 1)
+    lost, left = (sum(each.accuracy_drop for each in layer.outcomes(masks)) for layer in (plain, helped))
+    assert plain.compensation is None and helped.compensation is not None
+    assert left < 0.8 * lost
+
+
+def test_image_indices_pick_the_same_images_for_the_base(task):
+    layer, model = task.layer("conv2"), task.model
+    mask = _masks(10, 1)[0]
+    indices = torch.tensor([3, 200, 17, 249, 60, 61, 62])
+    (outcome,) = layer.outcomes(mask[None], indices)
+    chosen = task.splits.reward.select(indices)
+    assert outcome.base_accuracy == _accuracy(model, chosen)
+    assert outcome.pruned_accuracy == _accuracy(layer.cut(mask), chosen)
+    wrong = torch.nonzero(~task.base.correct).flatten()
+    (outcome,) = layer.outcomes(torch.ones(1, 10, dtype=torch.bool), wrong)
+    assert len(wrong) > 0 and outcome.base_accuracy == outcome.pruned_accuracy == 0
+
+
+def test_later_layers_are_judged_against_the_dense_network():
     task = make_task()
-    few = torch.tensor([3, 5, 8, 13])
-    outcome = task.layer("conv1").outcomes(torch.ones(1, 8, dtype=torch.bool), few)[0]
-    assert outcome.base_accuracy == int(task.base.correct[few].sum()) / 4
-    assert outcome.accuracy_drop == 0
+    keep = torch.arange(8) < 5
+    later = replace_model(task, task.layer("conv1").cut(keep))
+    assert later.base is task.base and later.groups[0].n_filters == 5
+    assert later.cost.macs < task.cost.macs == later.base.cost.macs
+    masks = _masks(10, 2)
+    for mask, outcome in zip(masks, later.layer("conv2").outcomes(masks), strict=True):
+        model = later.layer("conv2").cut(mask)
+        assert outcome.pruned_accuracy == _accuracy(model, task.splits.reward)
+        assert outcome.pruned_macs == count_cost(model, task.example).macs
+        assert outcome.base_macs == task.base.cost.macs and outcome.base_accuracy == task.base.accuracy
+    assert later.accuracy == _accuracy(later.model, task.splits.reward)
 
 
-def test_base_stays_that_of_the_dense_network():
+def test_the_base_is_measured_once(monkeypatch):
+    calls = []
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return measure_base(*arguments)
+
+    monkeypatch.setattr(task_module, "measure_base", counted)
     task = make_task()
-    cut = task.layer("conv1").cut(half_masks(8)[0])
-    later = replace_model(task, cut)
-    assert later.base is task.base
-    assert later.layer("conv2").outcomes(torch.ones(1, 10, dtype=torch.bool))[0].base_macs == task.cost.macs
+    layer = task.layer("conv1")
+    for seed in range(3):
+        layer.outcomes(_masks(8, 2, seed))
+    later = replace_model(task, layer.cut(torch.arange(8) < 4))
+    later.layer("conv2").outcomes(_masks(10))
+    assert len(calls) == 1
+    make_task(base=task.base)
+    assert len(calls) == 1
 
 
-def test_network_is_left_bit_for_bit():
-    model, _ = trained()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    layer = make_task(QUICK).layer("conv2")
-    layer.outcomes(half_masks(10))
-    layer.cut(half_masks(10)[0])
-    assert model.training
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+def test_nothing_is_changed():
+    model, splits = trained()
+    before = copy.deepcopy(model.state_dict())
+    task = PruningTask(model, splits, settings=QUICK)
+    layer = task.layer("conv2")
+    _ = layer.observation
+    layer.outcomes(_masks(10))
+    layer.cut(_masks(10)[0])
+    NetworkTask(task).cut([_masks(layer.n_filters)[0] for layer in NetworkTask(task).layers])
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
 
-def test_a_network_that_guesses_is_refused():
+def test_the_seed_chooses_the_fit_images():
+    one, same, other = make_task(seed=1), make_task(seed=1), make_task(seed=2)
+    assert torch.equal(one.fit_images(20)[0], same.fit_images(20)[0])
+    assert not torch.equal(one.fit_images(20)[0], other.fit_images(20)[0])
+    assert len(one.fit_images(10**6)[0]) == len(one.splits.fit)
+
+
+def test_the_report_split_is_never_opened():
+    model, splits = trained()
+    task = PruningTask(model, dataclasses.replace(splits, report=None), settings=QUICK)
+    layer = task.layer("conv1")
+    assert layer.observation.weights.shape == (8, 9)
+    layer.outcomes(_masks(8))
+
+
+def test_an_untrained_base_is_refused():
     _, splits = trained()
-    with pytest.raises(UserError, match=r"which is chance level .* expected a trained network: check the checkpoint"):
-        measure_base(small_cnn(widths=(8, 10, 12)), splits)
+    torch.manual_seed(0)
+    text = (
+        r"The base network's accuracy on the 250 reward images is 0\.\d{4}, which is chance level \(the most frequent "
+        r"class gives 0\.\d{4}\); expected a trained network: check the checkpoint, the normalisation"
+    )
+    with pytest.raises(UserError, match=text):
+        PruningTask(small_cnn(widths=(4, 4)), splits)
+    # One that always answers with the same class is no better.
+    model = small_cnn(widths=(4, 4))
+    with torch.no_grad():
+        model.linear.bias[int(splits.reward.labels.mode().values)] += 100
+    with pytest.raises(UserError, match="which is chance level"):
+        PruningTask(model, splits)
 
 
-@pytest.mark.parametrize(
-    ("masks", "message"),
-    [
-        (torch.zeros(1, 8, dtype=torch.bool), "keeps no filter at all; keep at least one"),
-        (torch.ones(1, 9, dtype=torch.bool), r"have shape \(1, 9\), expected \(M, 8\)"),
-    ],
-)
-def test_bad_masks_are_refused(masks, message):
-    with pytest.raises(ValueError, match=message):
-        make_task().layer("conv1").outcomes(masks)
+def test_networks_whose_logits_are_not_finite_are_refused():
+    _, splits = trained()
+    model = small_cnn(widths=(4, 4))
+    with torch.no_grad():
+        model.linear.bias[:] = torch.nan
+    with pytest.raises(UserError, match="which is chance level"):
+        PruningTask(model, splits)
 
 
-def test_a_layer_is_one_layer():
+def test_bad_masks_are_refused():
+    layer = make_task().layer("conv1")
+    empty = torch.ones(3, 8, dtype=torch.bool)
+    empty[1] = False
+    with pytest.raises(ValueError, match=r"a mask of 'conv1' keeps no filter at all; keep at least one"):
+        layer.outcomes(empty)
+    with pytest.raises(ValueError, match=r"masks of 'conv1' have shape \(1, 9\), expected \(M, 8\)"):
+        layer.outcomes(torch.ones(1, 9))
+    with pytest.raises(ValueError, match=r"masks of 'conv1' have shape \(8,\), expected \(M, 8\)"):
+        layer.outcomes(torch.ones(8))
+    with pytest.raises(ValueError, match=r"a mask of 'conv2' keeps no filter at all"):
+        NetworkTask(make_task()).outcomes([torch.ones(1, 8), torch.zeros(1, 10), torch.ones(1, 12)])
+
+
+def test_layers_by_name():
+    task = make_task(layers=["conv[12]"])
+    assert [group.name for group in task.groups] == ["conv1", "conv2"]
+    assert task.layer("conv3").n_filters == 12
     with pytest.raises(UserError, match=r"One layer is decided at a time, but 'conv\*' matches conv1, conv2, conv3"):
-        make_task().layer("conv*")
-    with pytest.raises(UserError, match=r"No prunable layer is called 'conv9'; the nearest are"):
-        make_task().layer("conv9")
+        task.layer("conv*")
+    with pytest.raises(UserError, match=r"No prunable layer is called 'conv22'; the nearest are 'conv2'"):
+        task.layer("conv22")
