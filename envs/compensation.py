@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from ..rewards.errors import UserError
 from .folding import fold, mixing_obstacle
 from .groups import Cut, FilterGroup
-from .masking import MixKey, channel_dim, evaluating
+from .masking import MixKey, channel_dim
+from .modes import evaluating
 from .slicing import slice_module, width
 from .surgery import checked_keep
 

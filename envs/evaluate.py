@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..rewards.errors import UserError
 from .groups import FilterGroup
-from .masking import MixKey, evaluating
+from .masking import MixKey
+from .modes import evaluating
 from .split import Frontier, MaskedNetwork
 
 if TYPE_CHECKING:

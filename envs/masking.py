@@ -46,18 +46,6 @@ def masked_inputs(
             handle.remove()
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode within the context; afterwards every module is in the mode it had."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
 def channel_dim(module: nn.Module, value: Tensor) -> int:
     """Dimension of a consumer's input that holds its channels."""
     if is_conv(module):
