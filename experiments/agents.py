@@ -12,9 +12,7 @@ from omegaconf import DictConfig
 
 from ..agent.criteria import CriterionAgent
 from ..agent.saved_agent import WEIGHTS, AgentMismatch, SavedAgent, check_agent, load_agent, save_agent
-from ..agent.trainer import AgentSettings, Trainer, TrainingResult, train_agent
-from ..envs.checkpoint import hash_state
-from ..envs.filter_pruning import FilterPruningVectorEnv
+from ..agent.trainer import AgentSettings, Trainer
 from ..envs.observation import STATISTIC_NAMES
 from ..envs.task import LayerTask
 from ..rewards.errors import UserError
@@ -25,6 +23,7 @@ from .decide import Decision, observation_tensors
 from .doors import plain, settings
 from .facts import command_line
 from .run_folder import RunFolder
+from .search import agent_facts, fit_facts, train_on_layer
 from .seeds import derive_seed
 from .tracking import Tracker
 
@@ -52,21 +51,21 @@ class TrainAgents:
     def __call__(self, layer: LayerTask, working: Path, seed: int) -> Decision:
         """Train, save, and decide greedily; the best sampled masks are the alternatives."""
         policy = self._policy(layer, seed)
-        env = FilterPruningVectorEnv(layer, self.reward, self.config.search.masks, self.config.search.images)
-        env.reset(seed=derive_seed(seed, "images"))
-        generator = torch.Generator().manual_seed(derive_seed(seed, "masks"))
+        search = self.config.search
         with self.terminal.progress(layer.group.name, self.settings.updates) as bar:
-            report = partial(self._report, layer.group.name, bar)
-            result = train_agent(env, policy, self.settings, generator, callback=report)
-        save_agent(working / AGENT, policy, self._facts(layer, seed, result))
-        alternatives = tuple(torch.as_tensor(scored.mask) for scored in result.best)
-        images = env.images_per_step or layer.n_images
-        facts = {
-            "updates": result.n_updates,
-            "converged": result.converged,
-            "mask_images": result.n_updates * env.num_envs * min(images, layer.n_images),
-        }
-        return Decision(result.greedy, "agent", alternatives, facts)
+            result, decision = train_on_layer(
+                layer,
+                policy,
+                self.reward,
+                self.settings,
+                masks=search.masks,
+                images=search.images,
+                seed=seed,
+                report=partial(self._report, layer.group.name, bar),
+            )
+        facts = {"command": command_line(), "config": plain(self.config), **agent_facts(layer, seed, result)}
+        save_agent(working / AGENT, policy, facts)
+        return decision
 
     def _policy(self, layer: LayerTask, seed: int) -> Any:
         saved = self.known.get(layer.group.name)
@@ -81,20 +80,6 @@ class TrainAgents:
         kept, drop = metrics.get("info/kept_fraction", 0.0), metrics.get("info/accuracy_drop", 0.0)
         bar.advance(step, f"reward {metrics['reward_mean']:+.3f}, kept {kept:.0%}, drop {100 * drop:.1f} points")
         self.tracker.scalars(f"agent/{name}", metrics, step)
-
-    def _facts(self, layer: LayerTask, seed: int, result: TrainingResult) -> dict[str, Any]:
-        curve = [metrics["reward_mean"] for metrics in result.history]
-        return {
-            "command": command_line(),
-            "config": plain(self.config),
-            "seed": seed,
-            **fit_facts(layer),
-            "base_hash": hash_state(layer.task.model),
-            "base_accuracy": layer.task.base.accuracy,
-            "reward_split_hash": layer.task.splits.hashes["reward"],
-            "reward_curve": curve,
-            "best_step": max(range(len(curve)), key=curve.__getitem__, default=None),
-        }
 
 
 class AskAgents:
@@ -133,17 +118,6 @@ class AskCriterion:
         agent = CriterionAgent(self.criterion, torch.Generator().manual_seed(derive_seed(seed, self.criterion)))
         keep = agent.keep(observation_tensors(layer), STATISTIC_NAMES, self.counts[layer.group.name])
         return Decision(keep, self.criterion)
-
-
-def fit_facts(layer: LayerTask) -> dict[str, Any]:
-    """What an agent was trained for, as far as it decides whether it can be used on a layer."""
-    n_filters, n_weights = layer.observation.weights.shape
-    return {
-        "group": layer.group.name,
-        "n_filters": n_filters,
-        "n_weights": n_weights,
-        "statistic_names": list(STATISTIC_NAMES),
-    }
 
 
 def check_fit(agent: SavedAgent, layer: LayerTask) -> None:

@@ -10,7 +10,8 @@ from torch import nn
 from ..envs.checkpoint import save_weights
 from ..envs.splits import Splits
 from ..envs.training import TrainProgress, TrainSettings, fit_network
-from .build import Constructor, build_augment, load_network, resolve_device
+from .build import Constructor, build_augment, load_network
+from .checks import resolve_device
 from .console import Terminal
 from .doors import settings
 from .run_folder import RunFolder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,11 @@ from ..envs.augment import Augment
 from ..envs.checkpoint import load_checkpoint
 from ..envs.data import from_datasets
 from ..envs.images import LabelledData
-from ..envs.modes import evaluating
-from ..envs.observation import STATISTIC_NAMES
 from ..envs.splits import Splits, split
 from ..envs.task import LayerTask
 from ..rewards.errors import UserError
 from ..rewards.outcome import RewardFunction
+from .checks import call_policy_factory
 
 Constructor = Callable[[], nn.Module]
 
@@ -89,32 +87,6 @@ def network_constructor(node: DictConfig, seed: int = 0) -> Constructor:
     return construct
 
 
-def try_network(model: nn.Module, splits: Splits) -> None:
-    """Run the network on two images, in evaluation mode; whatever goes wrong in it is a `UserError`."""
-    images, _ = splits.fit.batch(torch.arange(min(2, len(splits.fit))))
-    shape = tuple(images.shape)
-    device = next((parameter.device for parameter in model.parameters()), None)
-    try:
-        with torch.no_grad(), evaluating(model):
-            logits = model(images.to(device))
-    except Exception as error:
-        raise UserError(
-            f"The network fails on images of shape {shape} ({type(error).__name__}: {_first_line(error)}); give one "
-            "that takes them: network=NAME, or its arguments."
-        ) from error
-    expected = (len(images), splits.fit.n_classes)
-    got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-    if not isinstance(got, tuple) or len(got) != 2 or got[0] != expected[0] or got[1] < expected[1]:
-        raise UserError(
-            f"The network returns {got} for images of shape {shape}; expected logits of shape {expected}: one row "
-            "an image, one column a class."
-        )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0]
-
-
 def load_network(construct: Constructor, checkpoint: str | None) -> nn.Module:
     """The dense network with a checkpoint's weights, in evaluation mode."""
     model = construct()
@@ -140,35 +112,8 @@ def build_policy(node: DictConfig, layer: LayerTask, seed: int) -> Any:
 
 
 def make_policy(node: DictConfig, n_filters: int, n_weights: int, seed: int = 0) -> Any:
-    """A fresh policy: the configured factory gets whatever it asks for by name.
-
-    Offered: n_filters, n_weights, n_statistics, statistic_names, seed.
-    """
+    """A fresh policy from the configured factory (`call_policy_factory`)."""
     factory = build(node, "policy")
     if not callable(factory):
         raise UserError(f"policy._target_={node['_target_']} made a {type(factory).__name__}; expected a factory.")
-    offered = {
-        "n_filters": n_filters,
-        "n_weights": n_weights,
-        "n_statistics": len(STATISTIC_NAMES),
-        "statistic_names": STATISTIC_NAMES,
-        "seed": seed,
-    }
-    try:
-        wanted = inspect.signature(factory).parameters
-        return factory(**{name: value for name, value in offered.items() if name in wanted})
-    except (ValueError, TypeError) as error:
-        raise UserError(f"policy could not be built: {error}") from error
-
-
-def resolve_device(name: str) -> torch.device:
-    """ "cpu", "cuda", "cuda:1", "mps", or "auto" for the best one there is."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        first = str(error).splitlines()[0]
-        raise UserError(f"device is {name!r}, which is not to be had here ({first}); use cpu or auto.") from error
-    return device
+    return call_policy_factory(factory, n_filters, n_weights, seed)

@@ -20,7 +20,7 @@ from ..envs.pruned_file import KeptChannels, save_pruned
 from ..envs.splits import Splits
 from ..envs.training import TrainSettings
 from .base import train_with_progress
-from .build import resolve_device
+from .checks import resolve_device
 from .console import Terminal
 from .doors import plain, settings
 from .run_folder import METRICS, RunFolder

@@ -25,9 +25,8 @@ from .build import (
     load_network,
     make_policy,
     network_constructor,
-    resolve_device,
-    try_network,
 )
+from .checks import resolve_device, try_network
 from .doors import plain, settings
 from .schema import SearchConfig
 from .seeds import derive_seed

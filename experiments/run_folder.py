@@ -9,11 +9,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
-
-from omegaconf import DictConfig, OmegaConf
+from typing import TYPE_CHECKING, Any
 
 from ..rewards.errors import UserError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 CONFIG = "config.yaml"
 FACTS = "facts.json"
@@ -33,6 +34,8 @@ class RunFolder:
     @classmethod
     def create(cls, path: Path, config: DictConfig) -> RunFolder:
         """Open a new folder and write its configuration; a folder that holds something is refused."""
+        from omegaconf import OmegaConf  # here, so that the Python interface does without it
+
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UserError(
                 f"The run folder {str(path)!r} exists and is not empty; expected a new one: choose another run_dir, or "
@@ -66,6 +69,8 @@ class RunFolder:
 
     def config(self) -> DictConfig:
         """The resolved configuration the run began with."""
+        from omegaconf import DictConfig, OmegaConf
+
         loaded = OmegaConf.load(self.path / CONFIG)
         assert isinstance(loaded, DictConfig)
         return loaded

@@ -13,7 +13,8 @@ from ..envs.evaluate import count_correct
 from ..envs.splits import Splits
 from ..envs.training import TrainSettings
 from .base import WEIGHTS, train_base
-from .build import build_augment, build_splits, network_constructor, resolve_device, try_network
+from .build import build_augment, build_splits, network_constructor
+from .checks import resolve_device, try_network
 from .console import Terminal
 from .doors import hydra_door, interruptible, open_run, settings
 from .facts import provenance
