@@ -80,6 +80,17 @@ def scores(
     return torch.rand(len(weights_ND), generator=generator, dtype=torch.float64)
 
 
+def normalised(scores_N: Tensor, criterion: str) -> Tensor:
+    """Scores of one layer made comparable with those of others: divided by their l2 norm (Molchanov et al., eq. 8).
+
+    APoZ, whose scores are negative, is turned into the share of values that are positive first. A layer of zeros
+    stays one.
+    """
+    values_N = 1.0 + scores_N if criterion == "apoz" else scores_N
+    norm = values_N.square().sum().sqrt()
+    return values_N / norm if norm > 0 else values_N
+
+
 class CriterionAgent:
     """A criterion as an agent: keeps the filters with the highest scores.
 
