@@ -12,13 +12,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("agent", "conf", "envs", "experiments", "rewards")
+TOP = "keepdrop"  # the package itself: the public names
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     """The built wheel; built from a copy, because setuptools keeps old files in build/."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    names = [*PACKAGES, "pyproject.toml", "README.md", "LICENSE"]
+    names = [*PACKAGES, TOP, "pyproject.toml", "README.md", "LICENSE"]
     subprocess.run(["cp", "-r", *(str(ROOT / name) for name in names), str(source)], check=True)
     build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
     subprocess.run([sys.executable, "-c", build, str(target)], cwd=source, check=True, capture_output=True)
@@ -47,13 +48,14 @@ def test_wheel_holds_every_module_and_configuration(content):
         for package in PACKAGES
         for kind in ("py", "yaml")
         for path in (ROOT / package).rglob(f"*.{kind}")
-    }
+    } | {"keepdrop/__init__.py"}
     assert {name for name in content if name.endswith((".py", ".yaml"))} == expected
     assert {"keepdrop/conf/prune.yaml", "keepdrop/conf/network/small_cnn.yaml"} < expected
 
 
 def test_wheel_is_typed_and_licensed(content):
-    assert {f"keepdrop/{package}/py.typed" for package in PACKAGES if package != "conf"} <= content
+    typed = {f"keepdrop/{package}/py.typed" for package in PACKAGES if package != "conf"} | {"keepdrop/py.typed"}
+    assert typed <= content
     assert any(name.endswith("licenses/LICENSE") for name in content)
     assert {name for name in content if "/tests/" in name or "__pycache__" in name} == set()
 

@@ -1,0 +1,280 @@
+"""The Python interface: a trained network and two datasets in, a smaller network out. No configuration files.
+
+With the same settings and the same seed it decides what `keepdrop prune` decides, filter by filter.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..agent.policy import SetPolicy
+from ..agent.saved_agent import save_agent
+from ..agent.trainer import AgentSettings
+from ..envs.augment import Augment
+from ..envs.cost import count_cost
+from ..envs.evaluate import count_correct
+from ..envs.latency import Latency, measure_latency
+from ..envs.pruned_file import KeptChannels, save_pruned
+from ..envs.splits import Source, Splits
+from ..envs.task import JudgeSettings, LayerTask, PruningTask
+from ..envs.train_settings import TrainSettings
+from ..envs.training import fit_network
+from ..rewards.errors import UserError
+from ..rewards.outcome import RewardFunction
+from ..rewards.try_and_learn import TryAndLearn, check_drop_bound
+from .api_data import labelled_data, three_splits
+from .api_folder import open_folder
+from .api_progress import Callback, Reporter
+from .api_training import OwnLoop, OwnRecovery, retrained
+from .checks import PolicyFactory, call_policy_factory, resolve_device, try_network
+from .decide import Decision
+from .recover import Recover, RecoverySettings
+from .schedule import LayerRecord, Recovery, Schedule
+from .search import agent_facts, train_on_layer
+from .seeds import derive_seed
+
+FINETUNE = TrainSettings(epochs=5, lr=0.02, distill_weight=0.5)
+POLICY: PolicyFactory = partial(SetPolicy, warm_start="taylor")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the search goes; the defaults are those of `keepdrop prune`, but for the reward images.
+
+    Args:
+        reward_from: where reward images come from, which the network must not have been trained on: "test", or "train"
+            where it was trained elsewhere.
+        reward_size: images masks are scored on; None: a fifth of the source, at most 2,000.
+        split_seed: draws the reward images.
+        order: "forward" (low to high), "backward" or "largest_first".
+        masks: sampled an update of an agent.
+        images: reward images a mask; None for all.
+        agent: how each layer's agent is trained.
+        judge: how masks are judged, compensation among it.
+        reward: what an agent is trained on; None: `TryAndLearn(drop_bound)`.
+        policy: makes a layer's policy from whichever of n_filters, n_weights, n_statistics, statistic_names and seed
+            it asks for.
+        bn_images: fit images on which batch normalisation is measured anew after a cut; 0 leaves it.
+    """
+
+    reward_from: Source = "test"
+    reward_size: int | None = None
+    split_seed: int = 0
+    order: str = "forward"
+    masks: int = 16
+    images: int | None = 300
+    agent: AgentSettings = field(default_factory=AgentSettings)
+    judge: JudgeSettings = field(default_factory=JudgeSettings)
+    reward: RewardFunction | None = None
+    policy: PolicyFactory = POLICY
+    bn_images: int = 0
+
+    def __post_init__(self) -> None:
+        if self.masks < 2:
+            raise UserError(f"masks is {self.masks}; expected 2 or more: rewards are compared with one another.")
+
+
+@dataclass(frozen=True)
+class PruningResult:
+    """What pruning did; accuracies are fractions on the report images, which nothing was chosen on.
+
+    Attributes:
+        model: the smaller network, fine-tuned, in evaluation mode.
+        dense: a copy of what came in.
+        layers: what happened to each layer.
+        base_accuracy, pruned_accuracy, accuracy: before, after the last cut, after fine-tuning.
+        base_macs, macs: multiply-accumulates an image, before and after.
+        base_params, params: parameters, before and after.
+        bound_held: whether the drop bound held after every cut, on the reward images.
+        kept: which channels of the dense network are left.
+        example: one image (1, C, H, W).
+    """
+
+    model: nn.Module
+    dense: nn.Module
+    layers: tuple[LayerRecord, ...]
+    base_accuracy: float
+    pruned_accuracy: float
+    accuracy: float
+    base_macs: int
+    macs: int
+    base_params: int
+    params: int
+    bound_held: bool
+    kept: KeptChannels
+    example: torch.Tensor
+
+    def facts(self) -> dict[str, Any]:
+        """Every number of the result; JSON types only."""
+        hidden = ("model", "dense", "kept", "example", "layers")
+        return {name: value for name, value in vars(self).items() if name not in hidden} | {
+            "layers": [asdict(record) for record in self.layers]
+        }
+
+    def save(self, folder: str | Path, constructor: Mapping[str, Any] | None = None) -> None:
+        """Write `model.safetensors` and `architecture.json`, which `keepdrop.load_pruned(folder, make_dense)` reads."""
+        save_pruned(self.model, folder, kept=self.kept, constructor=constructor, facts=self.facts())
+
+    def latency(self, batch_sizes: Sequence[int] = (1, 64), repeats: int = 20) -> tuple[Latency, ...]:
+        """Seconds of both networks, measured side by side here and now."""
+        models = {"base": self.dense, "pruned": self.model}
+        return tuple(measure_latency(models, self.example, batch_sizes=batch_sizes, repeats=repeats))
+
+    def __str__(self) -> str:
+        return (
+            f"accuracy {self.base_accuracy:.2%} -> {self.accuracy:.2%}, "
+            f"MACs {self.base_macs:,} -> {self.macs:,} ({self.macs / self.base_macs - 1:+.1%}), "
+            f"parameters {self.base_params:,} -> {self.params:,} ({self.params / self.base_params - 1:+.1%})"
+        )
+
+
+def prune(
+    model: nn.Module,
+    train: Any,
+    test: Any,
+    *,
+    drop_bound: float = 0.02,
+    layers: Sequence[str] | None = None,
+    recover: TrainSettings | OwnLoop | None = None,
+    finetune: TrainSettings | OwnLoop | None = FINETUNE,
+    augment: Augment | None = None,
+    settings: Settings | None = None,
+    progress: Callback | None = None,
+    folder: str | Path | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+) -> PruningResult:
+    """Train an agent on each layer, remove filters for real, fine-tune, and measure on images nothing was chosen on.
+
+    Args:
+        model: trained, maps images (B, C, H, W) to logits (B, classes); never changed.
+        train, test: each a map-style dataset of (floating image tensor, integer label) or a pair of tensors
+            (images, labels), normalised as the network takes them.
+        drop_bound: accuracy that may be lost before fine-tuning, a fraction (0.02: two points).
+        layers: names or globs of the layers to prune; None: all that can be.
+        recover: training after each cut, kept only where it helps: settings, or a function that trains a network in
+            place with a loop of your own; None: none.
+        finetune: training at the end, likewise.
+        augment: of training images, (images, generator) -> images.
+        settings: how the search goes.
+        progress: called with a `Progress` for every update, layer and epoch; `print` will do.
+        folder: keeps agents, decisions and networks; called again with the same arguments, an interrupted run goes on.
+        seed: same seed, same result, bit for bit on a CPU.
+        device: "cpu", "cuda", "mps" or "auto".
+
+    Raises:
+        UserError: what was given cannot be used; the sentence says why and what to do.
+    """
+    settings = settings or Settings()
+    check_drop_bound(drop_bound)
+    where = resolve_device(device)
+    splits = three_splits(labelled_data(train, test), settings.reward_from, settings.reward_size, settings.split_seed)
+    dense = copy.deepcopy(model).eval().to(where)
+    try_network(dense, splits)
+    task = PruningTask(
+        dense, splits, settings=settings.judge, layers=layers, seed=derive_seed(seed, "task"), device=where
+    )
+    reporter = Reporter(progress)
+    reward = settings.reward or TryAndLearn(drop_bound)
+    recovery = _recovery(recover, settings, dense, augment, reporter)
+    schedule = Schedule(_Agents(settings, reward, reporter), reward, drop_bound, recovery, settings.order, seed)
+    with ExitStack() as stack:
+        path = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
+        asked = {"drop_bound": drop_bound, "layers": layers, "recover": recover, "seed": seed, "settings": settings}
+        pruned, kept, records = schedule.run(task, open_folder(path, task, asked), reporter)
+    tuned = _finetuned(pruned.model, finetune, dense, splits, augment, reporter, derive_seed(seed, "finetune"))
+    return _result(dense, pruned.model, tuned, splits, kept, records)
+
+
+class _Agents:
+    """Trains a fresh agent on each layer; saves it in the layer's folder."""
+
+    def __init__(self, settings: Settings, reward: RewardFunction, reporter: Reporter) -> None:
+        self.settings, self.reward, self.reporter = settings, reward, reporter
+
+    def __call__(self, layer: LayerTask, working: Path, seed: int) -> Decision:
+        chosen, (n_filters, n_weights) = self.settings, layer.observation.weights.shape
+        policy = call_policy_factory(chosen.policy, n_filters, n_weights, derive_seed(seed, "policy"))
+        result, decision = train_on_layer(
+            layer,
+            policy,
+            self.reward,
+            chosen.agent,
+            masks=chosen.masks,
+            images=chosen.images,
+            seed=seed,
+            report=self.reporter.update,
+        )
+        save_agent(working / "agent", policy, agent_facts(layer, seed, result))
+        return decision
+
+
+def _recovery(
+    chosen: TrainSettings | OwnLoop | None,
+    settings: Settings,
+    dense: nn.Module,
+    augment: Augment | None,
+    reporter: Reporter,
+) -> Recovery | None:
+    if callable(chosen):
+        return OwnRecovery(chosen)
+    train = chosen or TrainSettings(epochs=0)
+    report = partial(reporter.epoch, "recovery", train.epochs)
+    return Recover(RecoverySettings(settings.bn_images, train), dense, augment, report)
+
+
+def _finetuned(
+    pruned: nn.Module,
+    chosen: TrainSettings | OwnLoop | None,
+    dense: nn.Module,
+    splits: Splits,
+    augment: Augment | None,
+    reporter: Reporter,
+    seed: int,
+) -> nn.Module:
+    if callable(chosen):
+        return retrained(pruned, chosen, seed)
+    model = copy.deepcopy(pruned)
+    if chosen is not None:
+        teacher = dense if chosen.distill_weight > 0 else None
+        report = partial(reporter.epoch, "finetune", chosen.epochs)
+        fit_network(model, splits.fit, chosen, seed=seed, augment=augment, teacher=teacher, progress=report)
+    return model.eval()
+
+
+def _result(
+    dense: nn.Module,
+    pruned: nn.Module,
+    tuned: nn.Module,
+    splits: Splits,
+    kept: KeptChannels,
+    records: Sequence[LayerRecord],
+) -> PruningResult:
+    example = splits.reward.batch(torch.arange(1))[0].to(next(dense.parameters()).device)
+    before, after = count_cost(dense, example), count_cost(tuned, example)
+    base, cut, final = (count_correct(model, splits.report)[0] / len(splits.report) for model in (dense, pruned, tuned))
+    return PruningResult(
+        model=tuned,
+        dense=dense,
+        layers=tuple(records),
+        base_accuracy=base,
+        pruned_accuracy=cut,
+        accuracy=final,
+        base_macs=before.macs,
+        macs=after.macs,
+        base_params=before.params,
+        params=after.params,
+        bound_held=all(record.within_bound for record in records),
+        kept=kept,
+        example=example,
+    )
