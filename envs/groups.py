@@ -104,6 +104,7 @@ class GroupPlan:
 def select_groups(plan: GroupPlan, patterns: Sequence[str] | None) -> tuple[FilterGroup, ...]:
     """Groups whose names match any of the shell-style `patterns`, in execution order; None takes all.
 
+    A pattern that is the very name of a group means that group alone (`conv[4]` is a name before it is a pattern).
     Raises UserError for a pattern that matches nothing: it names the nearest groups, or the reason why the layer was
     skipped, or the group that the layer belongs to.
     """
@@ -114,21 +115,28 @@ def select_groups(plan: GroupPlan, patterns: Sequence[str] | None) -> tuple[Filt
         return plan.groups
     chosen: set[str] = set()
     for pattern in patterns:
-        matched = {name for name in plan.names if fnmatchcase(name, pattern)}
-        if not matched:
-            raise UserError(_explain_no_match(plan, pattern))
-        chosen |= matched
+        chosen |= matching(plan, pattern)
     if not chosen:
         raise UserError("The list of layers is empty; name at least one, or leave it out for all of them.")
     return tuple(group for group in plan.groups if group.name in chosen)
 
 
+def matching(plan: GroupPlan, pattern: str) -> set[str]:
+    """Names of the groups that a name or a shell-style pattern stands for; UserError, with the nearest, for none."""
+    if pattern in plan.names:
+        return {pattern}
+    matched = {name for name in plan.names if fnmatchcase(name, pattern)}
+    if not matched:
+        raise UserError(_explain_no_match(plan, pattern))
+    return matched
+
+
 def _explain_no_match(plan: GroupPlan, pattern: str) -> str:
     for item in plan.skipped:
-        if fnmatchcase(item.name, pattern):
+        if pattern == item.name or fnmatchcase(item.name, pattern):
             return f"Layer {item.name!r} cannot be pruned: {item.reason}."
     for group in plan.groups:
-        if any(fnmatchcase(cut.module, pattern) for cut in group.producers):
+        if any(pattern == cut.module or fnmatchcase(cut.module, pattern) for cut in group.producers):
             return f"The filters of layer {pattern!r} go together with group {group.name!r}; ask for {group.name!r}."
     near = difflib.get_close_matches(pattern, plan.names, n=3, cutoff=0.3) or list(plan.names[:3])
     expected = ", ".join(repr(name) for name in near) or "none (no layer of this network can be pruned)"

@@ -6,7 +6,6 @@ Shapes: M masks, N filters, B images.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -14,71 +13,21 @@ from torch import Tensor, nn
 
 from ..rewards.errors import UserError
 from ..rewards.outcome import Outcome
+from .base import Base, measure_base
 from .compensation import Compensation
 from .cost import Cost, count_cost
 from .coupling import find_groups
 from .evaluate import MaskEvaluator, correct_flags
 from .group_cost import pruned_cost
 from .groups import FilterGroup, GroupPlan, select_groups
+from .judge import JudgeSettings
+from .limits import Limits
+from .lineage import dense_rows, named_as, restricted
 from .masking import MixKey
-from .observation import Observation, observe
+from .observation import STATISTIC_NAMES, Observation, observe
+from .pruned_file import KeptChannels
 from .splits import Splits
-from .surgery import prune
-
-
-@dataclass(frozen=True)
-class JudgeSettings:
-    """How masks are judged.
-
-    Args:
-        compensate: regress dropped channels on the kept ones and fold the result into the consumers, in the reward as
-            well as in the surgery (design page, fact 11).
-        ridge: strength of that regression's ridge, relative to the mean channel energy.
-        compensation_images: images of the fit split behind the regression.
-        statistics_images: images of the fit split behind an observation.
-        cache_gib: memory for the cached part of the network that no mask touches, in GiB.
-        method: "auto", "split" or "whole" (`MaskedNetwork`).
-    """
-
-    compensate: bool = True
-    ridge: float = 1e-3
-    compensation_images: int = 1000
-    statistics_images: int = 512
-    cache_gib: float = 1.0
-    method: str = "auto"
-
-
-@dataclass(frozen=True)
-class Base:
-    """The network before any pruning: measured once, never again.
-
-    `correct` (B,) bool says image by image what it got right on the reward split, so that the base accuracy of any
-    subset of these images is exact and free.
-    """
-
-    correct: Tensor
-    cost: Cost
-
-    @property
-    def accuracy(self) -> float:
-        """Fraction in [0, 1] on the whole reward split."""
-        return int(self.correct.sum()) / len(self.correct)
-
-
-def measure_base(model: nn.Module, splits: Splits, device: torch.device | str = "cpu") -> Base:
-    """Measure the dense network on the reward split; a network that guesses is refused with a `UserError`."""
-    images, labels = splits.reward.batch(torch.arange(len(splits.reward)))
-    correct = correct_flags(model, images.to(device), labels.to(device)).cpu()
-    base = Base(correct, count_cost(model, images[:1].to(device)))
-    chance = float(torch.bincount(labels).max()) / len(labels)
-    margin = 3 * (chance * (1 - chance) / len(labels)) ** 0.5
-    if base.accuracy <= chance + margin:
-        raise UserError(
-            f"The base network's accuracy on the {len(labels)} reward images is {base.accuracy:.4f}, which is chance "
-            f"level (the most frequent class gives {chance:.4f}); expected a trained network: check the checkpoint, "
-            "the normalisation (mean and std) and the order of the classes."
-        )
-    return base
+from .surgery import checked_keep, prune
 
 
 class PruningTask:
@@ -92,6 +41,9 @@ class PruningTask:
         layers: names or globs of the groups that may be pruned; None means every prunable one.
         seed: chooses the images of the fit split behind statistics and compensation.
         device: where images are evaluated.
+        limits: what no decision may do (widths, protected filters); numbers and names are the dense network's.
+        origin: the task of the dense network, if `model` was pruned already; `replace_model` sets it.
+        kept: which of the dense network's channels are left; None if that is not known.
     """
 
     def __init__(
@@ -104,6 +56,9 @@ class PruningTask:
         layers: Sequence[str] | None = None,
         seed: int = 0,
         device: torch.device | str = "cpu",
+        limits: Limits | None = None,
+        origin: PruningTask | None = None,
+        kept: KeptChannels | None = None,
     ) -> None:
         self.model = model
         self.splits = splits
@@ -112,11 +67,32 @@ class PruningTask:
         self.seed = seed
         self.device = torch.device(device)
         self.base = base or measure_base(model, splits, device)
+        self.origin = origin or self
+        self.kept = KeptChannels() if origin is None else kept
+        self._limits = limits or Limits()
 
     @cached_property
     def plan(self) -> GroupPlan:
-        """Every filter group, and every skipped one with its reason."""
-        return find_groups(self.model, self.example)
+        """Every filter group under its name in the dense network, and every skipped one with its reason."""
+        found = find_groups(self.model, self.example)
+        return found if self.origin is self or self.kept is None else named_as(found, self.origin.plan, self.kept)
+
+    @cached_property
+    def limits(self) -> Limits:
+        """What no decision may do, by group name."""
+        return self._limits.resolved(self.plan) if self.origin is self else self.origin.limits
+
+    def dense_twin(self, group: FilterGroup) -> FilterGroup | None:
+        """The dense network's group that `group` is left of; None before any cut, or where that is not known."""
+        if self.origin is self or self.kept is None:
+            return None
+        found = dense_rows(group, self.origin.plan, self.kept)
+        return None if found is None else restricted(*found)
+
+    def limits_of(self, group: FilterGroup) -> Limits:
+        """The limits of one group, its protected filters numbered as they are now."""
+        found = None if self.kept is None else dense_rows(group, self.origin.plan, self.kept)
+        return self.limits if found is None else self.limits.renumbered(group.name, found[1])
 
     @cached_property
     def groups(self) -> tuple[FilterGroup, ...]:
@@ -212,8 +188,15 @@ def _checked_masks(group: FilterGroup, masks: Tensor) -> Tensor:
     return masks_MN
 
 
-def replace_model(task: PruningTask, model: nn.Module) -> PruningTask:
-    """The same task on another state of the network (after surgery or fine-tuning)."""
+def replace_model(task: PruningTask, model: nn.Module, kept: KeptChannels | None = None) -> PruningTask:
+    """The same task on another state of the network (after surgery or fine-tuning).
+
+    `kept` says which of the dense network's channels `model` has (`KeptChannels.after`); it can be left out for other
+    weights in the same shapes. After a cut without it, groups have the names of the smaller network, and compensation
+    cannot aim at the dense one.
+    """
+    if kept is None and _shapes(model) == _shapes(task.model):
+        kept = task.kept
     return PruningTask(
         model,
         task.splits,
@@ -222,7 +205,13 @@ def replace_model(task: PruningTask, model: nn.Module) -> PruningTask:
         layers=task.layers,
         seed=task.seed,
         device=task.device,
+        origin=task.origin,
+        kept=kept,
     )
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
 
 class LayerTask:
@@ -259,7 +248,27 @@ class LayerTask:
         if not settings.compensate:
             return None
         images, _ = self.task.fit_images(settings.compensation_images)
-        return Compensation.fit(self.task.model, self.group, images, ridge=settings.ridge)
+        twin = self.task.dense_twin(self.group) if settings.target == "dense" else None
+        dense = None if twin is None else self.task.origin.model
+        return Compensation.fit(
+            self.task.model, self.group, images, dense=dense, dense_group=twin, ridge=settings.ridge
+        )
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the task's limits leave nothing to decide here."""
+        return self._limits.is_fixed(self.task.model, self.group)
+
+    @cached_property
+    def _limits(self) -> Limits:
+        return self.task.limits_of(self.group)
+
+    def allowed(self, masks_MN: Tensor) -> Tensor:
+        """The masks (M, N) bool that the task's limits make of these; `outcomes` and `cut` see them like this."""
+        if self._limits.none:
+            return masks_MN
+        importance = torch.from_numpy(self.observation.statistics[:, STATISTIC_NAMES.index("taylor")])
+        return self._limits.apply(self.task.model, self.group, masks_MN, importance)
 
     def mixes(self, masks_MN: Tensor) -> dict[MixKey, Tensor]:
         """The compensation's channel mixes (M, N, N) under masks, by group and consumer; empty without one."""
@@ -270,11 +279,12 @@ class LayerTask:
 
         A mask that keeps nothing is refused with a ValueError.
         """
-        masks_MN = _checked_masks(self.group, masks_MN)
+        masks_MN = self.allowed(_checked_masks(self.group, masks_MN))
         return self.task.outcomes(self._evaluator, {self.group: masks_MN}, self.mixes(masks_MN), image_indices)
 
     def cut(self, keep: Tensor) -> nn.Module:
         """A new, smaller network without the filters that `keep` (N,) bool drops."""
+        keep = self.allowed(checked_keep(self.group, keep)[None])[0]
         model = prune(self.task.model, {self.group: keep})
         if self.compensation is not None:
             self.compensation.fold(model, self.group, keep)

@@ -8,23 +8,23 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ..agent.criteria import CRITERIA
 from ..envs.checkpoint import hash_state
 from ..envs.cost import count_cost
 from ..envs.pruned_file import KeptChannels
 from ..envs.task import PruningTask
 from ..envs.training import TrainSettings
 from ..rewards.errors import UserError
-from .agents import AskAgents, AskCriterion, agents_config, check_fit, load_agents
-from .build import build_augment
+from .agents import AskAgents, AskCriterion, agents_config, check_controls, check_fit, load_agents
 from .console import Terminal
 from .decide import Decider
 from .doors import hydra_door, interruptible, open_run, settings
 from .facts import keep_facts
 from .finish import Networks, finetune, group_facts, report_accuracy, save_result
 from .prepare import Inputs, prepare
-from .prune import ScheduleLog
-from .recover import Recover, RecoverySettings
+from .prune import ScheduleLog, build_recovery
+from .recover import RecoverySettings
+from .report import keep_report
+from .report_curves import write_curves
 from .run_folder import METRICS, RunFolder
 from .schedule import LayerRecord, Schedule, check_order
 from .schema import PruneConfig, structured
@@ -36,6 +36,7 @@ INHERITED = (
     "split",
     "augment",
     "judge",
+    "surgery",
     "recovery",
     "finetune",
     "drop_bound",
@@ -63,6 +64,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     if metrics is None:
         with interruptible(folder):
             metrics = apply_agents(inputs or check(config), config, folder, terminal)
+    keep_report(folder, terminal)
     terminal.methods(metrics["methods"], metrics["base_accuracy"])
     terminal.console.print(f"Run folder: {folder.path}", markup=False)
     return metrics
@@ -89,9 +91,7 @@ def completed(config: DictConfig) -> DictConfig:
 
 def check(config: DictConfig) -> Inputs:
     """Find every mistake of the user's before anything is written."""
-    unknown = [name for name in config.controls if name not in CRITERIA]
-    if unknown:
-        raise UserError(f"controls has {unknown[0]!r}; expected any of {', '.join(CRITERIA)}.")
+    check_controls(config.controls)
     settings(config.recovery, RecoverySettings)
     settings(config.finetune, TrainSettings)
     check_order(config.order)
@@ -115,6 +115,7 @@ def apply_agents(inputs: Inputs, config: DictConfig, folder: RunFolder, terminal
     ours = methods[AGENT]
     save_result(ours.networks, ours.kept, config, folder, {"base_sha256": hash_state(inputs.dense)})
     metrics = apply_metrics(methods, task, config)
+    write_curves(task, ours.records, folder, terminal)
     folder.write_json(METRICS, metrics)
     return metrics
 
@@ -136,13 +137,15 @@ def prune_with(
     dense = task.model
     own = RunFolder(folder / "methods" / name)
     tracker = Tracker(folder / "tensorboard" / name)
-    recovery = Recover(settings(config.recovery, RecoverySettings), dense, build_augment(config.augment))
+    recovery = build_recovery(dense, config, terminal)
     schedule = Schedule(decide, None, None, recovery, config.order, config.seed)
     terminal.say(f"Pruning with {name}")
-    pruned, kept, records = schedule.run(task, own, ScheduleLog(terminal, tracker))
+    with terminal.progress(name, len(task.groups)):
+        pruned, kept, records = schedule.run(task, own, ScheduleLog(terminal, tracker))
     finetuned, seconds = pruned.model, None
     if name == AGENT or config.finetune_controls:
         finetuned, seconds = finetune(dense, pruned.model, task.splits, config, own, terminal, tracker)
+    tracker.kept_filters({record.name: record.keep for record in records}, len(records))
     tracker.close()
     return Method(records, Networks(dense, pruned.model, finetuned), kept, seconds)
 

@@ -12,6 +12,7 @@ from ..agent.saved_agent import AgentMismatch, check_agent
 from ..agent.trainer import AgentSettings
 from ..envs.coupling import find_groups
 from ..envs.groups import FilterGroup, select_groups
+from ..envs.limits import Limits, check_limits
 from ..envs.observation import STATISTIC_NAMES
 from ..envs.splits import Splits
 from ..envs.task import Base, JudgeSettings, PruningTask, measure_base
@@ -54,6 +55,7 @@ class Inputs:
             layers=plain(config.get("layers")),
             seed=derive_seed(config.seed, "task"),
             device=self.device,
+            limits=settings(config.surgery, Limits),
         )
 
 
@@ -61,6 +63,7 @@ def prepare(config: DictConfig) -> Inputs:
     """Check data, network, checkpoint, base accuracy, drop bound and layer names; raises `UserError`."""
     check_drop_bound(config.drop_bound)
     settings(config.judge, JudgeSettings)
+    limits = settings(config.surgery, Limits)
     device = resolve_device(config.device)
     build_augment(config.augment)
     splits = build_splits(config)
@@ -73,7 +76,9 @@ def prepare(config: DictConfig) -> Inputs:
     example = splits.reward.batch(torch.arange(1))[0].to(device)
     model = dense if dense is not None else construct().eval().to(device)
     try_network(model, splits)
-    groups = select_groups(find_groups(model, example), plain(config.get("layers")))
+    plan = find_groups(model, example)
+    groups = select_groups(plan, plain(config.get("layers")))
+    check_limits(limits, model, plan, groups)
     return Inputs(splits, construct, device, groups, dense, base)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,7 +35,7 @@ class LayerRecord:
         name: the filter group.
         n_filters, n_kept: filters before and after.
         keep: the mask over the filters the layer had, one bool each.
-        decided_by: "agent", "best sampled mask", "nothing fits" or the frozen decider's name.
+        decided_by: "agent", "best sampled mask", "nothing fits", "surgery limits" or the frozen decider's name.
         pruned_accuracy: right after the cut.
         recovered_accuracy: after recovery (equal to the former without one).
         within_bound: whether base minus `pruned_accuracy` is at most the drop bound.
@@ -126,7 +126,7 @@ class Schedule:
                 layer = task.layer(name)
                 watcher.layer_begins(position, len(names), layer)
                 with folder.stage(stage) as working:
-                    self._finish_layer(layer, working)
+                    self._finish_layer(layer, kept, working)
             task, kept, record = _finished_layer(folder / stage, task, kept)
             records.append(record)
             watcher.layer_ends(position, len(names), record)
@@ -142,22 +142,22 @@ class Schedule:
             groups.sort(key=lambda group: pruned_cost(task.model, task.cost, {group: 1})[0] - whole)
         return [group.name for group in groups]
 
-    def _finish_layer(self, layer: LayerTask, working: Path) -> None:
+    def _finish_layer(self, layer: LayerTask, kept: KeptChannels, working: Path) -> None:
         """Decide, verify, cut, recover, and leave everything in the layer's working folder."""
         seed = derive_seed(self.seed, layer.group.name)
         started = time.perf_counter()
-        decision = self.decide(layer, working, seed)
+        decision = self._decided(layer, working, seed)
         keep, decided_by, masked_accuracy = self._verified(layer, decision)
         model = layer.cut(keep)
-        accuracy = replace_model(layer.task, model).accuracy
-        if abs(accuracy - masked_accuracy) > TOLERANCE:
-            # Never seen on a verified group; whatever caused it, the layer stays as it was and is named.
-            keep, decided_by = torch.ones(layer.n_filters, dtype=torch.bool), "skipped: masked and cut network disagree"
+        accuracy, problem = _measured(layer.task, model, masked_accuracy)
+        if problem:
+            keep, decided_by = torch.ones(layer.n_filters, dtype=torch.bool), f"skipped: {problem}"
             model, accuracy = layer.task.model, layer.task.accuracy
+        left = replace_model(layer.task, model, kept.after(layer.task.model, {layer.group: keep}))
         searched = time.perf_counter()
         recovered = model
         if self.recover is not None and not bool(keep.all()):
-            recovered = self.recover(replace_model(layer.task, model), derive_seed(seed, "recovery"), working)
+            recovered = self.recover(left, derive_seed(seed, "recovery"), working)
         record = LayerRecord(
             name=layer.group.name,
             n_filters=layer.n_filters,
@@ -165,14 +165,22 @@ class Schedule:
             keep=keep.tolist(),
             decided_by=decided_by,
             pruned_accuracy=accuracy,
-            recovered_accuracy=accuracy if recovered is model else replace_model(layer.task, recovered).accuracy,
+            recovered_accuracy=accuracy if recovered is model else replace_model(left, recovered).accuracy,
             within_bound=self._fits(layer, accuracy),
             search_seconds=searched - started,
             recovery_seconds=time.perf_counter() - searched,
-            facts=dict(decision.facts),
+            facts={**decision.facts, **_judged(layer)},
         )
         save_weights(recovered, working / NETWORK)
         (working / "decision.json").write_text(json.dumps(asdict(record), indent=2, allow_nan=False) + "\n")
+
+    def _decided(self, layer: LayerTask, working: Path, seed: int) -> Decision:
+        """The decision with the limits of the surgery held, so that what is verified is what is cut."""
+        if layer.is_fixed:
+            return Decision(torch.ones(layer.n_filters, dtype=torch.bool), "surgery limits")
+        decision = self.decide(layer, working, seed)
+        allowed = layer.allowed(torch.stack([decision.keep, *decision.alternatives]).bool())
+        return replace(decision, keep=allowed[0], alternatives=tuple(allowed[1:]))
 
     def _verified(self, layer: LayerTask, decision: Decision) -> tuple[Tensor, str, float]:
         """The decision if it holds the drop bound on the whole reward split, else the best alternative that does."""
@@ -195,13 +203,35 @@ class Schedule:
         return self.drop_bound is None or layer.task.base.accuracy - accuracy <= self.drop_bound + 1e-9
 
 
+def _measured(task: PruningTask, model: nn.Module, masked_accuracy: float) -> tuple[float, str | None]:
+    """Accuracy of the cut network on the reward split, and what is wrong with it, if anything is.
+
+    Every group was verified before it was offered; a network that chooses its path by its data may still surprise. Then
+    the layer stays as it was and is named.
+    """
+    try:
+        accuracy = replace_model(task, model).accuracy
+    except (RuntimeError, IndexError, ValueError, TypeError) as error:
+        return 0.0, f"the cut network does not run ({(str(error).splitlines() or [''])[0]})"
+    differs = abs(accuracy - masked_accuracy) > TOLERANCE
+    return accuracy, "masked and cut network disagree" if differs else None
+
+
+def _judged(layer: LayerTask) -> dict[str, Any]:
+    """How the layer's masks were judged: who reads the filters compensated, and who only masked, with the reason."""
+    found = layer.compensation
+    if found is None:
+        return {"compensated": [], "not_compensated": {}}
+    return {"compensated": list(found.moments), "not_compensated": dict(found.skipped)}
+
+
 def _finished_layer(
     folder: Path, task: PruningTask, kept: KeptChannels
 ) -> tuple[PruningTask, KeptChannels, LayerRecord]:
     """Take a finished layer from its folder, as a resumed run does."""
     record = LayerRecord(**json.loads((folder / "decision.json").read_text()))
-    group = next(group for group in task.groups if group.name == record.name)
-    keep = torch.tensor(record.keep)
-    pruned = prune(task.model, {group: keep})
+    choices = {task.layer(record.name).group: torch.tensor(record.keep)}
+    pruned = prune(task.model, choices)
     load_checkpoint(pruned, folder / NETWORK)
-    return replace_model(task, pruned), kept.after(task.model, {group: keep}), record
+    kept = kept.after(task.model, choices)
+    return replace_model(task, pruned, kept), kept, record

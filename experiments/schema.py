@@ -9,6 +9,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from ..agent.trainer import AgentSettings
+from ..envs.limits import Limits
 from ..envs.task import JudgeSettings
 from ..envs.training import TrainSettings
 from ..rewards.errors import UserError
@@ -83,6 +84,7 @@ class PruningConfig(RootConfig):
     checkpoint: str | None = None
     base: TrainSettings = field(default_factory=TrainSettings)
     judge: JudgeSettings = field(default_factory=JudgeSettings)
+    surgery: Limits = field(default_factory=Limits)
     drop_bound: float = 0.02
     layers: list[str] | None = None
 
@@ -99,6 +101,7 @@ class PruneConfig(PruningConfig):
     recovery: RecoverySettings = field(default_factory=RecoverySettings)
     finetune: TrainSettings = field(default_factory=TrainSettings)
     latency: LatencyConfig = field(default_factory=LatencyConfig)
+    controls: list[str] = field(default_factory=lambda: ["l1", "random"])
     warm_start: str | None = None
     resume: str | None = None
 
@@ -133,6 +136,7 @@ class ApplyConfig:
     drop_bound: float | None = None
     augment: Any = None
     judge: Any = None
+    surgery: Any = None
     recovery: Any = None
     finetune: Any = None
     latency: Any = None
@@ -152,12 +156,23 @@ class InspectConfig:
     json: bool = False
 
 
+@dataclass
+class ReportConfig:
+    """`keepdrop report`."""
+
+    runs: list[str] = field(default_factory=list)
+    out: str = "comparison.html"
+    run_dir: str = "."
+    quiet: bool = False
+
+
 ROOTS = {
     "inspect": InspectConfig,
     "train_cnn": TrainCnnConfig,
     "prune": PruneConfig,
     "train_agent": TrainAgentConfig,
     "apply": ApplyConfig,
+    "report": ReportConfig,
 }
 
 
