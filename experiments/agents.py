@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from ..agent.criteria import CriterionAgent
+from ..agent.criteria import CRITERIA, CriterionAgent
 from ..agent.saved_agent import WEIGHTS, AgentMismatch, SavedAgent, check_agent, load_agent, save_agent
 from ..agent.trainer import AgentSettings, Trainer
 from ..envs.observation import STATISTIC_NAMES
@@ -61,7 +61,7 @@ class TrainAgents:
                 masks=search.masks,
                 images=search.images,
                 seed=seed,
-                report=partial(self._report, layer.group.name, bar),
+                report=partial(self._report, layer, bar),
             )
         facts = {"command": command_line(), "config": plain(self.config), **agent_facts(layer, seed, result)}
         save_agent(working / AGENT, policy, facts)
@@ -75,11 +75,18 @@ class TrainAgents:
         module: Any = saved.policy
         return module.train()
 
-    def _report(self, name: str, bar: Terminal, trainer: Trainer, metrics: Mapping[str, float]) -> None:
-        step = len(trainer.history)
+    def _report(self, layer: LayerTask, bar: Terminal, trainer: Trainer, metrics: Mapping[str, float]) -> None:
+        name, step = layer.group.name, len(trainer.history)
         kept, drop = metrics.get("info/kept_fraction", 0.0), metrics.get("info/accuracy_drop", 0.0)
-        bar.advance(step, f"reward {metrics['reward_mean']:+.3f}, kept {kept:.0%}, drop {100 * drop:.1f} points")
+        bar.advance(
+            step,
+            f"update {step} of {self.settings.updates}, reward {metrics['reward_mean']:+.3f}, kept {kept:.0%}, "
+            f"accuracy drop {100 * drop:.1f} points",
+        )
         self.tracker.scalars(f"agent/{name}", metrics, step)
+        with torch.no_grad():
+            probability_N = trainer.policy(observation_tensors(layer)).keep_probability()
+        self.tracker.histogram(f"agent/{name}/keep_probability", probability_N, step)
 
 
 class AskAgents:
@@ -118,6 +125,13 @@ class AskCriterion:
         agent = CriterionAgent(self.criterion, torch.Generator().manual_seed(derive_seed(seed, self.criterion)))
         keep = agent.keep(observation_tensors(layer), STATISTIC_NAMES, self.counts[layer.group.name])
         return Decision(keep, self.criterion)
+
+
+def check_controls(names: Sequence[str]) -> None:
+    """Refuse a control that is no criterion."""
+    unknown = [name for name in names if name not in CRITERIA]
+    if unknown:
+        raise UserError(f"controls has {unknown[0]!r}; expected any of {', '.join(CRITERIA)}.")
 
 
 def check_fit(agent: SavedAgent, layer: LayerTask) -> None:

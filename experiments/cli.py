@@ -11,9 +11,9 @@ from pathlib import Path
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from ..agent.saved_agent import AgentMismatch
 from ..rewards.errors import UserError
-from .mistakes import DISK_ERRORS, explain, nearest
+from . import completion
+from .mistakes import DISK_ERRORS, check_flags, explain, nearest
 
 COMMANDS = {
     "prune": "shrink a trained CNN: train an agent per layer, remove filters, fine-tune, report",
@@ -21,8 +21,12 @@ COMMANDS = {
     "train-cnn": "train a base network",
     "train-agent": "train the agent of one layer (-m layer=a,b,c trains several)",
     "apply": "let trained agents decide on a new checkpoint, without training them",
+    "compare": "compare the agent with every other method at equal MACs",
+    "report": "rebuild the report.html of runs, and compare several",
 }
 MODULES = {"inspect": "inspection"}  # where a command's module is not called like the command
+POSITIONAL = {"report": "runs"}  # the list that arguments without a name go to
+LOUD = {"inspect"}  # commands whose only output is the answer: --quiet changes nothing
 USER_MISTAKE = 2
 
 
@@ -36,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # `keepdrop prune --help | head` is no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except (UserError, AgentMismatch, HydraException, OmegaConfBaseException, OSError) as error:
-        if debug or (isinstance(error, OSError) and not _is_mistake(error)):
+    except Exception as error:
+        if debug or not _is_mistake(error):
             raise
         print(f"keepdrop: {_sentence(error, arguments)}", file=sys.stderr)
         sys.exit(USER_MISTAKE)
@@ -51,19 +55,34 @@ def run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
         return 0
-    if arguments[0] == "--version":
+    if "--version" in arguments:
         from importlib.metadata import version
 
         print(f"keepdrop {version('keepdrop')}")
+        return 0
+    if arguments[0] in completion.FLAGS:
+        completion.complete(arguments[1:], COMMANDS, _enter)
         return 0
     command = arguments[0]
     if command not in COMMANDS:
         hint = nearest(command, COMMANDS) or f"expected one of {', '.join(COMMANDS)}."
         raise UserError(f"{command!r} is not a command; {hint}")
-    module = importlib.import_module(f".{MODULES.get(command, command.replace('-', '_'))}", __package__)
-    _enter(arguments)
-    module.door()
+    check_flags(command.replace("-", "_"), arguments[1:])
+    _enter([command, *_settings(command, arguments[1:])])
     return 0
+
+
+def _settings(command: str, arguments: Sequence[str]) -> list[str]:
+    """What Hydra is given: `--quiet` as the setting it stands for, and bare arguments in the list they belong to."""
+    rest = [argument for argument in arguments if argument != "--quiet"]
+    if len(rest) < len(arguments) and command not in LOUD:
+        rest.append("quiet=true")
+    if command not in POSITIONAL:
+        return rest
+    bare = [each for each in rest if not each.startswith("-") and ("=" not in each or Path(each).exists())]
+    quoted = ",".join("'" + each.replace("\\", "\\\\").replace("'", "\\'") + "'" for each in bare)
+    named = [each for each in rest if each not in bare]
+    return [*named, f"{POSITIONAL[command]}=[{quoted}]"] if bare else named
 
 
 def usage() -> str:
@@ -76,27 +95,38 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "keepdrop COMMAND --help  shows a command's options; --debug shows the traceback of an error.",
+            "keepdrop COMMAND --help  shows a command's settings and examples.",
+            "--quiet  results and warnings only;  --debug  the traceback of an error;  --version",
         ]
     )
 
 
 def _enter(arguments: list[str]) -> None:
-    """What Hydra and a user's `_target_` need: an argument list, full errors, and the working directory on the path."""
+    """Run a command: Hydra gets an argument list, a user's `_target_` the working directory on the path."""
     sys.argv = [f"keepdrop {arguments[0]}", *arguments[1:]]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here instead of being printed by Hydra
     os.environ.setdefault("KEEPDROP_COMMAND", arguments[0])
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
+    command = arguments[0]
+    importlib.import_module(f".{MODULES.get(command, command.replace('-', '_'))}", __package__).door()
 
 
-def _is_mistake(error: OSError) -> bool:
-    """Hydra's missing option is an OSError too; a full disk is nobody's bug."""
-    return isinstance(error, HydraException) or error.errno in DISK_ERRORS
+def _is_mistake(error: Exception) -> bool:
+    """Whether a sentence is all there is to say; a full disk is nobody's bug."""
+    if isinstance(error, UserError | HydraException | OmegaConfBaseException) or _is_mismatch(error):
+        return True  # Hydra's missing option is an OSError too
+    return isinstance(error, OSError) and error.errno in DISK_ERRORS
+
+
+def _is_mismatch(error: BaseException) -> bool:
+    """Whether it is an `AgentMismatch`; its module, which loads torch, is not imported to find out."""
+    saved_agent = sys.modules.get("keepdrop.agent.saved_agent")
+    return saved_agent is not None and isinstance(error, saved_agent.AgentMismatch)
 
 
 def _sentence(error: BaseException, arguments: Sequence[str]) -> str:
-    if isinstance(error, UserError | AgentMismatch):
+    if isinstance(error, UserError) or _is_mismatch(error):
         return str(error).strip()
     return explain(error, arguments[0].replace("-", "_"), arguments[1:])

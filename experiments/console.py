@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,9 +12,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+PLAIN_WIDTH = 160  # of a table that goes into a file or a pipe, where nobody can widen the window
+
 
 class Terminal:
     """Progress bars on a terminal, one line a stage elsewhere, nothing but the result when quiet.
+
+    Bars may stand inside one another: the schedule's with the layer's below it.
 
     Args:
         quiet: print warnings and the final table only.
@@ -21,10 +26,12 @@ class Terminal:
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
+        plain = not sys.stdout.isatty()
+        width = PLAIN_WIDTH if plain and not os.environ.get("COLUMNS") else None
         # soft_wrap off a terminal: a log or a pipe must not be cut to 80 columns.
-        self.console = Console(stderr=False, soft_wrap=not sys.stdout.isatty(), highlight=False)
+        self.console = Console(stderr=False, soft_wrap=plain, highlight=False, width=width)
         self._progress: Progress | None = None
-        self._task: TaskID | None = None
+        self._tasks: list[TaskID] = []
 
     def say(self, text: str) -> None:
         """A line about what happens, left out when quiet."""
@@ -37,29 +44,34 @@ class Terminal:
 
     @contextmanager
     def progress(self, what: str, total: float) -> Iterator[Terminal]:
-        """A bar for one stage of work; `advance` moves it."""
+        """A bar for one stage of work; `advance` moves the innermost one."""
         if self.quiet or not self.console.is_terminal:
             yield self
             return
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.percentage:3.0f} %"),
-            TextColumn("{task.fields[detail]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=self.console, transient=True) as self._progress:
-            self._task = self._progress.add_task(what, total=total, detail="")
-            try:
-                yield self
-            finally:
-                self._progress = self._task = None
+        outermost = self._progress is None
+        if self._progress is None:
+            self._progress = _bars(self.console)
+            self._progress.start()
+        task = self._progress.add_task(what, total=total, detail="")
+        self._tasks.append(task)
+        try:
+            yield self
+        finally:
+            self._tasks.pop()
+            self._progress.remove_task(task)
+            if outermost:
+                self._progress.stop()
+                self._progress = None
 
     def advance(self, done: float, detail: str = "") -> None:
-        """Set the current bar to `done`, with a word on how it goes."""
-        if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=done, detail=detail)
+        """Set the innermost bar to `done`, with a word on how it goes."""
+        if self._progress is not None and self._tasks:
+            self._progress.update(self._tasks[-1], completed=done, detail=detail)
+
+    def advance_by(self, step: float, detail: str = "") -> None:
+        """Move the innermost bar by `step`."""
+        if self._progress is not None and self._tasks:
+            self._progress.update(self._tasks[-1], advance=step, detail=detail)
 
     def layers(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """The table of layers: filters before and after."""
@@ -115,3 +127,18 @@ class Terminal:
         self.console.print(table)
         for row in described["skipped"]:
             self.console.print(f"skipped {row['name']}: {row['reason']}", markup=False)
+
+
+def _bars(console: Console) -> Progress:
+    """Description, bar, share, a word on how it goes, time gone and time left."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.percentage:3.0f} %"),
+        TextColumn("{task.fields[detail]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    # A layer may take minutes: rich's 30 seconds would never see two of them end.
+    return Progress(*columns, console=console, transient=True, speed_estimate_period=3600)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from ..rewards.errors import UserError
-from .run_folder import CONFIG, RunFolder
+from .run_folder import CONFIG, FACTS, RunFolder
 from .schema import register_schemas, structured
 
 SettingsT = TypeVar("SettingsT")
@@ -29,17 +31,61 @@ def hydra_door(name: str, run: Callable[[DictConfig], Any]) -> None:
     """
     register_schemas()
     failures: list[Exception] = []
+    process = os.getpid()
 
     def job(config: DictConfig) -> Any:
         try:
             return run(config)
-        except Exception as error:  # Hydra would print its own account of it
-            failures.append(error)
+        except Exception as error:
+            if os.getpid() != process:  # a launcher's worker: this list is a copy, and only Hydra tells the parent
+                raise
+            failures.append(error)  # Hydra would print its own account of it
             return None
 
-    hydra.main(version_base="1.3", config_path=CONF, config_name=name)(job)()
+    SweepFolder.current = None
+    try:
+        hydra.main(version_base="1.3", config_path=CONF, config_name=name)(job)()
+    finally:
+        if SweepFolder.current is not None:
+            SweepFolder.current.tidy()
     if failures:
         raise failures[0]
+
+
+class SweepFolder(Callback):
+    """Takes away what Hydra itself writes for a sweep in which nothing ran: empty job folders, `multirun.yaml`.
+
+    `conf/common.yaml` names it as a callback, because the folder is known only once Hydra has composed.
+    """
+
+    current: ClassVar[SweepFolder | None] = None
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Remember what was there before."""
+        self.path = Path(str(config.hydra.sweep.dir))
+        self.made = [each for each in (self.path, *self.path.parents) if not each.exists()]
+        self.before = set(self.path.iterdir()) if self.path.is_dir() else set()
+        self.yaml = self.path / "multirun.yaml"
+        self.old = self.yaml.read_bytes() if self.yaml.is_file() else None
+        SweepFolder.current = self
+
+    def tidy(self) -> None:
+        """Remove new, empty folders; with no job folder left, `multirun.yaml` as well."""
+        if not self.path.is_dir():
+            return
+        new = [each for each in self.path.iterdir() if each not in self.before and each.is_dir()]
+        for each in new:
+            with suppress(OSError):  # a run's folder is not empty, and stays
+                each.rmdir()
+        if any(each.exists() for each in new):
+            return
+        if self.old is not None:
+            self.yaml.write_bytes(self.old)
+        else:
+            self.yaml.unlink(missing_ok=True)
+        for each in self.made:
+            with suppress(OSError):
+                each.rmdir()
 
 
 def open_run(config: DictConfig) -> tuple[RunFolder, DictConfig]:
@@ -56,13 +102,19 @@ def open_run(config: DictConfig) -> tuple[RunFolder, DictConfig]:
     folder = RunFolder.open(Path(resume))
     stored = folder.config()
     _check_same_command(config, stored, folder)
+    for key in config:  # a run of an earlier version takes what was added since from the defaults
+        if key not in stored:
+            stored[key] = config[key]
     stored.quiet = config.quiet
     return folder, stored
 
 
 def _check_same_command(config: DictConfig, stored: DictConfig, folder: RunFolder) -> None:
     ours, theirs = ({str(key) for key in each} for each in (config, stored))
-    odd = sorted((ours - theirs) | ({"agent"} & (theirs - ours)))
+    began = (folder.read_json(FACTS) or {}).get("command", [])
+    # Facts name the command; a run that stopped before it wrote them is known by its settings.
+    known = began[1:2] == [command_name()]
+    odd = [] if known else sorted((ours - theirs) | ({"agent"} & (theirs - ours)))
     if odd:
         raise UserError(
             f"{str(folder.path)!r} was not written by keepdrop {command_name()} (its {CONFIG} differs in {odd[0]!r}); "

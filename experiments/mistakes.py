@@ -13,10 +13,14 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from .schema import register_schemas
+from ..rewards.errors import UserError
 
 CONF = "keepdrop.conf"
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+# Options of Hydra that take the next word as their value, and those that stand alone (with ours).
+VALUED = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn")
+VALUED += ("--info", "-i", "--shell-completion", "-sc", "--experimental-rerun")
+SINGLE = ("--help", "-h", "--hydra-help", "--resolve", "--run", "-r", "--multirun", "-m", "--quiet", "--debug")
 _DECORATION = ("full_key:", "object_type=", "reference_type=", "See https://", "Config search path:", "provider=")
 
 
@@ -47,6 +51,33 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else ""
 
 
+def check_flags(root: str, arguments: Sequence[str]) -> None:
+    """Refuse a dash option that does not exist with the setting or the option that was meant."""
+    takes_value = False
+    for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
+        flag, _, value = argument.partition("=")
+        if not takes_value and argument.startswith("-") and flag not in (*VALUED, *SINGLE):
+            value = value or ("" if following.startswith("-") or "=" in following else following)
+            raise UserError(_unknown_flag(flag, value, root, arguments))
+        takes_value = argument in VALUED
+
+
+def _unknown_flag(flag: str, value: str, root: str, arguments: Sequence[str]) -> str:
+    key = flag.lstrip("-").replace("-", "_")
+    keys = known_keys(root, [each for each in arguments if not each.startswith("-")])
+    # The last word of a key is enough: --epochs is likelier finetune.epochs than nothing.
+    leaves = {known.rpartition(".")[2]: known for known in reversed(keys)}
+    near = key if key in keys else leaves.get(key) or next(iter(difflib.get_close_matches(key, keys, n=1)), "")
+    option = difflib.get_close_matches(flag, [*SINGLE, *VALUED], n=1, cutoff=0.75)
+    if option:
+        hint = f"did you mean {option[0]}?"
+    elif near:
+        hint = f"settings are written without dashes: {near}={value or 'VALUE'}."
+    else:
+        hint = "settings are written key=value; --help lists the most used ones."
+    return f"keepdrop {root.replace('_', '-')} has no option {flag!r}; {hint}"
+
+
 def groups() -> dict[str, list[str]]:
     """Every configuration group with its options."""
     folders = [entry for entry in resources.files(CONF).iterdir() if entry.is_dir() and not entry.name.startswith("_")]
@@ -59,6 +90,8 @@ def groups() -> dict[str, list[str]]:
 
 def known_keys(root: str, arguments: Sequence[str] = ()) -> list[str]:
     """Every key, dotted, of root configuration `root` with the options that `arguments` choose for its groups."""
+    from .schema import register_schemas  # loads torch, which the list of commands does without
+
     chosen = [argument for argument in arguments if argument.split("=")[0] in groups()]
     register_schemas()
     with initialize_config_module(CONF, version_base="1.3"):

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 from torch import nn
 
 from ..envs.checkpoint import hash_state
-from ..envs.task import LayerTask
-from ..envs.training import TrainSettings
-from .agents import TrainAgents
+from ..envs.task import LayerTask, PruningTask
+from ..envs.training import TrainProgress, TrainSettings
+from .agents import TrainAgents, check_controls
 from .base import base_network
 from .build import build_augment, build_reward
 from .console import Terminal
-from .doors import hydra_door, interruptible, open_run, settings
+from .doors import hydra_door, interruptible, open_run, plain, settings
 from .facts import keep_facts
 from .finish import Networks, finetune, metrics_of, save_result, show_results, write_results
 from .prepare import Inputs, check_search, prepare
 from .recover import Recover, RecoverySettings
+from .report import keep_report
+from .report_curves import write_curves
 from .run_folder import METRICS, RunFolder
-from .schedule import LayerRecord, Schedule, check_order
+from .schedule import LayerRecord, Recovery, Schedule, check_order
 from .schema import LatencyConfig
 from .tracking import Tracker
 
@@ -39,6 +42,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     if metrics is None:
         with interruptible(folder):
             metrics = prune_network(inputs or check(config), config, folder, terminal)
+    keep_report(folder, terminal)
     show_results(metrics, folder, terminal)
     return metrics
 
@@ -50,6 +54,7 @@ def check(config: DictConfig) -> Inputs:
     settings(config.recovery, RecoverySettings)
     settings(config.latency, LatencyConfig)
     check_order(config.order)
+    check_controls(config.controls)
     inputs = prepare(config)
     check_search(config, inputs)
     return inputs
@@ -65,12 +70,16 @@ def prune_network(inputs: Inputs, config: DictConfig, folder: RunFolder, termina
     keep_facts(task, config, folder)
     terminal.say(f"Base accuracy on {len(inputs.splits.reward)} reward images: {100 * task.base.accuracy:.2f} %")
     schedule = build_schedule(dense, config, terminal, tracker)
-    pruned_task, kept, records = schedule.run(task, folder, ScheduleLog(terminal, tracker))
+    with terminal.progress("layers", len(task.groups)):
+        pruned_task, kept, records = schedule.run(task, folder, ScheduleLog(terminal, tracker))
+    write_curves(task, records, folder, terminal, config.controls, config.seed)
     pruned = pruned_task.model
     finetuned, seconds = finetune(dense, pruned, inputs.splits, config, folder, terminal, tracker)
     networks = Networks(dense, pruned, finetuned)
     metrics = metrics_of(networks, inputs.splits, records, config, seconds)
     save_result(networks, kept, config, folder, {"base_sha256": hash_state(dense)})
+    tracker.kept_filters({record.name: record.keep for record in records}, len(records))
+    tracker.hparams(plain(config), metrics)
     tracker.close()
     write_results(metrics, folder)
     return metrics
@@ -79,15 +88,30 @@ def prune_network(inputs: Inputs, config: DictConfig, folder: RunFolder, termina
 def build_schedule(dense: nn.Module, config: DictConfig, terminal: Terminal, tracker: Tracker) -> Schedule:
     """The schedule of agents that are trained layer by layer."""
     reward = build_reward(config.reward)
-    recovery = Recover(settings(config.recovery, RecoverySettings), dense, build_augment(config.augment))
     return Schedule(
         decide=TrainAgents(config, reward, terminal, tracker),
         reward=reward,
         drop_bound=config.drop_bound,
-        recover=recovery,
+        recover=build_recovery(dense, config, terminal),
         order=config.order,
         seed=config.seed,
     )
+
+
+def build_recovery(dense: nn.Module, config: DictConfig, terminal: Terminal) -> Recovery:
+    """What follows every cut, with a bar of its own."""
+    chosen = settings(config.recovery, RecoverySettings)
+
+    def report(progress: TrainProgress) -> None:
+        terminal.advance(progress.epoch, f"loss {progress.loss:.3f}, accuracy {100 * progress.accuracy:.1f} %")
+
+    recover = Recover(chosen, dense, build_augment(config.augment), report)
+
+    def shown(task: PruningTask, seed: int, working: Path) -> nn.Module:
+        with terminal.progress("recovery", chosen.train.epochs):
+            return recover(task, seed, working)
+
+    return shown
 
 
 class ScheduleLog:
@@ -98,10 +122,12 @@ class ScheduleLog:
         self.tracker = tracker
 
     def layer_begins(self, position: int, total: int, layer: LayerTask) -> None:
-        """Nothing to say: the decider shows its own progress."""
+        """The bar of the layers; the decider shows its own progress below it."""
+        self.terminal.advance(position, f"{position + 1} of {total}: {layer.group.name}")
 
     def layer_ends(self, position: int, total: int, record: LayerRecord) -> None:
         """One line and the layer's scalars."""
+        self.terminal.advance(position + 1)
         self.terminal.say(
             f"[{position + 1}/{total}] {record.name}: kept {record.n_kept} of {record.n_filters} "
             f"({record.decided_by}), accuracy {100 * record.pruned_accuracy:.2f} %, "

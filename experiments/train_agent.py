@@ -15,6 +15,7 @@ from .console import Terminal
 from .doors import hydra_door, open_run, settings
 from .facts import run_facts
 from .prepare import Inputs, check_search, prepare
+from .report import keep_report
 from .run_folder import FACTS, METRICS, RunFolder
 from .schedule import Schedule
 from .tracking import Tracker
@@ -36,6 +37,7 @@ def run(config: DictConfig) -> dict[str, Any]:
         f"{100 * metrics['base_accuracy']:.2f} % -> {100 * metrics['pruned_accuracy']:.2f} % on the reward split",
         markup=False,
     )
+    keep_report(folder, terminal)
     terminal.console.print(f"Run folder: {folder.path}", markup=False)
     return metrics
 

@@ -18,6 +18,7 @@ from .checks import resolve_device, try_network
 from .console import Terminal
 from .doors import hydra_door, interruptible, open_run, settings
 from .facts import provenance
+from .report import keep_report
 from .run_folder import FACTS, METRICS, RunFolder
 from .seeds import derive_seed
 from .tracking import Tracker
@@ -43,6 +44,7 @@ def run(config: DictConfig) -> dict[str, Any]:
         f"{metrics['macs']:,} MACs, {metrics['params']:,} parameters",
         markup=False,
     )
+    keep_report(folder, terminal)
     terminal.console.print(f"Weights: {folder / WEIGHTS}", markup=False)
     return metrics
 

@@ -17,7 +17,7 @@ from omegaconf.errors import ConfigAttributeError, ValidationError
 
 OPTIONS = [(group, option) for group, options in groups().items() for option in options]
 # What a user has to give, where an option leaves it open.
-REQUIRED = {"npz": ["data.path=a.npz"], "resnet20_cifar10": ["data.path=a.npz"]}
+REQUIRED = {name: ["data.path=a.npz"] for name in ("npz", "resnet20_cifar10", "resnet20_compare")}
 OWN_FUNCTION = {"custom"}
 
 
@@ -32,9 +32,14 @@ def composed(root, overrides=()):
     return copy.deepcopy(_composed(root, tuple(overrides)))
 
 
-def roots_with(group):
+def roots_with(group, option=None):
+    """Roots whose defaults have the group; of an experiment only the one that its launch command names."""
     folder = resources.files("keepdrop.conf")
-    return [root for root in ROOTS if f"- {group}:" in folder.joinpath(f"{root}.yaml").read_text()]
+    roots = [root for root in ROOTS if f"- {group}:" in folder.joinpath(f"{root}.yaml").read_text()]
+    if group != "experiment" or option is None:
+        return roots
+    launch = folder.joinpath(f"experiment/{option}.yaml").read_text()
+    return [root for root in roots if f"# keepdrop {root.replace('_', '-')} experiment={option}" in launch]
 
 
 def targets(node, path=""):
@@ -53,7 +58,8 @@ def test_every_group_is_in_some_root():
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_composes_in_every_root_with_its_group(group, option):
-    for root in roots_with(group):
+    assert roots_with(group, option)
+    for root in roots_with(group, option):
         extra = [f"{group}._target_=math.sqrt"] if option in OWN_FUNCTION else REQUIRED.get(option, [])
         config = composed(root, [f"{group}={option}", *extra])
         assert group == "experiment" or config[group]["_target_"]
@@ -62,7 +68,7 @@ def test_every_option_composes_in_every_root_with_its_group(group, option):
 @pytest.mark.parametrize(("group", "option"), [pair for pair in OPTIONS if pair[1] not in OWN_FUNCTION])
 def test_keys_are_arguments(group, option):
     """A key the constructor does not know fails late; an argument without a key cannot be overridden without `+`."""
-    root = roots_with(group)[0]
+    root = roots_with(group, option)[0]
     config = composed(root, [f"{group}={option}", *REQUIRED.get(option, [])])
     for path, node in targets(config):
         keys = {str(key) for key in node} - {"_target_", "_partial_"}
@@ -77,7 +83,7 @@ def test_keys_are_arguments(group, option):
 def test_every_argument_has_its_key(group, option):
     if group == "experiment":
         pytest.skip("made of options that are looked at by themselves")
-    node = composed(roots_with(group)[0], [f"{group}={option}", *REQUIRED.get(option, [])])[group]
+    node = composed(roots_with(group, option)[0], [f"{group}={option}", *REQUIRED.get(option, [])])[group]
     parameters = set(inspect.signature(get_object(node["_target_"])).parameters)
     offered = {"n_filters", "n_weights", "n_statistics", "statistic_names", "seed"} if group == "policy" else set()
     assert parameters - offered == {str(key) for key in node} - {"_target_", "_partial_"}
@@ -153,7 +159,7 @@ def test_examples_and_options_of_the_help_compose(keepdrop, command):
     ("arguments", "sentence"),
     [
         (("prnue",), "'prnue' is not a command; did you mean 'prune'?"),
-        (("xyz",), "'xyz' is not a command; expected one of prune, inspect, train-cnn, train-agent, apply."),
+        (("xyz",), "'xyz' is not a command; expected one of prune, inspect, train-cnn, train-agent, apply, report."),
         (("prune", "drop_bnd=0.1"), "keepdrop prune has no setting 'drop_bnd'; did you mean 'drop_bound'?"),
         (("prune", "polcy=set"), "keepdrop prune has no setting 'polcy'; did you mean 'policy'?"),
         (("prune", "agent.updatez=3"), "keepdrop prune has no setting 'agent.updatez'; did you mean 'agent.updates'?"),

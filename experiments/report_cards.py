@@ -1,0 +1,109 @@
+"""The cards at the top of a run's page: the figures that matter, each with what it was before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .report_data import Run
+from .report_markup import Markup, tag
+
+ARROW, MINUS, TIMES = "\N{RIGHTWARDS ARROW}", "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
+
+
+def percent(fraction: float, digits: int = 2) -> str:
+    """A fraction as a reader wants it."""
+    return f"{100 * fraction:.{digits}f} %"
+
+
+def points(difference: float) -> str:
+    """A difference of two fractions, signed, in percentage points."""
+    return f"{100 * difference:+.2f} points".replace("-", MINUS)
+
+
+def change(before: float, after: float) -> str:
+    """Relative change, signed."""
+    return f"{100 * (after / before - 1):+.1f} %".replace("-", MINUS) if before else "-"
+
+
+def size(n_bytes: float) -> str:
+    """Bytes in kB or MB (powers of ten)."""
+    return f"{n_bytes / 1e6:.2f} MB" if n_bytes >= 1e6 else f"{n_bytes / 1e3:.1f} kB"
+
+
+def speed(before: float, after: float) -> str:
+    """How much faster or slower `after` seconds are than `before` seconds."""
+    if after <= before:
+        return f"{before / after:.2f} {TIMES} faster"
+    return f"{after / before:.2f} {TIMES} slower"
+
+
+def final_accuracy(metrics: Mapping[str, Any]) -> float | None:
+    """Accuracy on the report split of the best finished state of the network, a fraction."""
+    keys = ("finetuned_accuracy", "pruned_accuracy", "report_accuracy")
+    return next((metrics[key] for key in keys if metrics.get(key) is not None), None)
+
+
+def cards(run: Run) -> Markup | None:
+    """All cards that the run has figures for."""
+    metrics = run.metrics or {}
+    found = [_accuracy(run), *_amounts(metrics), _size(run), *_latencies(metrics)]
+    shown = [card for card in found if card is not None]
+    return tag("div", *shown, class_="cards") if shown else None
+
+
+def _card(title: str, value: str, *below: str) -> Markup:
+    lines = [tag("p", line) for line in below if line]
+    return tag("div", tag("h3", title), tag("div", value, class_="value"), *lines, class_="card")
+
+
+def _accuracy(run: Run) -> Markup | None:
+    metrics = run.metrics or {}
+    last, base = final_accuracy(metrics), metrics.get("base_accuracy")
+    if last is None:
+        known = (run.facts.get("base") or {}).get("reward_split_accuracy")
+        return None if known is None else _card("Base accuracy", percent(known), "on the reward split")
+    if base is None:
+        return _card("Accuracy", percent(last), "on the report split")
+    tuned = metrics.get("finetuned_accuracy") is not None
+    states = f"base {percent(base)}" + (f", pruned {percent(metrics['pruned_accuracy'])}" if tuned else "")
+    title = "Accuracy, fine-tuned" if tuned else "Accuracy, pruned"
+    return _card(title, percent(last), f"{points(last - base)} to the base", states)
+
+
+def _amounts(metrics: Mapping[str, Any]) -> list[Markup]:
+    made = []
+    for title, key in (("MACs an image", "macs"), ("Parameters", "params")):
+        before, after = metrics.get(f"base_{key}"), metrics.get(f"pruned_{key}")
+        if before and after is not None:
+            made.append(_card(title, change(before, after), f"{before:,} {ARROW} {after:,}"))
+        elif metrics.get(key) is not None:
+            made.append(_card(title, f"{metrics[key]:,}"))
+    return made
+
+
+def _size(run: Run) -> Markup | None:
+    after, before = run.sizes.get("pruned"), run.curves.get("base_bytes") or run.sizes.get("base")
+    if after is None:
+        return None
+    if not before:
+        return _card("File size", size(after))
+    return _card("File size", change(before, after), f"{size(before)} {ARROW} {size(after)}")
+
+
+def _latencies(metrics: Mapping[str, Any]) -> list[Markup]:
+    made = []
+    records = metrics.get("latency") or []
+    for batch in sorted({record["batch_size"] for record in records}):
+        by_model = {record["model"]: record for record in records if record["batch_size"] == batch}
+        if {"base", "pruned"} <= by_model.keys():
+            made.append(_latency(batch, by_model["base"], by_model["pruned"]))
+    return made
+
+
+def _latency(batch: int, base: Mapping[str, Any], pruned: Mapping[str, Any]) -> Markup:
+    before, after = base["median_seconds"], pruned["median_seconds"]
+    times = f"{1e3 * before:.2f} {ARROW} {1e3 * after:.2f} ms"
+    threads = pruned.get("n_threads")
+    where = f"{pruned.get('device', '')}{f', {threads} thread' + 's' * (threads != 1) if threads else ''}"
+    return _card(f"Latency, batch {batch}", speed(before, after), times, where)

@@ -1,0 +1,190 @@
+"""Plots as inline SVG, each with a title and a description for those who do not see it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import count
+
+from .report_markup import Markup, join, tag
+
+WIDE, NARROW = (720, 330), (350, 270)
+LEFT, RIGHT, TOP, BOTTOM = 52, 16, 14, 46
+CELL, CELLS = 10, 32  # one filter in a strip, filters a row
+Points = Sequence[tuple[float, float]]
+_ids = count(1)
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a plot; `style` names a colour and a marker of the style sheet."""
+
+    name: str
+    points: Points
+    style: str
+    line: bool = True
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What an axis is called (with its unit) and how its numbers are written; `ends` fixes where it ends."""
+
+    label: str
+    write: Callable[[float], str]
+    ends: tuple[float, float] | None = None
+    falling: bool = False
+
+
+def image(title: str, description: str, size: tuple[float, float], *content: object, **attributes: object) -> Markup:
+    """An SVG element that a screen reader announces as one picture."""
+    number = next(_ids)
+    names = tag("title", title, id=f"t{number}"), tag("desc", description, id=f"d{number}")
+    box = f"0 0 {size[0]:g} {size[1]:g}"
+    labels = f"t{number} d{number}"
+    return tag("svg", *names, *content, viewBox=box, role="img", aria_labelledby=labels, **attributes)
+
+
+def line_chart(title: str, description: str, series: Sequence[Series], x: Axis, y: Axis) -> Markup:
+    """A legend and the plot, drawn twice: once for wide screens and once for phones."""
+    plots = [
+        image(title, description, size, _plot(series, x, y, size), class_=f"chart {name}")
+        for name, size in (("wide", WIDE), ("narrow", NARROW))
+    ]
+    return join((legend(series), *plots))
+
+
+def legend(series: Iterable[Series]) -> Markup:
+    """What the lines of a plot are."""
+    entries = [tag("li", _swatch(each), each.name) for each in series]
+    return tag("ul", *entries, class_="legend")
+
+
+def mini_chart(title: str, description: str, series: Sequence[Series], x: Axis, y: Axis) -> Markup:
+    """A small plot, one of many, without a legend and axis titles."""
+    size = (260, 130)
+    return image(title, description, size, _plot(series, x, y, size, small=True), class_="mini")
+
+
+def bar(title: str, kept: int, total: int, longest: int) -> Markup:
+    """Kept and dropped filters of one layer; bars of one list share the scale `longest`."""
+    scale = 100 / max(longest, 1)
+    rects = (
+        tag("rect", x=0, y=0, width=round(total * scale, 2), height=12, class_="dropped"),
+        tag("rect", x=0, y=0, width=round(kept * scale, 2), height=12, class_="kept"),
+    )
+    words = f"{kept} kept, {total - kept} dropped, of {total} filters."
+    return image(title, words, (100, 12), *rects, class_="bar", preserveAspectRatio="none")
+
+
+def strip(title: str, keep: Sequence[bool]) -> Markup:
+    """One cell a filter, in the order of the original network; kept ones are filled."""
+    rows = math.ceil(len(keep) / CELLS)
+    paths = [
+        tag("path", d=_cells(i for i, one in enumerate(keep) if one is kept), class_=name)
+        for kept, name in ((True, "kept"), (False, "dropped"))
+    ]
+    kept = ranges([i for i, one in enumerate(keep) if one])
+    words = f"{sum(keep)} of {len(keep)} filters kept: {kept}."
+    width = CELLS * CELL
+    return image(title, words, (width, rows * CELL), *paths, class_="strip", width=width, height=rows * CELL)
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers with runs joined: 0, 3-5, 9."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in parts) or "none"
+
+
+def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
+    """Round numbers in [low, high], about `wanted` of them."""
+    if not high > low:
+        return [low]
+    raw = (high - low) / wanted
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = min((f * power for f in (1, 2, 2.5, 5, 10)), key=lambda each: abs(each - raw))
+    first = math.ceil(low / step - 1e-9)
+    found = [first * step]
+    while found[-1] + step <= high + 1e-9 * step:
+        found.append((first + len(found)) * step)
+    return [round(each, 12) for each in found]
+
+
+def span(values: Iterable[float], pad: float = 0.06) -> tuple[float, float]:
+    """Lowest and highest value with a little room around them; never empty."""
+    known = list(values) or [0.0]
+    low, high = min(known), max(known)
+    room = (high - low) * pad or abs(high) * pad or 1.0
+    return low - room, high + room
+
+
+def _cells(indices: Iterable[int]) -> str:
+    side = CELL - 2
+    corners = ((i % CELLS * CELL + 1, i // CELLS * CELL + 1) for i in indices)
+    return "".join(f"M{x} {y}h{side}v{side}h-{side}z" for x, y in corners)
+
+
+def _plot(series: Sequence[Series], x: Axis, y: Axis, size: tuple[int, int], small: bool = False) -> Markup:
+    """Grid, numbers, lines and points in a frame of `size`."""
+    left, bottom = (36, 20) if small else (LEFT, BOTTOM)
+    x_low, x_high = x.ends or span((point[0] for each in series for point in each.points), 0.04)
+    y_low, y_high = y.ends or span(point[1] for each in series for point in each.points)
+    right, floor = size[0] - RIGHT, size[1] - bottom
+
+    def across(value: float) -> float:
+        share = (value - x_low) / (x_high - x_low)
+        return round(left + (1 - share if x.falling else share) * (right - left), 1)
+
+    def up(value: float) -> float:
+        return round(floor - (value - y_low) / (y_high - y_low) * (floor - TOP), 1)
+
+    grid = [_y_tick(up(tick), y.write(tick), left, right) for tick in ticks(y_low, y_high, 3 if small else 5)]
+    numbers = [_x_tick(across(tick), x.write(tick), floor) for tick in ticks(x_low, x_high, 3 if small else 5)]
+    axis = tag("line", x1=left, x2=right, y1=floor, y2=floor, class_="axis")
+    titles = () if small else _titles(x, y, (left + right) / 2, size[1])
+    lines = [_series(each, [(across(a), up(b)) for a, b in each.points], small) for each in series]
+    return join((*grid, axis, *numbers, *titles, *lines))
+
+
+def _y_tick(at: float, text: str, left: float, right: float) -> Markup:
+    line = tag("line", x1=left, x2=right, y1=at, y2=at, class_="grid")
+    return join((line, tag("text", text, x=left - 6, y=at + 4, class_="number end")))
+
+
+def _x_tick(at: float, text: str, floor: float) -> Markup:
+    return tag("text", text, x=at, y=floor + 16, class_="number middle")
+
+
+def _titles(x: Axis, y: Axis, middle: float, height: float) -> tuple[Markup, Markup]:
+    at = f"translate(12 {(height - BOTTOM + TOP) / 2}) rotate(-90)"
+    below = tag("text", x.label, x=middle, y=height - 6, class_="label middle")
+    return below, tag("text", y.label, transform=at, class_="label middle")
+
+
+def _series(series: Series, points: Points, small: bool) -> Markup:
+    drawn = " ".join(f"{a:g},{b:g}" for a, b in points)
+    line = tag("polyline", points=drawn, class_=f"line {series.style}") if series.line and len(points) > 1 else None
+    dots = [] if small and len(points) > 1 else [_marker(series.style, a, b) for a, b in points]
+    return join((line, *dots))
+
+
+def _marker(style: str, x: float, y: float) -> Markup:
+    """A shape beside the colour: circle, square, triangle or diamond, by style."""
+    shape = f"dot {style}"
+    if style in ("l1", "second"):
+        return tag("rect", x=round(x - 3.5, 1), y=round(y - 3.5, 1), width=7, height=7, class_=shape)
+    if style in ("random", "third"):
+        return tag("path", d=f"M{x:g} {y - 4.5:g}l4.5 8h-9z", class_=shape)
+    if style in ("base", "fourth"):
+        return tag("path", d=f"M{x:g} {y - 5:g}l5 5l-5 5l-5-5z", class_=shape)
+    return tag("circle", cx=x, cy=y, r=3.8, class_=shape)
+
+
+def _swatch(series: Series) -> Markup:
+    line = tag("polyline", points="0,7 22,7", class_=f"line {series.style}") if series.line else None
+    return tag("svg", line, _marker(series.style, 11, 7), viewBox="0 0 22 14", width=22, height=14, aria_hidden="true")
