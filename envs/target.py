@@ -93,6 +93,15 @@ class MacsMeter:
         """The fraction of `whole` that is gone."""
         return 1.0 - self.macs(kept) / self.whole
 
+    def check(self, target: Target) -> None:
+        """UserError for a target that is missed even with one filter a group."""
+        most = self.removed([1] * len(self.groups))
+        if most < target.removed - SLACK:
+            raise UserError(
+                f"{100 * target.removed:g} % of the MACs cannot be removed: with one filter a layer {100 * most:.1f} % "
+                "are gone; give a smaller target or more layers."
+            )
+
 
 def keep_best(meter: MacsMeter, scores: Mapping[str, Tensor], target: Target) -> dict[str, Tensor]:
     """Masks (N,) bool, by group: the filters with the highest scores, as many as the target lets stay.
@@ -122,6 +131,7 @@ def keep_best(meter: MacsMeter, scores: Mapping[str, Tensor], target: Target) ->
 
 
 def _how_many(meter: MacsMeter, owners: Tensor, target: Target) -> int:
+    meter.check(target)
     n_groups = len(meter.groups)
 
     def meets(count: int) -> bool:
@@ -129,12 +139,6 @@ def _how_many(meter: MacsMeter, owners: Tensor, target: Target) -> int:
         return meter.removed(kept) >= target.removed - SLACK
 
     low, high = n_groups, len(owners)
-    if not meets(low):
-        most = meter.removed([1] * n_groups)
-        raise UserError(
-            f"{100 * target.removed:g} % of the MACs cannot be removed: with one filter a layer {100 * most:.1f} % are "
-            "gone; give a smaller target or more layers."
-        )
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if meets(middle) else (low, middle - 1)

@@ -22,8 +22,9 @@ from .decide import observation_tensors
 from .seeds import derive_seed
 
 Masks = dict[str, Tensor]
+PEERS = ("torch-pruning", "torch-pruning-global")  # uniform, global
 LOWEST_WEIGHT = 0.2  # of a layer in a random allocation; the highest is 1
-EVALUATIONS = 100  # of the best of random masks where no agent says how many it used
+AGENT, FOLLOWS = "agent", "-at-agent"
 
 
 class Method(Protocol):
@@ -46,19 +47,17 @@ def meter_of(task: PruningTask, target: Target) -> MacsMeter:
 
 
 class Observations:
-    """What criteria read, kept for as long as the task is the same: one pass over the images a layer."""
+    """What criteria read, kept for every seed: one pass over the images a layer."""
 
     def __init__(self) -> None:
-        self._key: tuple[int, int] | None = None
-        self._seen: dict[str, dict[str, Tensor]] = {}
+        self._seen: dict[tuple[int, int], dict[str, dict[str, Tensor]]] = {}
 
     def of(self, task: PruningTask) -> Mapping[str, dict[str, Tensor]]:
         """Weights and statistics of every group."""
         key = (id(task.model), task.seed)
-        if key != self._key:
-            self._seen = {group.name: observation_tensors(task.layer(group.name)) for group in task.groups}
-            self._key = key
-        return self._seen
+        if key not in self._seen:
+            self._seen[key] = {group.name: observation_tensors(task.layer(group.name)) for group in task.groups}
+        return self._seen[key]
 
 
 class CriterionMethod:
@@ -94,7 +93,7 @@ class AtAgentCounts:
 
     def __init__(self, criterion: str, observations: Observations, agent: Callable[..., Masks]) -> None:
         self.criterion, self.observations, self.agent = criterion, observations, agent
-        self.name = f"{criterion}-at-agent"
+        self.name = f"{criterion}{FOLLOWS}"
 
     def choose(self, task: PruningTask, target: Target, seed: int) -> Masks:
         """The best filters at the agent's counts."""
@@ -163,8 +162,8 @@ def method_names(with_agent: bool) -> list[str]:
     """Every method that can be asked for, agent and those that follow it last."""
     classic = [name for name in CRITERIA if name != "random"]
     names = [f"{name}-{allocation}" for allocation in ("uniform", "global") for name in classic]
-    names += ["random-uniform", "random-best", "taylor-random-best", "torch-pruning", "torch-pruning-global"]
-    return names + (["agent", *(f"{name}-at-agent" for name in CRITERIA)] if with_agent else [])
+    names += ["random-uniform", "random-best", "taylor-random-best", *PEERS]
+    return names + ([AGENT, *(f"{name}{FOLLOWS}" for name in CRITERIA)] if with_agent else [])
 
 
 def check_masks(method: str, task: PruningTask, target: Target, masks: Masks) -> float:

@@ -13,7 +13,7 @@ import torch
 from ..envs.target import SLACK, MacsMeter, Target
 from ..envs.task import PruningTask
 from ..rewards.errors import UserError
-from .compare_methods import Masks, meter_of
+from .compare_methods import PEERS, Masks, meter_of
 
 HALVINGS = 12  # of the interval of ratios: fine enough for layers of 4,096 filters
 
@@ -30,7 +30,7 @@ class TorchPruning:
 
     def __init__(self, global_pruning: bool = False) -> None:
         self.global_pruning = global_pruning
-        self.name = "torch-pruning-global" if global_pruning else "torch-pruning"
+        self.name = PEERS[global_pruning]
         self.facts: dict[str, Any] = {}
 
     def choose(self, task: PruningTask, target: Target, seed: int) -> Masks:

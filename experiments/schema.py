@@ -145,6 +145,43 @@ class ApplyConfig:
 
 
 @dataclass
+class TargetsConfig:
+    """What a comparison removes: fractions of the MACs of the pruned layers themselves ("groups") or of "network"."""
+
+    removed: list[float] = field(default_factory=lambda: [0.3, 0.5, 0.7])
+    of: str = "groups"
+
+
+@dataclass
+class RandomBestConfig:
+    """A random search: masks judged (null: as many as the agent), and reward images a mask (null: all)."""
+
+    evaluations: int | None = None
+    images: int | None = None
+
+
+@dataclass
+class CompareConfig(RootConfig):
+    """`keepdrop compare`."""
+
+    checkpoint: str | None = None
+    base: TrainSettings = field(default_factory=TrainSettings)
+    judge: JudgeSettings = field(default_factory=JudgeSettings)
+    layers: list[str] | None = None
+    targets: TargetsConfig = field(default_factory=TargetsConfig)
+    methods: list[str] = field(default_factory=lambda: ["*"])
+    compensate: list[bool] = field(default_factory=lambda: [False, True])
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    random_seeds: int = 5
+    stages: list[str] = field(default_factory=lambda: ["zero", "bn", "one", "full"])
+    bn_images: int = 1000
+    finetune: TrainSettings = field(default_factory=TrainSettings)
+    random_best: RandomBestConfig = field(default_factory=RandomBestConfig)
+    agent: Any = None
+    resume: str | None = None
+
+
+@dataclass
 class InspectConfig:
     """`keepdrop inspect`."""
 
@@ -172,6 +209,7 @@ ROOTS = {
     "prune": PruneConfig,
     "train_agent": TrainAgentConfig,
     "apply": ApplyConfig,
+    "compare": CompareConfig,
     "report": ReportConfig,
 }
 

@@ -1,0 +1,149 @@
+"""`keepdrop compare`: the agent and every other method on one checkpoint, at equal MACs, cut and measured alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from ..envs.target import Target
+from ..envs.task import PruningTask
+from ..envs.training import TrainProgress, TrainSettings
+from .base import base_network
+from .build import build_augment
+from .compare_choices import Choices, build_agent
+from .compare_measure import TRAINED, MeasureSettings, accuracy_on, cut, reach, result_name
+from .compare_methods import AGENT, PEERS
+from .compare_peer import unavailable
+from .compare_plan import Job, check_plan, check_targets, chosen_methods, planned
+from .compare_report import show, summary, write_all
+from .console import Terminal
+from .doors import hydra_door, interruptible, open_run, settings
+from .facts import keep_facts
+from .prepare import Inputs, prepare
+from .run_folder import METRICS, RunFolder
+from .schema import PruningConfig, structured
+from .tracking import Tracker
+
+
+def door() -> None:
+    """Entry point of the command."""
+    hydra_door("compare", run)
+
+
+def run(config: DictConfig) -> dict[str, Any]:
+    """Compare, or go on comparing; returns what `metrics.json` holds."""
+    inputs = None if config.resume else check(config)
+    folder, config = open_run(config)
+    terminal = Terminal(config.quiet)
+    metrics = folder.read_json(METRICS)
+    if metrics is None:
+        with interruptible(folder):
+            metrics = compare(inputs or check(config), config, folder, terminal)
+    show(metrics, terminal)
+    terminal.console.print(f"Run folder: {folder.path}", markup=False)
+    return metrics
+
+
+def check(config: DictConfig) -> Inputs:
+    """Find every mistake of the user's before anything is written."""
+    for node in (config.finetune, config.base):
+        settings(node, TrainSettings)
+    targets = [Target(removed, config.targets.of) for removed in config.targets.removed]
+    check_plan(config)
+    if AGENT in chosen_methods(config):
+        build_agent(config)
+    inputs = prepare(as_pruning(config))
+    if inputs.dense is not None:
+        check_targets(inputs.task(inputs.dense, as_pruning(config)), targets)
+    return inputs
+
+
+def as_pruning(config: DictConfig) -> DictConfig:
+    """The configuration as the commands that prune know it, with their defaults for what no comparison has."""
+    shared = [key for key in structured(PruningConfig) if key in config]
+    merged = OmegaConf.merge(structured(PruningConfig), {key: config[key] for key in shared})
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def compare(inputs: Inputs, config: DictConfig, folder: RunFolder, terminal: Terminal) -> dict[str, Any]:
+    """Base, choices, measurements, tables; everything that is finished is found again by a resumed run."""
+    dense = inputs.dense
+    if dense is None:
+        tracker = Tracker(folder / "tensorboard")
+        dense = base_network(config, inputs.construct, inputs.splits, folder, terminal, tracker).to(inputs.device)
+        tracker.close()
+    task = inputs.task(dense, as_pruning(config))
+    check_targets(task, [Target(removed, config.targets.of) for removed in config.targets.removed])
+    keep_facts(task, config, folder)
+    if (why := unavailable()) and set(chosen_methods(config)) & set(PEERS):
+        terminal.warn(why)
+    choices, jobs = Choices(task, config, folder), planned(config)
+    choose_all(choices, jobs, terminal)
+    measure_all(choices, jobs, config, folder, terminal)
+    metrics = summary(choices, jobs, config, folder)
+    write_all(metrics, folder, terminal)
+    return metrics
+
+
+def choose_all(choices: Choices, jobs: list[Job], terminal: Terminal) -> None:
+    """Every method chooses for every job; the report split is not opened before all have."""
+    with terminal.progress("choosing", len(jobs)) as bar:
+        for position, job in enumerate(jobs):
+            bar.advance(position, job.label)
+            record = choices.record(job)
+            if "skipped" in record:
+                terminal.warn(f"{job.label}: left out, {record['skipped']}")
+
+
+def measure_all(choices: Choices, jobs: list[Job], config: DictConfig, folder: RunFolder, terminal: Terminal) -> None:
+    """Every job at every stage, the quick stages of all jobs first."""
+    measure = MeasureSettings(config.bn_images, settings(config.finetune, TrainSettings), build_augment(config.augment))
+    jobs = [job for job in jobs if "skipped" not in choices.record(job)]
+    quick = [stage for stage in config.stages if stage not in TRAINED]
+    for stages in (quick, *([stage] for stage in config.stages if stage in TRAINED)):
+        with terminal.progress(" and ".join(stages), len(jobs)) as bar:
+            for position, job in enumerate(jobs):
+                bar.advance(position, job.label)
+                _Measurement(choices, job, measure, folder, bar, position).run(stages)
+
+
+class _Measurement:
+    """Measures one job at some stages."""
+
+    def __init__(
+        self,
+        choices: Choices,
+        job: Job,
+        settings: MeasureSettings,
+        folder: RunFolder,
+        bar: Terminal,
+        position: int,
+    ) -> None:
+        self.choices, self.job, self.settings = choices, job, settings
+        self.folder, self.bar, self.position = folder, bar, position
+
+    def run(self, stages: list[str]) -> None:
+        """Cut once, then each stage that has no result yet."""
+        missing = [stage for stage in stages if self.folder.read_json(result_name(self.job, stage)) is None]
+        if not missing:
+            return
+        task = self.choices.task_of(self.job)
+        model = cut(task, self.choices.masks(self.choices.record(self.job)))
+        for stage in missing:
+            self._measure(stage, model, task)
+
+    def _measure(self, stage: str, model: nn.Module, task: PruningTask) -> None:
+        snapshot = (self.folder / result_name(self.job, stage)).with_suffix(".snapshot")
+        if stage in TRAINED:
+            snapshot.parent.mkdir(parents=True, exist_ok=True)
+        reached = reach(stage, model, task, self.settings, self.job.seed, progress=self._show, snapshot=snapshot)
+        result = {f"{role}_accuracy": accuracy_on(reached, getattr(task.splits, role)) for role in ("reward", "report")}
+        self.folder.write_json(result_name(self.job, stage), result)
+        snapshot.unlink(missing_ok=True)
+
+    def _show(self, progress: TrainProgress) -> None:
+        done = self.position + progress.step / progress.n_steps
+        self.bar.advance(done, f"{self.job.label}, loss {progress.loss:.3f}")

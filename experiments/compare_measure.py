@@ -1,0 +1,106 @@
+"""How a choice is cut and measured: the same for every method.
+
+Shapes: N filters of a group.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ..envs.augment import Augment
+from ..envs.compensation import Compensation
+from ..envs.evaluate import count_correct
+from ..envs.images import LabelledImages
+from ..envs.surgery import prune
+from ..envs.task import PruningTask
+from ..envs.training import TrainProgress, TrainSettings, fit_network, recalibrate_bn
+from .compare_plan import STAGES, Job
+from .seeds import derive_seed
+
+TRAINED = STAGES[2:]
+
+
+@dataclass(frozen=True)
+class MeasureSettings:
+    """What happens between the cut and the measuring.
+
+    Args:
+        bn_images: images of the fit split for the stage "bn".
+        train: the full schedule; "one" is the same schedule squeezed into one epoch.
+        augment: of the fit images.
+    """
+
+    bn_images: int
+    train: TrainSettings
+    augment: Augment | None
+
+    def schedule(self, stage: str) -> TrainSettings:
+        """How the stages "one" and "full" train."""
+        return replace(self.train, epochs=min(1.0, self.train.epochs)) if stage == "one" else self.train
+
+
+def cut(task: PruningTask, masks: Mapping[str, Tensor]) -> nn.Module:
+    """A new network without the filters that the masks (N,) drop, compensated if the task says so.
+
+    Compensated means block after block: every consumer is refitted so that what the pruned network feeds it stands in
+    for what it read in the dense one (design page, fact 11).
+    """
+    choices = {group: masks[group.name] for group in task.groups}
+    model = task.model
+    if task.settings.compensate:
+        images, _ = task.fit_images(task.settings.compensation_images)
+        for group, keep in choices.items():
+            found = Compensation.fit(model, group, images, dense=task.model, ridge=task.settings.ridge)
+            model = found.folded(model, keep)
+    return prune(model, choices)
+
+
+def reach(
+    stage: str,
+    model: nn.Module,
+    task: PruningTask,
+    settings: MeasureSettings,
+    seed: int,
+    *,
+    progress: Callable[[TrainProgress], None] | None = None,
+    snapshot: Path | None = None,
+) -> nn.Module:
+    """The freshly cut `model` at a stage: "zero" steps, "bn" recalibrated, after "one" epoch or the "full" schedule.
+
+    Returns a new network except for "zero". Seed, images and schedule are the same for every method.
+    """
+    if stage == "zero":
+        return model
+    model = copy.deepcopy(model)
+    if stage == "bn":
+        recalibrate_bn(model, task.splits.fit, settings.bn_images, derive_seed(seed, "bn"))
+        return model
+    schedule = settings.schedule(stage)
+    fit_network(
+        model,
+        task.splits.fit,
+        schedule,
+        seed=derive_seed(seed, "finetune"),
+        augment=settings.augment,
+        teacher=task.model if schedule.distill_weight > 0 else None,
+        progress=progress,
+        snapshot=snapshot,
+        device=task.device,
+    )
+    return model.eval()
+
+
+def accuracy_on(model: nn.Module, images: LabelledImages) -> float:
+    """Accuracy on a split, a fraction."""
+    correct, total = count_correct(model, images)
+    return correct / total
+
+
+def result_name(job: Job, stage: str) -> str:
+    """Where the result of a job at a stage lies in the run folder."""
+    return f"results/{job.key}-{stage}.json"
