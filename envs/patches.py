@@ -1,0 +1,92 @@
+"""What a layer reads and writes at a few sampled places, as rows of a regression.
+
+Shapes: B images, S samples (images x places), C channels, O outputs, K weights a filter (C x kernel size).
+"""
+
+from __future__ import annotations
+
+from itertools import product
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
+
+Places = tuple[Tensor, ...]
+"""Image number and position along every spatial axis, each broadcastable to (B, places an image)."""
+
+
+def places(sizes: tuple[int, ...], count: int) -> Places:
+    """The same places in every call for one output size (B, *spatial): all of them, or `count` drawn for each image."""
+    n_images, spatial = sizes[0], sizes[1:]
+    total = 1
+    for size in spatial:
+        total *= size
+    flat = torch.arange(total).expand(n_images, -1)
+    if count < total:
+        flat = torch.randint(total, (n_images, count), generator=torch.Generator().manual_seed(total))
+    found: list[Tensor] = []
+    for size in reversed(spatial):
+        found.append(flat % size)
+        flat = flat // size
+    return (torch.arange(n_images)[:, None], *reversed(found))
+
+
+def outputs_at(value: Tensor, count: int) -> Tensor:
+    """Rows (S, C) of an activation (B, C, *spatial) or (..., C) of a linear layer."""
+    if value.dim() == 2:
+        return value
+    where = places((value.shape[0], *value.shape[2:]), count)
+    return value.movedim(1, -1)[where].reshape(-1, value.shape[1])
+
+
+def patches_at(conv: _ConvNd, images: Tensor, count: int) -> Tensor:
+    """What a convolution multiplies its weights with at those places of its output: (S, K), K ordered as its weight."""
+    pads = list(conv._reversed_padding_repeated_twice)
+    padded = F.pad(images, pads) if any(pads) else images
+    kernel, stride, dilation = (tuple(each) for each in (conv.kernel_size, conv.stride, conv.dilation))
+    sizes = [
+        (size - step * (width - 1) - 1) // jump + 1
+        for size, width, jump, step in zip(padded.shape[2:], kernel, stride, dilation, strict=True)
+    ]
+    image, *at = places((len(images), *sizes), count)
+    moved = padded.movedim(1, -1)
+    taps = [
+        moved[(image, *(p * s + o * d for p, s, o, d in zip(at, stride, offset, dilation, strict=True)))]
+        for offset in product(*map(range, kernel))
+    ]
+    return torch.stack(taps, -1).reshape(-1, images.shape[1] * len(taps))
+
+
+def inputs_at(module: nn.Module, value: Tensor, count: int) -> Tensor:
+    """The regressors (S, K) of a convolution or of a linear layer."""
+    return patches_at(module, value, count) if isinstance(module, _ConvNd) else value
+
+
+def obstacle(module: nn.Module, max_inputs: int) -> str:
+    """Why a layer's weights are not regressed, or "" if they can be."""
+    if isinstance(module, nn.Linear):
+        return "" if module.in_features <= max_inputs else f"more than {max_inputs} inputs an output"
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return "neither a convolution nor linear"
+    if module.groups > 1:
+        return "a grouped convolution"
+    if module.padding_mode != "zeros":
+        return f"padding mode {module.padding_mode}"
+    return "" if module.weight[0].numel() <= max_inputs else f"more than {max_inputs} inputs an output"
+
+
+def regress(inputs_SK: Tensor, wanted_SO: Tensor, prior_KO: Tensor, ridge: float, intercept: bool) -> Tensor:
+    """Ridge regression towards `prior_KO`: weights (K, O) float64, with the intercept as one more row if wanted.
+
+    Minimises |X W - Y|^2 + ridge x (mean energy of an input) x |W - prior|^2; the intercept's prior is 0.
+    """
+    if intercept:
+        inputs_SK = torch.cat([inputs_SK, inputs_SK.new_ones(len(inputs_SK), 1)], 1)
+        prior_KO = torch.cat([prior_KO, prior_KO.new_zeros(1, prior_KO.shape[1])])
+    gram = (inputs_SK.T @ inputs_SK).double()
+    cross = (inputs_SK.T @ wanted_SO).double()
+    strength = ridge * gram.diagonal().mean().clamp_min(1e-12)
+    prior_KO = prior_KO.double()
+    system = gram + strength * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return prior_KO + torch.linalg.solve(system, cross - gram @ prior_KO)

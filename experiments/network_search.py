@@ -1,0 +1,134 @@
+"""One agent for a whole network: trained to keep the most accuracy at a MACs target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..agent.network_policy import NetworkPolicy
+from ..agent.parameter_search import NetworkAgentSettings, NetworkTrainer, Project
+from ..envs.filter_pruning import FilterPruningVectorEnv
+from ..envs.joint import JointTask
+from ..envs.observation import STATISTIC_NAMES
+from ..envs.reconstruction import ReconstructionSettings
+from ..envs.target import MacsMeter, Target, keep_best
+from ..envs.task import PruningTask
+from ..rewards.outcome import Outcome, Reward
+from .seeds import derive_seed
+
+Report = Callable[[NetworkTrainer, Mapping[str, float]], None]
+
+
+def kept_accuracy(outcome: Outcome) -> Reward:
+    """The reward where every mask meets the target: accuracy, relative to the base's."""
+    return Reward(outcome.pruned_accuracy / outcome.base_accuracy, {})
+
+
+@dataclass(frozen=True)
+class NetworkSearchSettings:
+    """What one update costs, and where the order of the filters starts.
+
+    Args:
+        masks: an update, even.
+        images: of the reward split, the same ones for all masks of an update; None takes all.
+        warm_start: the statistic that ranks the filters at the start.
+        agent: how the agent learns.
+    """
+
+    masks: int = 10
+    images: int | None = 1000
+    warm_start: str = "l1"
+    agent: NetworkAgentSettings = field(default_factory=NetworkAgentSettings)
+
+
+class NetworkAgent:
+    """Trains an agent that decides on all groups together; one of the methods that can be compared.
+
+    Args:
+        settings: of the search.
+        repair: how cut networks are repaired before they are judged; None judges them as cut.
+        report: told about every update.
+        state: file that keeps the training after every update; an existing one is gone on with.
+    """
+
+    name = "agent"
+
+    def __init__(
+        self,
+        settings: NetworkSearchSettings | None = None,
+        repair: ReconstructionSettings | None = None,
+        report: Report | None = None,
+        state: Path | None = None,
+    ) -> None:
+        self.settings = settings or NetworkSearchSettings()
+        self.repair = repair
+        self.report = report
+        self.state = state
+        self.facts: dict[str, Any] = {}
+        self.policy: NetworkPolicy | None = None
+
+    def choose(self, task: PruningTask, target: Target, seed: int) -> dict[str, Tensor]:
+        """Masks (N,) bool by group name that meet `target`."""
+        settings = self.settings
+        joint = JointTask(task, self.repair)
+        env = FilterPruningVectorEnv(joint, kept_accuracy, settings.masks, settings.images)
+        policy = NetworkPolicy(len(joint.groups), len(STATISTIC_NAMES), settings.warm_start, STATISTIC_NAMES)
+        generator = torch.Generator().manual_seed(derive_seed(seed, "policies"))
+        trainer = NetworkTrainer(env, policy, projection(joint, target), settings.agent, generator)
+        self._train(trainer, env, seed)
+        keep = self._settle(trainer, joint)
+        self.policy = policy
+        return {group.name: each for group, each in joint.choices(keep).items()}
+
+    def _train(self, trainer: NetworkTrainer, env: FilterPruningVectorEnv, seed: int) -> None:
+        if self.state is not None and self.state.is_file():
+            trainer.load_state_dict(torch.load(self.state, weights_only=True))
+        while not trainer.done:
+            # Seeded anew for every update: a resumed training draws the images it would have drawn.
+            env.reset(seed=derive_seed(seed, "images", str(len(trainer.history))))
+            metrics = trainer.step()
+            if self.state is not None:
+                _keep(trainer.state_dict(), self.state)
+            if self.report is not None:
+                self.report(trainer, metrics)
+
+    def _settle(self, trainer: NetworkTrainer, joint: JointTask) -> Tensor:
+        """The mean policy's mask or one of the best sampled ones, whichever the whole reward split prefers."""
+        candidates = [trainer.mask(), *(scored.mask for scored in trainer.best.masks)]
+        found = joint.outcomes(torch.stack(candidates))
+        best = max(range(len(candidates)), key=lambda i: found[i].pruned_accuracy)
+        evaluations = len(trainer.history) * self.settings.masks + len(candidates)
+        images = self.settings.images or joint.n_images
+        self.facts = {
+            "mask_evaluations": evaluations,
+            "mask_images": len(trainer.history) * self.settings.masks * images + len(candidates) * joint.n_images,
+            "decided_by": "agent" if best == 0 else "best sampled mask",
+            "greedy_accuracy": found[0].pruned_accuracy,
+            "judged_accuracy": found[best].pruned_accuracy,
+            "reward_curve": [metrics["reward_mean"] for metrics in trainer.history],
+        }
+        return candidates[best]
+
+
+def projection(joint: JointTask, target: Target) -> Project:
+    """Makes scores of all filters the mask that just meets a MACs target."""
+    task = joint.task
+    meter = MacsMeter(task.model, task.cost, joint.groups, target.of)
+    sizes = [group.n_filters for group in joint.groups]
+
+    def project(scores_N: Tensor) -> Tensor:
+        by_name = {group.name: each for group, each in zip(joint.groups, scores_N.split(sizes), strict=True)}
+        return joint.joined(keep_best(meter, by_name, target))
+
+    return project
+
+
+def _keep(state: dict[str, Any], path: Path) -> None:
+    working = path.with_name(path.name + ".partial")
+    torch.save(state, working)
+    working.replace(path)
