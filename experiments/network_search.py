@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +36,25 @@ class NetworkSearchSettings:
     Args:
         masks: an update, even.
         images: of the reward split, the same ones for all masks of an update; None takes all.
+        repair_images, repair_places: what the repair of a searched mask is measured on; coarser than that of the
+            final cut, it ranks masks as well at a third of the cost.
         warm_start: the statistic that ranks the filters at the start.
         agent: how the agent learns.
     """
 
     masks: int = 10
-    images: int | None = 1000
+    images: int | None = 500
+    repair_images: int = 256
+    repair_places: int = 16
     warm_start: str = "l1"
     agent: NetworkAgentSettings = field(default_factory=NetworkAgentSettings)
+
+    def rough(self, repair: ReconstructionSettings | None) -> ReconstructionSettings | None:
+        """The repair of searched masks, never finer than that of the final cut."""
+        if repair is None:
+            return None
+        images, places = min(self.repair_images, repair.images), min(self.repair_places, repair.places)
+        return replace(repair, images=images, places=places)
 
 
 class NetworkAgent:
@@ -51,7 +62,7 @@ class NetworkAgent:
 
     Args:
         settings: of the search.
-        repair: how cut networks are repaired before they are judged; None judges them as cut.
+        repair: how the final cut is repaired (searched ones: `settings.rough`); None leaves all as cut.
         report: told about every update.
         state: file that keeps the training after every update; an existing one is gone on with.
     """
@@ -75,13 +86,13 @@ class NetworkAgent:
     def choose(self, task: PruningTask, target: Target, seed: int) -> dict[str, Tensor]:
         """Masks (N,) bool by group name that meet `target`."""
         settings = self.settings
-        joint = JointTask(task, self.repair)
+        joint = JointTask(task, settings.rough(self.repair))
         env = FilterPruningVectorEnv(joint, kept_accuracy, settings.masks, settings.images)
         policy = NetworkPolicy(len(joint.groups), len(STATISTIC_NAMES), settings.warm_start, STATISTIC_NAMES)
         generator = torch.Generator().manual_seed(derive_seed(seed, "policies"))
         trainer = NetworkTrainer(env, policy, projection(joint, target), settings.agent, generator)
         self._train(trainer, env, seed)
-        keep = self._settle(trainer, joint)
+        keep = self._settle(trainer, JointTask(task, self.repair))
         self.policy = policy
         return {group.name: each for group, each in joint.choices(keep).items()}
 
@@ -100,19 +111,24 @@ class NetworkAgent:
     def _settle(self, trainer: NetworkTrainer, joint: JointTask) -> Tensor:
         """The mean policy's mask or one of the best sampled ones, whichever the whole reward split prefers."""
         candidates = [trainer.mask(), *(scored.mask for scored in trainer.best.masks)]
-        found = joint.outcomes(torch.stack(candidates))
-        best = max(range(len(candidates)), key=lambda i: found[i].pruned_accuracy)
+        best, accuracies = best_of(joint, candidates)
         evaluations = len(trainer.history) * self.settings.masks + len(candidates)
         images = self.settings.images or joint.n_images
         self.facts = {
             "mask_evaluations": evaluations,
             "mask_images": len(trainer.history) * self.settings.masks * images + len(candidates) * joint.n_images,
             "decided_by": "agent" if best == 0 else "best sampled mask",
-            "greedy_accuracy": found[0].pruned_accuracy,
-            "judged_accuracy": found[best].pruned_accuracy,
+            "greedy_accuracy": accuracies[0],
+            "judged_accuracy": accuracies[best],
             "reward_curve": [metrics["reward_mean"] for metrics in trainer.history],
         }
         return candidates[best]
+
+
+def best_of(joint: JointTask, candidates: Sequence[Tensor]) -> tuple[int, list[float]]:
+    """Which of the masks (N,) does best on the whole reward split, the first of equals, and all their accuracies."""
+    accuracies = [outcome.pruned_accuracy for outcome in joint.outcomes(torch.stack(list(candidates)))]
+    return accuracies.index(max(accuracies)), accuracies
 
 
 def projection(joint: JointTask, target: Target) -> Project:
