@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from .inputs import as_call, batch_size
+from .leaves import Inputs
 from .modes import evaluating
 
-ExampleInputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -37,7 +38,7 @@ class Cost:
     modules: Mapping[str, ModuleCost]
 
 
-def count_cost(model: nn.Module, example_inputs: ExampleInputs) -> Cost:
+def count_cost(model: nn.Module, example_inputs: Inputs) -> Cost:
     """MACs an image (batch 1) and parameters of `model`, from one forward pass on `example_inputs`.
 
     Counted are convolutions (1d to 3d, grouped, transposed) and linear layers; a bias, normalisation, activations and
@@ -58,22 +59,6 @@ def count_cost(model: nn.Module, example_inputs: ExampleInputs) -> Cost:
     modules = _by_name(model, calls, n_images=batch_size(example_inputs))
     params = sum(parameter.numel() for parameter in model.parameters())
     return Cost(sum(module.macs for module in modules.values()), params, modules)
-
-
-def as_call(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments of `model(...)`."""
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    return (example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)), {}
-
-
-def batch_size(example_inputs: ExampleInputs) -> int:
-    """The first axis of the first tensor; ValueError where there is none."""
-    args, kwargs = as_call(example_inputs)
-    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() > 0]
-    if not tensors:
-        raise ValueError("example_inputs holds no tensor with a batch axis.")
-    return tensors[0].shape[0]
 
 
 def _recorder(calls: dict[nn.Module, list[int]]) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:

@@ -1,4 +1,4 @@
-"""Measured time of a forward pass, of several networks side by side."""
+"""Measured time of a forward pass, of several networks in several runtimes side by side."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..rewards.errors import UserError
-from .cost import ExampleInputs, as_call, batch_size
+from .inputs import as_call, resized, tensors_of
+from .leaves import Inputs
 from .modes import evaluating
+from .runtimes import Runner, runner
 
 
 @dataclass(frozen=True)
@@ -28,20 +30,34 @@ class Latency:
     repeats: int
     device: str
     n_threads: int
+    runtime: str = "eager"
 
 
 def measure_latency(
     models: Mapping[str, Callable[..., Any]],
-    example_inputs: ExampleInputs,
+    example_inputs: Inputs,
     batch_sizes: Sequence[int] = (1, 64),
     repeats: int = 30,
     warmup: int = 5,
+    runtimes: Sequence[str] = ("eager",),
+    failed: dict[str, str] | None = None,
 ) -> list[Latency]:
     """Time a forward pass of every model for every batch size, in eval mode, float32, channels-last, no gradients.
 
-    The models take turns within each repeat (in alternating order), so that a busy moment of the machine hits all of
-    them. Example inputs are repeated or cut to each batch size, on the device they lie on. Modes come back as they
-    were. Raises UserError for a batch size, number of repeats or warm-up that makes no measurement.
+    The models (and runtimes) take turns within each repeat, in alternating order, so that a busy moment of the machine
+    hits all of them. Example inputs are repeated or cut to each batch size, on the device they lie on. Modes come back
+    as they were.
+
+    Args:
+        models: networks by name.
+        example_inputs: a tensor (B, ...), a tuple of positional or a mapping of keyword arguments.
+        batch_sizes: images a pass.
+        repeats: timed passes.
+        warmup: passes before them; a runtime that compiles has done so before.
+        runtimes: any of "eager", "compile", "onnxruntime"; the latter two take `nn.Module`s only.
+        failed: gets the reason of every runtime that cannot take a model, which is then left out; None raises it.
+
+    Raises UserError for a batch size, number of repeats or warm-up that makes no measurement.
     """
     if not models or not batch_sizes or min(batch_sizes) < 1 or repeats < 1 or warmup < 0:
         raise UserError(
@@ -51,19 +67,47 @@ def measure_latency(
     networks = [model for model in models.values() if isinstance(model, nn.Module)]
     records = []
     with evaluating(*networks), torch.inference_mode():
+        runners = _runners(models, runtimes, resized(example_inputs, batch_sizes[0]), failed)
         for size in batch_sizes:
-            inputs = _resized(example_inputs, size)
-            seconds = _interleaved(models, inputs, repeats, warmup)
-            records += [_record(name, size, seconds[name], inputs) for name in models]
+            inputs = resized(example_inputs, size)
+            seconds = _interleaved(runners, inputs, repeats, warmup)
+            records += [_record(*key, size, seconds[key], inputs) for key in runners]
     return records
 
 
-def speed_advice(macs_fraction: float, seconds_fraction: float) -> str | None:
+def _runners(
+    models: Mapping[str, Callable[..., Any]], runtimes: Sequence[str], inputs: Inputs, failed: dict[str, str] | None
+) -> dict[tuple[str, str], Runner]:
+    """By runtime and model name; a runtime that one model fails in is left out for all."""
+    made: dict[tuple[str, str], Runner] = {}
+    for runtime in runtimes:
+        try:
+            made |= {(runtime, name): _one(model, runtime, inputs) for name, model in models.items()}
+        except UserError as error:
+            if failed is None:
+                raise
+            failed[runtime] = str(error)
+    return made
+
+
+def _one(model: Callable[..., Any], runtime: str, inputs: Inputs) -> Runner:
+    if isinstance(model, nn.Module):
+        return runner(model, runtime, inputs)
+
+    def call(inputs: Inputs) -> Any:
+        args, kwargs = as_call(inputs)
+        return model(*args, **kwargs)
+
+    return call
+
+
+def speed_advice(macs_fraction: float, seconds_fraction: float, round_to: int = 1) -> str | None:
     """A sentence for a pruned network that has less to do and is no faster, else None.
 
     Args:
         macs_fraction: MACs, pruned / dense.
         seconds_fraction: median time, pruned / dense.
+        round_to: the channel multiple it was pruned with.
 
     Said where at least a tenth of the MACs went and less than a quarter of that share of the time did.
     """
@@ -72,51 +116,40 @@ def speed_advice(macs_fraction: float, seconds_fraction: float) -> str | None:
     removed, saved = 1 - macs_fraction, 1 - seconds_fraction
     if removed < 0.1 or saved >= removed / 4:
         return None
+    multiple = next((each for each in (8, 16, 32) if each > round_to), 2 * round_to)
     return (
-        f"MACs fell by {removed:.0%} but time did not ({saved:+.0%} saved): processors like round channel counts, "
-        "try round_to=8."
+        f"MACs fell by {removed:.0%} but time did not ({seconds_fraction:.2f} x what it was): processors like round "
+        f"channel counts, try surgery.round_to={multiple}."
     )
 
 
 def _interleaved(
-    models: Mapping[str, Callable[..., Any]], inputs: ExampleInputs, repeats: int, warmup: int
-) -> dict[str, list[float]]:
-    args, kwargs = as_call(inputs)
+    runners: Mapping[tuple[str, str], Runner], inputs: Inputs, repeats: int, warmup: int
+) -> dict[tuple[str, str], list[float]]:
     device = _device(inputs)
-    seconds: dict[str, list[float]] = {name: [] for name in models}
+    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in runners}
+    for key in runners:
+        if key[0] != "eager":
+            runners[key](inputs)  # a new batch size is compiled anew
     for repeat in range(-warmup, repeats):
-        for name in list(models)[:: 1 if repeat % 2 else -1]:
+        for key in list(runners)[:: 1 if repeat % 2 else -1]:
             _wait_for(device)
             start = time.perf_counter()
-            models[name](*args, **kwargs)
+            runners[key](inputs)
             _wait_for(device)
             if repeat >= 0:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[key].append(time.perf_counter() - start)
     return seconds
 
 
-def _record(name: str, size: int, seconds: list[float], inputs: ExampleInputs) -> Latency:
+def _record(runtime: str, name: str, size: int, seconds: list[float], inputs: Inputs) -> Latency:
     low, median, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
-    return Latency(name, size, median, low, high, len(seconds), str(_device(inputs)), torch.get_num_threads())
+    threads, device = torch.get_num_threads(), str(_device(inputs))
+    return Latency(name, size, median, low, high, len(seconds), device, threads, runtime)
 
 
-def _resized(example_inputs: ExampleInputs, size: int) -> ExampleInputs:
-    """Every tensor that has the batch axis, cut or repeated to `size`; images channels-last."""
-    given = batch_size(example_inputs)
-
-    def resize(value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != given:
-            return value
-        value = value.repeat(-(-size // given), *[1] * (value.dim() - 1))[:size]
-        return value.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else value.contiguous()
-
-    args, kwargs = as_call(example_inputs)
-    return {name: resize(value) for name, value in kwargs.items()} if kwargs else tuple(map(resize, args))
-
-
-def _device(inputs: ExampleInputs) -> torch.device:
-    args, kwargs = as_call(inputs)
-    return next(value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+def _device(inputs: Inputs) -> torch.device:
+    return tensors_of(inputs)[0].device
 
 
 def _wait_for(device: torch.device) -> None:

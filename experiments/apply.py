@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..envs.checkpoint import hash_state
 from ..envs.cost import count_cost
+from ..envs.export import check_exports
 from ..envs.pruned_file import KeptChannels
 from ..envs.task import PruningTask
 from ..envs.training import TrainSettings
@@ -19,7 +20,7 @@ from .console import Terminal
 from .decide import Decider
 from .doors import hydra_door, interruptible, open_run, settings
 from .facts import keep_facts
-from .finish import Networks, finetune, group_facts, report_accuracy, save_result
+from .finish import Networks, finetune, group_facts, remarks, report_accuracy, save_result
 from .prepare import Inputs, prepare
 from .prune import ScheduleLog, build_recovery
 from .recover import RecoverySettings
@@ -66,6 +67,8 @@ def run(config: DictConfig) -> dict[str, Any]:
             metrics = apply_agents(inputs or check(config), config, folder, terminal)
     keep_report(folder, terminal)
     terminal.methods(metrics["methods"], metrics["base_accuracy"])
+    for sentence in remarks(metrics):
+        terminal.console.print(sentence, markup=False)
     terminal.console.print(f"Run folder: {folder.path}", markup=False)
     return metrics
 
@@ -95,6 +98,7 @@ def check(config: DictConfig) -> Inputs:
     settings(config.recovery, RecoverySettings)
     settings(config.finetune, TrainSettings)
     check_order(config.order)
+    check_exports(config.export)
     inputs = prepare(config)
     assert inputs.dense is not None
     task = inputs.task(inputs.dense, config)
@@ -113,8 +117,9 @@ def apply_agents(inputs: Inputs, config: DictConfig, folder: RunFolder, terminal
     for name in config.controls:
         methods[name] = prune_with(AskCriterion(name, counts), name, task, config, folder, terminal)
     ours = methods[AGENT]
-    save_result(ours.networks, ours.kept, config, folder, {"base_sha256": hash_state(inputs.dense)})
-    metrics = apply_metrics(methods, task, config)
+    facts = {"base_sha256": hash_state(inputs.dense)}
+    exports = save_result(ours.networks, ours.kept, task.splits, config, folder, facts)
+    metrics = apply_metrics(methods, task, config) | exports
     write_curves(task, ours.records, folder, terminal)
     folder.write_json(METRICS, metrics)
     return metrics

@@ -15,7 +15,8 @@ from torch import nn
 from ..envs.checkpoint import load_checkpoint, save_weights
 from ..envs.cost import count_cost
 from ..envs.evaluate import count_correct
-from ..envs.latency import measure_latency
+from ..envs.export import export_all
+from ..envs.latency import measure_latency, speed_advice
 from ..envs.pruned_file import KeptChannels, save_pruned
 from ..envs.splits import Splits
 from ..envs.training import TrainSettings
@@ -90,7 +91,9 @@ def metrics_of(
     """Everything that `metrics.json` holds; accuracies are fractions on the report split unless named otherwise."""
     example = splits.reward.batch(torch.arange(1))[0].to(resolve_device(config.device))
     dense, pruned = count_cost(networks.dense, example), count_cost(networks.pruned, example)
-    latency = measure_latency({"base": networks.dense, "pruned": networks.finetuned}, example, **plain(config.latency))
+    failed: dict[str, str] = {}
+    models = {"base": networks.dense, "pruned": networks.finetuned}
+    latency = [asdict(each) for each in measure_latency(models, example, **plain(config.latency), failed=failed)]
     return {
         "base_accuracy": report_accuracy(networks.dense, splits),
         "pruned_accuracy": report_accuracy(networks.pruned, splits),
@@ -105,9 +108,28 @@ def metrics_of(
         "drop_bound": config.drop_bound,
         "bound_held": all(record.within_bound for record in records),
         "gave_way": [record.name for record in records if not record.within_bound],
-        "latency": [asdict(record) for record in latency],
+        "latency": latency,
+        "latency_failed": failed,
+        "advice": advice(latency, pruned.macs / dense.macs, config.surgery.round_to),
         "groups": [group_facts(record) for record in records],
     }
+
+
+def advice(latency: Sequence[Mapping[str, Any]], macs_fraction: float, round_to: int) -> list[str]:
+    """Where MACs fell and time did not, one sentence a runtime and batch size."""
+    found = []
+    for (runtime, batch), (base, pruned) in _pairs(latency).items():
+        sentence = speed_advice(macs_fraction, pruned["median_seconds"] / base["median_seconds"], round_to)
+        if sentence is not None:
+            found.append(f"Batch {batch}, {runtime}: {sentence}")
+    return found
+
+
+def _pairs(latency: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """Records of base and pruned network, by runtime and batch size."""
+    by_key = {(each.get("runtime", "eager"), each["batch_size"], each["model"]): each for each in latency}
+    keys = dict.fromkeys((runtime, batch) for runtime, batch, _ in by_key)
+    return {key: (by_key[*key, "base"], by_key[*key, "pruned"]) for key in keys}
 
 
 def group_facts(record: LayerRecord) -> dict[str, Any]:
@@ -121,15 +143,29 @@ def group_facts(record: LayerRecord) -> dict[str, Any]:
         "recovered_accuracy": record.recovered_accuracy,
         "within_bound": record.within_bound,
         "search_seconds": record.search_seconds,
+        "compensated": record.facts.get("compensated", []),
+        "not_compensated": record.facts.get("not_compensated", {}),
     }
 
 
 def save_result(
-    networks: Networks, kept: KeptChannels, config: DictConfig, folder: RunFolder, facts: Mapping[str, Any]
-) -> None:
-    """The smaller CNN in `pruned/`: weights and architecture, loadable without pickle."""
+    networks: Networks,
+    kept: KeptChannels,
+    splits: Splits,
+    config: DictConfig,
+    folder: RunFolder,
+    facts: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The smaller CNN in `pruned/`: weights and architecture, loadable without pickle, and the exports asked for.
+
+    Returns what `metrics.json` says of the exports: files with their measured difference, and failures by kind.
+    """
     with folder.stage("pruned") as working:
         save_pruned(networks.finetuned, working, kept=kept, constructor=plain(config.network), facts=facts)
+        images = splits.reward.batch(torch.arange(min(5, len(splits.reward))))[0]
+        # A network that cannot be exported is found last; hours of work are not thrown away for it.
+        exported, failed = export_all(networks.finetuned, images, working, plain(config.get("export")) or [])
+    return {"exports": [{**each, "file": f"pruned/{each['file']}"} for each in exported], "exports_failed": failed}
 
 
 def total_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
@@ -153,15 +189,21 @@ def total_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
 
 
 def latency_rows(latency: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, str]]:
-    """Measured latency, one row a batch size."""
+    """Measured latency, one row a runtime and batch size: median and quartiles."""
     rows = []
-    for batch in sorted({record["batch_size"] for record in latency}):
-        median = {record["model"]: record["median_seconds"] for record in latency if record["batch_size"] == batch}
-        faster = f"{median['base'] / median['pruned']:.2f} x faster"
+    for (runtime, batch), (base, pruned) in _pairs(latency).items():
+        threads = f"{base['n_threads']} thread{'s' if base['n_threads'] > 1 else ''}"
+        ratio = base["median_seconds"] / pruned["median_seconds"]
+        change = f"{ratio:.2f} x faster" if ratio >= 1 else f"{1 / ratio:.2f} x slower"
         rows.append(
-            (f"latency, batch {batch}", f"{1e3 * median['base']:.2f} ms", f"{1e3 * median['pruned']:.2f} ms", faster)
+            (f"latency, batch {batch}, {runtime}, {threads}", _milliseconds(base), _milliseconds(pruned), change)
         )
     return rows
+
+
+def _milliseconds(record: Mapping[str, Any]) -> str:
+    low, median, high = (1e3 * record[f"{name}_seconds"] for name in ("low", "median", "high"))
+    return f"{median:.2f} ms ({low:.2f} to {high:.2f})"
 
 
 def markdown_report(metrics: Mapping[str, Any], folder: RunFolder) -> str:
@@ -171,9 +213,28 @@ def markdown_report(metrics: Mapping[str, Any], folder: RunFolder) -> str:
     lines += ["", "| layer | filters before | after | decided by |", "|---|---:|---:|---|"]
     lines += [f"| {g['name']} | {g['n_filters']} | {g['n_kept']} | {g['decided_by']} |" for g in metrics["groups"]]
     lines += ["", "Accuracy is measured on the report split, which nothing was chosen on.", ""]
+    lines += [
+        f"Latency is the median of {_repeats(metrics)} passes (quartiles in brackets), both networks in turn.",
+        "",
+    ]
+    lines += [f"- {sentence}" for sentence in remarks(metrics)]
     if metrics["gave_way"]:
         lines.append(f"The drop bound of {metrics['drop_bound']:g} did not hold at: {', '.join(metrics['gave_way'])}.")
     return "\n".join(lines) + "\n"
+
+
+def _repeats(metrics: Mapping[str, Any]) -> int:
+    return max((record["repeats"] for record in metrics["latency"]), default=0)
+
+
+def remarks(metrics: Mapping[str, Any]) -> list[str]:
+    """What a reader has to know beside the figures: time that did not fall, runtimes and exports that failed."""
+    failed = {**metrics.get("latency_failed", {}), **metrics.get("exports_failed", {})}
+    written = [
+        f"{each['file']}: {each['kind']}, largest difference {each['largest_difference']:.0e} of the largest output."
+        for each in metrics.get("exports", [])
+    ]
+    return [*written, *metrics.get("advice", []), *(f"{name}: {why}" for name, why in failed.items())]
 
 
 def write_results(metrics: Mapping[str, Any], folder: RunFolder) -> None:
@@ -186,6 +247,8 @@ def show_results(metrics: Mapping[str, Any], folder: RunFolder, terminal: Termin
     """The final tables, warnings, and where everything lies."""
     terminal.layers(metrics["groups"])
     terminal.totals(total_rows(metrics))
+    for sentence in remarks(metrics):
+        terminal.console.print(sentence, markup=False)
     if metrics["gave_way"]:
         terminal.warn(
             f"the drop bound of {metrics['drop_bound']:g} did not hold at {', '.join(metrics['gave_way'])}; see "

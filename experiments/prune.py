@@ -9,6 +9,8 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ..envs.checkpoint import hash_state
+from ..envs.export import check_exports
+from ..envs.runtimes import check_runtimes
 from ..envs.task import LayerTask, PruningTask
 from ..envs.training import TrainProgress, TrainSettings
 from .agents import TrainAgents, check_controls
@@ -53,9 +55,11 @@ def check(config: DictConfig) -> Inputs:
         settings(node, TrainSettings)
     settings(config.recovery, RecoverySettings)
     settings(config.latency, LatencyConfig)
+    check_exports(config.export)
     check_order(config.order)
     check_controls(config.controls)
     inputs = prepare(config)
+    check_runtimes(config.latency.runtimes, inputs.device)
     check_search(config, inputs)
     return inputs
 
@@ -77,7 +81,8 @@ def prune_network(inputs: Inputs, config: DictConfig, folder: RunFolder, termina
     finetuned, seconds = finetune(dense, pruned, inputs.splits, config, folder, terminal, tracker)
     networks = Networks(dense, pruned, finetuned)
     metrics = metrics_of(networks, inputs.splits, records, config, seconds)
-    save_result(networks, kept, config, folder, {"base_sha256": hash_state(dense)})
+    facts = {"base_sha256": hash_state(dense)}
+    metrics |= save_result(networks, kept, inputs.splits, config, folder, facts)
     tracker.kept_filters({record.name: record.keep for record in records}, len(records))
     tracker.hparams(plain(config), metrics)
     tracker.close()

@@ -10,9 +10,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..agent.trainer import AgentSettings
 from ..envs.limits import Limits
+from ..envs.reconstruction import ReconstructionSettings
 from ..envs.task import JudgeSettings
 from ..envs.training import TrainSettings
 from ..rewards.errors import UserError
+from .network_search import NetworkSearchSettings
 from .recover import RecoverySettings
 
 
@@ -41,11 +43,12 @@ class SearchConfig:
 
 @dataclass
 class LatencyConfig:
-    """How latency is measured: batch sizes, timed repeats and warm-up runs."""
+    """How latency is measured: batch sizes, timed repeats, warm-up runs, and eager, compile, onnxruntime."""
 
     batch_sizes: list[int] = field(default_factory=lambda: [1, 64])
     repeats: int = 20
     warmup: int = 3
+    runtimes: list[str] = field(default_factory=lambda: ["eager"])
 
     def __post_init__(self) -> None:
         if not self.batch_sizes or min(self.batch_sizes) < 1 or self.repeats < 1 or self.warmup < 0:
@@ -101,6 +104,7 @@ class PruneConfig(PruningConfig):
     recovery: RecoverySettings = field(default_factory=RecoverySettings)
     finetune: TrainSettings = field(default_factory=TrainSettings)
     latency: LatencyConfig = field(default_factory=LatencyConfig)
+    export: list[str] = field(default_factory=list)
     controls: list[str] = field(default_factory=lambda: ["l1", "random"])
     warm_start: str | None = None
     resume: str | None = None
@@ -140,6 +144,7 @@ class ApplyConfig:
     recovery: Any = None
     finetune: Any = None
     latency: Any = None
+    export: list[str] = field(default_factory=list)
     order: str | None = None
     resume: str | None = None
 
@@ -177,7 +182,8 @@ class CompareConfig(RootConfig):
     bn_images: int = 1000
     finetune: TrainSettings = field(default_factory=TrainSettings)
     random_best: RandomBestConfig = field(default_factory=RandomBestConfig)
-    agent: Any = None
+    search: NetworkSearchSettings = field(default_factory=NetworkSearchSettings)
+    repair: ReconstructionSettings = field(default_factory=ReconstructionSettings)
     resume: str | None = None
 
 

@@ -1,18 +1,26 @@
 """MACs and parameters against hand counts; latency records."""
 
 import copy
+import importlib.util
 import re
 
 import pytest
 import torch
+from keepdrop.envs import runtimes
 from keepdrop.envs.checkpoint import hash_state
 from keepdrop.envs.cost import count_cost
 from keepdrop.envs.latency import measure_latency, speed_advice
 from keepdrop.envs.networks import cifar_resnet, small_cnn, vgg16_bn
+from keepdrop.envs.runtimes import check_runtimes
 from keepdrop.rewards.errors import UserError
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from zoo import ZOO
+
+needs_onnx = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")),
+    reason="onnx, onnxscript and onnxruntime are not installed (extra 'onnx')",
+)
 
 # module, shape of one image, MACs by hand
 BY_HAND = {
@@ -120,6 +128,48 @@ def test_latency_models_take_turns_and_see_the_batch_size():
     assert seen == [("b", 7), ("a", 7), ("a", 7), ("b", 7)]
 
 
+@needs_onnx
+def test_latency_in_other_runtimes():
+    """Every runtime sees every model and batch size, in turn; one that cannot take a model is left out and named."""
+    models = {"dense": small_cnn(widths=(8, 8)), "pruned": small_cnn(widths=(4, 4))}
+    records = measure_latency(models, torch.zeros(2, 1, 8, 8), (1, 3), repeats=2, warmup=0, runtimes=("onnxruntime",))
+    assert [(r.model, r.batch_size, r.runtime) for r in records] == [
+        (name, size, "onnxruntime") for size in (1, 3) for name in models
+    ]
+    models = {name: ZOO["Branching"]() for name in models}
+    images, both, failed = torch.zeros(2, 3, 8, 8), ("eager", "onnxruntime"), {}
+    records = measure_latency(models, images, (1,), repeats=1, warmup=0, runtimes=both, failed=failed)
+    assert {r.runtime for r in records} == {"eager"} and "cannot be exported" in failed["onnxruntime"]
+    with pytest.raises(UserError, match="cannot be exported"):
+        measure_latency(models, images, (1,), repeats=1, warmup=0, runtimes=both)
+
+
+def test_runtimes_are_checked_before_anything_runs(monkeypatch):
+    check_runtimes(["eager"])
+    with pytest.raises(UserError, match=r"latency.runtimes has 'fast'; expected any of eager, compile, onnxruntime"):
+        check_runtimes(["fast"])
+    with pytest.raises(UserError, match="expected at least one, each one once"):
+        check_runtimes([])
+    with pytest.raises(UserError, match="onnxruntime, which is measured on the CPU, not on cuda"):
+        check_runtimes(["onnxruntime"], "cuda")
+    monkeypatch.setattr(runtimes, "COMPILERS", ())
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(UserError, match=r"needs a C\+\+ compiler"):
+        check_runtimes(["compile"])
+    monkeypatch.setattr(runtimes, "RUNTIME", "onnxruntime_of_another_world")
+    with pytest.raises(UserError, match=r"onnxruntime_of_another_world; .* 'keepdrop\[onnx\]'"):
+        check_runtimes(["onnxruntime"])
+
+
+@pytest.mark.slow
+def test_compiled_networks_answer_as_before_and_are_timed():
+    model, images = small_cnn(widths=(8, 8)).eval(), torch.randn(3, 1, 8, 8)
+    with torch.inference_mode():
+        assert torch.allclose(runtimes.runner(model, "compile", images)(images), model(images), atol=1e-5)
+    (record,) = measure_latency({"a": model}, images, (3,), repeats=1, warmup=0, runtimes=("compile",))
+    assert record.runtime == "compile" and record.median_seconds < 1
+
+
 def test_latency_refuses_what_measures_nothing():
     with pytest.raises(UserError, match=re.escape("batch sizes of 1 or more, repeats >= 1 and warmup >= 0")):
         measure_latency({"a": small_cnn()}, torch.zeros(1, 1, 8, 8), batch_sizes=(0,))
@@ -132,9 +182,11 @@ def test_no_advice_where_time_fell_or_hardly_any_macs_went(macs, seconds):
 
 def test_advice_where_macs_fell_and_time_did_not():
     assert speed_advice(0.6, 0.97) == (
-        "MACs fell by 40% but time did not (+3% saved): processors like round channel counts, try round_to=8."
+        "MACs fell by 40% but time did not (0.97 x what it was): processors like round channel counts, "
+        "try surgery.round_to=8."
     )
-    assert "(-10% saved)" in speed_advice(0.5, 1.1)
+    assert speed_advice(0.6, 0.97, round_to=8).endswith("try surgery.round_to=16.")
+    assert "(1.10 x what it was)" in speed_advice(0.5, 1.1)
     with pytest.raises(ValueError, match="must be positive"):
         speed_advice(0.5, 0.0)
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 from keepdrop.envs import export
 from keepdrop.envs.coupling import find_groups
-from keepdrop.envs.export import export_onnx, export_program
+from keepdrop.envs.export import check_exports, export_all, export_onnx, export_program
 from keepdrop.envs.networks import cifar_resnet
 from keepdrop.envs.surgery import prune
 from keepdrop.envs.verification import randomised
 from keepdrop.rewards.errors import UserError
+from torch import nn
 from zoo import ZOO
 
 needs_onnx = pytest.mark.skipif(
@@ -64,6 +65,58 @@ def test_onnx_says_what_is_missing(pruned, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "EXTRA", ("onnx_of_another_world",))
     with pytest.raises(UserError, match=r"needs onnx_of_another_world; .* pip install 'keepdrop\[onnx\]'"):
         export_onnx(*pruned, tmp_path / "net.onnx")
+
+
+class Pair(nn.Module):
+    """Two images and a number."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right, self.linear = nn.Conv2d(3, 6, 1), nn.Conv2d(1, 6, 1), nn.Linear(6, 2)
+
+    def forward(self, image, depth, scale=1.0):
+        return self.linear((self.left(image) + self.right(depth)).relu().mean((2, 3))) * scale
+
+
+INPUTS = (torch.randn(4, 3, 5, 5), torch.randn(4, 1, 5, 5))
+
+
+@needs_onnx
+@pytest.mark.parametrize("inputs", [INPUTS, {"image": INPUTS[0], "depth": INPUTS[1]}, (*INPUTS, 2.0)])
+def test_several_inputs_by_position_and_by_name(inputs, tmp_path):
+    made, failed = export_all(Pair(), inputs, tmp_path, ["onnx", "program"])
+    assert failed == {} and [each["file"] for each in made] == ["model.onnx", "model.pt2"]
+    assert all(each["batch_sizes"] == (1, 3, 4) and each["largest_difference"] < 1e-5 for each in made)
+    assert {each.name: each.stat().st_size for each in tmp_path.iterdir()} == {
+        each["file"]: each["n_bytes"] for each in made
+    }
+
+
+@needs_onnx
+@pytest.mark.parametrize("kind", ["onnx", "program"])
+def test_a_file_that_answers_otherwise_is_not_kept(pruned, tmp_path, monkeypatch, kind):
+    """The network in the file has one weight changed."""
+    write = export._exported
+
+    def changed(model, example):
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            other.linear.bias[3] += 5.0
+        return write(other, example)
+
+    monkeypatch.setattr(export, "_exported", changed)
+    made, failed = export_all(*pruned, tmp_path, [kind])
+    assert made == [] and "does not answer as the network does" in failed[kind] and not list(tmp_path.iterdir())
+
+
+def test_exports_are_checked_by_name_and_package(monkeypatch):
+    check_exports([])
+    with pytest.raises(UserError, match=r"export has 'onx'; expected any of onnx, program"):
+        check_exports(["onx"])
+    monkeypatch.setattr(export, "RUNTIME", "onnxruntime_of_another_world")
+    with pytest.raises(UserError, match=r"onnxruntime_of_another_world; .* pip install 'keepdrop\[onnx\]'"):
+        check_exports(["onnx"])
+    check_exports(["program"])
 
 
 def test_what_cannot_be_exported_leaves_the_old_file(tmp_path):
