@@ -92,18 +92,21 @@ def _size(run: Run) -> Markup | None:
 
 
 def _latencies(metrics: Mapping[str, Any]) -> list[Markup]:
-    made = []
-    records = metrics.get("latency") or []
-    for batch in sorted({record["batch_size"] for record in records}):
-        by_model = {record["model"]: record for record in records if record["batch_size"] == batch}
-        if {"base", "pruned"} <= by_model.keys():
-            made.append(_latency(batch, by_model["base"], by_model["pruned"]))
-    return made
+    """A card a batch size and runtime (a run of an earlier version knew one runtime)."""
+    kinds: dict[tuple[Any, ...], dict[str, Mapping[str, Any]]] = {}
+    for record in metrics.get("latency") or []:
+        kind = (record["batch_size"], record.get("runtime", "eager"), record.get("device"), record.get("n_threads"))
+        kinds.setdefault(kind, {})[record["model"]] = record
+    return [
+        _latency(kind, both["base"], both["pruned"]) for kind, both in kinds.items() if {"base", "pruned"} <= set(both)
+    ]
 
 
-def _latency(batch: int, base: Mapping[str, Any], pruned: Mapping[str, Any]) -> Markup:
+def _latency(kind: tuple[Any, ...], base: Mapping[str, Any], pruned: Mapping[str, Any]) -> Markup:
+    batch, runtime, device, threads = kind
     before, after = base["median_seconds"], pruned["median_seconds"]
     times = f"{1e3 * before:.2f} {ARROW} {1e3 * after:.2f} ms"
-    threads = pruned.get("n_threads")
-    where = f"{pruned.get('device', '')}{f', {threads} thread' + 's' * (threads != 1) if threads else ''}"
-    return _card(f"Latency, batch {batch}", speed(before, after), times, where)
+    where = [str(each) for each in (runtime, device) if each]
+    if threads:
+        where.append(f"{threads} thread" + "s" * (threads != 1))
+    return _card(f"Latency, batch {batch}", speed(before, after), times, ", ".join(where))
