@@ -42,8 +42,8 @@ class ReconstructionSettings:
         max_inputs: layers with more weights a filter stay as cut (the system grows with the square).
     """
 
-    images: int = 512
-    places: int = 16
+    images: int = 1000
+    places: int = 32
     ridge: float = 1e-3
     max_inputs: int = 4608
 
