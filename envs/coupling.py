@@ -23,6 +23,12 @@ from .verification import Verifier
 
 __all__ = ["Cut", "FilterGroup", "GroupPlan", "Kind", "Skipped", "find_groups", "select_groups"]
 
+TRIALS = 16
+LOOKS_AT_DATA = (
+    "The network looks at the values of its data, perhaps to choose its path: every group was checked on "
+    f"{TRIALS} different inputs, but a path that none of them took is not covered."
+)
+
 Key = tuple[str, Axis]
 Channels = dict[Key, list[int]]
 Signature = tuple[tuple[Key, int], ...]
@@ -40,12 +46,14 @@ def find_groups(model: nn.Module, example_inputs: Inputs, *, verify: bool = True
     """
     owners = _trace(model, example_inputs)
     found = _assemble(model, owners)
-    refused: dict[str, str] = Verifier(model, example_inputs).failures(found) if verify and found else {}
+    trials = TRIALS if owners.reads_values else 1
+    refused: dict[str, str] = Verifier(model, example_inputs, trials=trials).failures(found) if verify and found else {}
     for group in found:
         if group.n_filters == 1:
             refused.setdefault(group.name, "it has a single filter to decide on, which must stay")
     groups = tuple(group for group in found if group.name not in refused)
-    return GroupPlan(groups, tuple(_skipped(model, owners, groups, _reasons(found, refused))))
+    notes = (LOOKS_AT_DATA,) if owners.reads_values else ()
+    return GroupPlan(groups, tuple(_skipped(model, owners, groups, _reasons(found, refused))), notes)
 
 
 def _trace(model: nn.Module, inputs: Inputs) -> Ownership:

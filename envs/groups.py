@@ -90,10 +90,11 @@ class Skipped:
 
 @dataclass(frozen=True)
 class GroupPlan:
-    """All filter groups of a network in execution order, and the convolutions left alone."""
+    """All filter groups of a network in execution order, the convolutions left alone, and what a user should know."""
 
     groups: tuple[FilterGroup, ...]
     skipped: tuple[Skipped, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:

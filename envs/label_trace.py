@@ -16,6 +16,8 @@ from .leaves import Inputs, is_extended, is_leaf, run
 from .module_rules import Ownership, apply_module, own_input
 from .operator_rules import Labelled, apply_operator, fix_all
 
+# How Python gets at a value: `if x.sum() > 0`, `int(x.argmax())`, `torch.equal(x, y)`.
+READS_VALUES = ("_local_scalar_dense", "is_nonzero", "equal")
 REACHES_OUTPUT = "its filters are the network's output"
 
 
@@ -28,14 +30,23 @@ class LabelTrace(TorchDispatchMode):
         self._labelled: Labelled = {}
         self._inside = 0
         self._extended: list[tuple[str, nn.Module]] = []
+        # Kept, as the labelled ones are, so that an id stays its tensor's own.
+        self._data: dict[int, Tensor] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator, then move the labels along."""
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        if any(id(each) in self._data for each in tree_leaves((args, kwargs))):
+            self.owners.reads_values |= not self._inside and func.overloadpacket.__name__ in READS_VALUES
+            self.mark_data(out)
         if not self._inside:
             self._note(out, self._follow(func, args, kwargs, out))
         return out
+
+    def mark_data(self, values: Any) -> None:
+        """Note that these tensors depend on the network's input."""
+        self._data |= {id(value): value for value in tree_leaves(values) if isinstance(value, Tensor)}
 
     def _follow(self, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
         try:
@@ -107,6 +118,7 @@ def trace_labels(model: nn.Module, inputs: Inputs) -> Ownership:
             handles.append(module.register_forward_pre_hook(trace.look_into(name)))
             handles.append(module.register_forward_hook(trace.look_away))
     try:
+        trace.mark_data(inputs)
         with torch.no_grad(), trace:
             trace.fix_outputs(run(model, inputs))
     finally:

@@ -30,7 +30,7 @@ def named_as(found: GroupPlan, dense: GroupPlan, kept: KeptChannels) -> GroupPla
         twin = dense_rows(group, dense, kept)
         if twin is not None:
             groups.append(FilterGroup(twin[0].name, group.n_filters, group.cuts))
-    return GroupPlan(tuple(groups), found.skipped)
+    return GroupPlan(tuple(groups), found.skipped, found.notes)
 
 
 def dense_rows(group: FilterGroup, dense: GroupPlan, kept: KeptChannels) -> tuple[FilterGroup, Rows] | None:

@@ -27,6 +27,7 @@ class Ownership:
     forest: ChannelLabels
     ids: dict[tuple[str, Axis], Ids] = field(default_factory=dict)
     kinds: dict[tuple[str, Axis], Kind] = field(default_factory=dict)
+    reads_values: bool = False  # Python looked at the value of an activation: it may choose its path by it
 
     def own(self, module: str, axis: Axis, kind: Kind, ids: Ids) -> Ids:
         """Note the labels of a module's channels; a module that runs twice ties the labels of both runs."""

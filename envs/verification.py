@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,29 +18,40 @@ from .masking import masked_inputs
 from .surgery import prune
 
 TOLERANCE, FLOAT32_TOLERANCE = 1e-9, 1e-4
+# Of random inputs, trial after trial; the lengths have no common factor, so that all pairs come up.
+SCALES, SHIFTS = (1.0, 0.1, 10.0), (0.0, 2.0, -2.0, 20.0, -20.0)
 
 
 class Verifier:
     """Compares masked and pruned networks on a float64 copy with random parameters and random inputs.
 
     Random parameters, because a branch that is switched off in the given weights (a zero-initialised scale, a dead
-    filter) would hide a wrong cut. A group holds for every set of weights or for none.
+    filter) would hide a wrong cut. A group holds for every set of weights or for none. A network that chooses its path
+    by its data needs more than one of the `trials`: inputs of different size and sign.
     """
 
-    def __init__(self, model: nn.Module, example_inputs: Inputs, seed: int = 0) -> None:
+    def __init__(self, model: nn.Module, example_inputs: Inputs, seed: int = 0, trials: int = 1) -> None:
         self._generator = torch.Generator().manual_seed(seed)
         self._probe = randomised(copy.deepcopy(model), self._generator)
 
-        def draw(value: Tensor) -> Tensor:
-            return _normal(value, self._generator).to(value.device) if value.is_floating_point() else value
-
-        self._inputs = tree_map_only(Tensor, draw, example_inputs)
+        self._trials = [self._drawn(example_inputs, trial) for trial in range(trials)]
         self._tolerance = TOLERANCE
-        if not _runs(self._probe, self._inputs):
+        if not _runs(self._probe, self._trials[0]):
             # It makes float32 constants of its own: check in float32.
             self._probe = self._probe.float()
-            self._inputs = tree_map_only(Tensor, lambda x: x.float() if x.is_floating_point() else x, self._inputs)
+            self._trials = tree_map_only(Tensor, lambda x: x.float() if x.is_floating_point() else x, self._trials)
             self._tolerance = FLOAT32_TOLERANCE
+
+    def _drawn(self, example_inputs: Inputs, trial: int) -> Inputs:
+        """Random inputs; the first ones are standard normal, later ones larger, smaller, and shifted both ways."""
+        scale, shift = SCALES[trial % len(SCALES)], SHIFTS[trial % len(SHIFTS)]
+
+        def draw(value: Tensor) -> Tensor:
+            if not value.is_floating_point():
+                return value
+            return (scale * _normal(value, self._generator) + shift).to(value.device)
+
+        return tree_map_only(Tensor, draw, example_inputs)
 
     def failures(self, groups: Sequence[FilterGroup]) -> dict[str, str]:
         """Why groups cannot be trusted, by name; the others have masked == pruned to 1e-9 of the largest output.
@@ -52,9 +64,9 @@ class Verifier:
         return {name: reason for name, reason in found.items() if reason}
 
     def _failure(self, groups: Sequence[FilterGroup]) -> str | None:
-        for share in (0.7, 0.4):
+        for inputs, share in itertools.product(self._trials, (0.7, 0.4)):
             try:
-                worst = difference(self._probe, {group: self._keep(group, share) for group in groups}, self._inputs)
+                worst = difference(self._probe, {group: self._keep(group, share) for group in groups}, inputs)
             except Exception as error:
                 return f"the network does not run without some of its filters ({_first_line(error)})"
             if not worst <= self._tolerance:

@@ -67,6 +67,8 @@ def run(arguments: list[str]) -> int:
     if command not in COMMANDS:
         hint = nearest(command, COMMANDS) or f"expected one of {', '.join(COMMANDS)}."
         raise UserError(f"{command!r} is not a command; {hint}")
+    if command == "inspect":
+        arguments = ["json=true" if argument == "--json" else argument for argument in arguments]
     check_flags(command.replace("-", "_"), arguments[1:])
     _enter([command, *_settings(command, arguments[1:])])
     return 0

@@ -115,11 +115,12 @@ class Terminal:
     def inspection(self, described: Mapping[str, Any]) -> None:
         """What can be pruned and what is skipped."""
         table = Table(title=f"{described['macs']:,} MACs, {described['params']:,} parameters", title_justify="left")
-        table.add_column("group")
+        # Where it gets narrow, the lists wrap; a name that is to be copied stays on one line as long as it can.
+        table.add_column("group", no_wrap=True, overflow="fold")
         for name in ("filters", "MACs", "parameters"):
-            table.add_column(name, justify="right")
-        table.add_column("coupled with")
-        table.add_column("read by")
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("coupled with", overflow="fold")
+        table.add_column("read by", overflow="fold")
         for row in described["groups"]:
             share = f"{row['macs']:,} ({100 * row['macs'] / max(described['macs'], 1):.1f} %)"
             partners = [", ".join(row[key]) or "-" for key in ("coupled_with", "consumers")]

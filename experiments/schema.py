@@ -159,10 +159,9 @@ class TargetsConfig:
 
 @dataclass
 class RandomBestConfig:
-    """A random search: masks judged (null: as many as the agent), and reward images a mask (null: all)."""
+    """A random search: masks judged; null: as many as the agent had judged, 100 without one."""
 
     evaluations: int | None = None
-    images: int | None = None
 
 
 @dataclass
@@ -196,6 +195,7 @@ class InspectConfig:
     network: Any = None
     checkpoint: str | None = None
     input_shape: list[int] = field(default_factory=lambda: [1, 8, 8])
+    example_inputs: Any = None
     json: bool = False
 
 

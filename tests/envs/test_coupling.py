@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from keepdrop.envs.coupling import Cut, FilterGroup, find_groups, select_groups
+from keepdrop.envs.coupling import LOOKS_AT_DATA, Cut, FilterGroup, find_groups, select_groups
 from keepdrop.envs.networks import cifar_resnet, small_cnn, vgg16_bn
 from keepdrop.rewards.errors import UserError
 from torch import Tensor, nn
@@ -171,6 +171,36 @@ def test_several_inputs_and_keyword_arguments():
     inputs = {"image": torch.randn(2, 3, 4, 4), "depth": torch.randn(2, 1, 4, 4)}
     (group,) = find_groups(Two(), inputs).groups
     assert [cut.module for cut in group.producers] == ["left", "right"]
+
+
+class _ByImage(nn.Module):
+    """Looks at the image, outside all channels, to choose who reads the stem."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.bright, self.dark = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 5, 1), nn.Conv2d(6, 5, 1)
+        self.tail, self.linear = nn.Conv2d(5, 4, 1), nn.Linear(4, 2)
+
+    def forward(self, x):
+        head = self.bright if x.mean() > 0.5 else self.dark
+        return self.linear(self.tail(head(self.stem(x).relu()).relu()).mean((2, 3)))
+
+
+def test_a_path_chosen_by_the_data_is_not_forgotten():
+    """The example goes through `dark` alone: the stem's other reader would break if it were cut."""
+    plan = find_groups(_ByImage(), torch.zeros(2, 3, 4, 4))
+    assert plan.names == ("tail",)
+    skipped = {item.name: item.reason for item in plan.skipped}
+    assert "does not run without some of its filters" in skipped["stem"] and "does not run on the" in skipped["bright"]
+    assert plan.notes == (LOOKS_AT_DATA,)
+    # Unchecked, it would have been offered.
+    assert "stem" in find_groups(_ByImage(), torch.zeros(2, 3, 4, 4), verify=False).names
+    assert find_groups(ZOO["Branching"](), torch.randn(IMAGES)).notes == (LOOKS_AT_DATA,)
+
+
+@pytest.mark.parametrize("name", [name for name in ZOO if name != "Branching"])
+def test_other_networks_do_not_look_at_their_data(name):
+    assert find_groups(ZOO[name](), torch.randn(IMAGES), verify=False).notes == ()
 
 
 def test_weight_norm_and_overridden_forward_are_not_trusted():
