@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ..envs.target import Target
+from ..envs.cost import count_cost
+from ..envs.reconstruction import Reconstruction, ReconstructionSettings
+from ..envs.target import MacsMeter, Target
 from ..envs.task import PruningTask
 from ..envs.training import TrainProgress, TrainSettings
 from .base import base_network
 from .build import build_augment
-from .compare_choices import Choices, build_agent
-from .compare_measure import TRAINED, MeasureSettings, accuracy_on, cut, reach, result_name
+from .compare_choices import Choices
+from .compare_measure import TRAINED, MeasureSettings, accuracy_on, reach, result_name
 from .compare_methods import AGENT, PEERS
 from .compare_peer import unavailable
-from .compare_plan import Job, check_plan, check_targets, chosen_methods, planned
+from .compare_plan import Job, check_plan, chosen_methods, planned
 from .compare_report import show, summary, write_all
 from .console import Terminal
 from .doors import hydra_door, interruptible, open_run, settings
 from .facts import keep_facts
+from .network_search import NetworkSearchSettings
 from .prepare import Inputs, prepare
 from .run_folder import METRICS, RunFolder
 from .schema import PruningConfig, structured
@@ -52,11 +57,15 @@ def check(config: DictConfig) -> Inputs:
         settings(node, TrainSettings)
     targets = [Target(removed, config.targets.of) for removed in config.targets.removed]
     check_plan(config)
-    if AGENT in chosen_methods(config):
-        build_agent(config)
+    settings(config.search, NetworkSearchSettings)
+    repair = settings(config.repair, ReconstructionSettings)
     inputs = prepare(as_pruning(config))
-    if inputs.dense is not None:
-        check_targets(inputs.task(inputs.dense, as_pruning(config)), targets)
+    dense = inputs.construct().eval().to(inputs.device) if inputs.dense is None else inputs.dense
+    example = inputs.splits.fit.batch(torch.arange(1))[0].to(inputs.device)
+    for target in targets:
+        MacsMeter(dense, count_cost(dense, example), inputs.groups, target.of).check(target)
+    if any(config.compensate):
+        Reconstruction(dense, example, repair)  # refuses what it cannot follow
     return inputs
 
 
@@ -76,7 +85,6 @@ def compare(inputs: Inputs, config: DictConfig, folder: RunFolder, terminal: Ter
         dense = base_network(config, inputs.construct, inputs.splits, folder, terminal, tracker).to(inputs.device)
         tracker.close()
     task = inputs.task(dense, as_pruning(config))
-    check_targets(task, [Target(removed, config.targets.of) for removed in config.targets.removed])
     keep_facts(task, config, folder)
     if (why := unavailable()) and set(chosen_methods(config)) & set(PEERS):
         terminal.warn(why)
@@ -93,9 +101,23 @@ def choose_all(choices: Choices, jobs: list[Job], terminal: Terminal) -> None:
     with terminal.progress("choosing", len(jobs)) as bar:
         for position, job in enumerate(jobs):
             bar.advance(position, job.label)
+            choices.report = partial(_learning, bar, position, job)
             record = choices.record(job)
             if "skipped" in record:
                 terminal.warn(f"{job.label}: left out, {record['skipped']}")
+            if job.method == AGENT:
+                _line(terminal, f"{job.label}: {record['facts']['mask_evaluations']} masks, {record['seconds']:.0f} s")
+    terminal.say(f"Chosen: {len(jobs)} sets of masks")
+
+
+def _learning(bar: Terminal, position: int, job: Job, done: float, detail: str) -> None:
+    bar.advance(position + min(done, 1.0), f"{job.label}, {detail}")
+
+
+def _line(terminal: Terminal, text: str) -> None:
+    """A line about one job where there is no bar to show it."""
+    if not terminal.console.is_terminal:
+        terminal.say(text)
 
 
 def measure_all(choices: Choices, jobs: list[Job], config: DictConfig, folder: RunFolder, terminal: Terminal) -> None:
@@ -103,11 +125,16 @@ def measure_all(choices: Choices, jobs: list[Job], config: DictConfig, folder: R
     measure = MeasureSettings(config.bn_images, settings(config.finetune, TrainSettings), build_augment(config.augment))
     jobs = [job for job in jobs if "skipped" not in choices.record(job)]
     quick = [stage for stage in config.stages if stage not in TRAINED]
-    for stages in (quick, *([stage] for stage in config.stages if stage in TRAINED)):
-        with terminal.progress(" and ".join(stages), len(jobs)) as bar:
+    for stages in filter(None, (quick, *([stage] for stage in config.stages if stage in TRAINED))):
+        what = " and ".join(stages)
+        with terminal.progress(what, len(jobs)) as bar:
             for position, job in enumerate(jobs):
                 bar.advance(position, job.label)
                 _Measurement(choices, job, measure, folder, bar, position).run(stages)
+                if stages != quick:
+                    accuracy = folder.read_json(result_name(job, stages[0]))["reward_accuracy"]
+                    _line(terminal, f"{job.label}, {what}: {100 * accuracy:.2f} % on the reward split")
+        terminal.say(f"Measured: {what}")
 
 
 class _Measurement:
@@ -130,10 +157,10 @@ class _Measurement:
         missing = [stage for stage in stages if self.folder.read_json(result_name(self.job, stage)) is None]
         if not missing:
             return
-        task = self.choices.task_of(self.job)
-        model = cut(task, self.choices.masks(self.choices.record(self.job)))
+        judge = self.choices.judge_of(self.job)
+        model = judge.cut(judge.joined(self.choices.masks(self.choices.record(self.job))))
         for stage in missing:
-            self._measure(stage, model, task)
+            self._measure(stage, model, judge.task)
 
     def _measure(self, stage: str, model: nn.Module, task: PruningTask) -> None:
         snapshot = (self.folder / result_name(self.job, stage)).with_suffix(".snapshot")

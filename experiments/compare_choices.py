@@ -9,17 +9,19 @@ import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 
 from ..agent.criteria import CRITERIA
+from ..agent.parameter_search import NetworkTrainer
 from ..envs.group_cost import pruned_cost
+from ..envs.joint import JointTask
+from ..envs.reconstruction import ReconstructionSettings
 from ..envs.target import Target
 from ..envs.task import PruningTask
-from ..rewards.errors import UserError
-from .build import build
 from .compare_methods import (
     AGENT,
     PEERS,
@@ -33,6 +35,8 @@ from .compare_methods import (
 )
 from .compare_peer import TorchPruning
 from .compare_plan import Job, chosen_methods
+from .doors import settings
+from .network_search import NetworkAgent, NetworkSearchSettings
 from .run_folder import RunFolder
 from .seeds import derive_seed
 
@@ -54,38 +58,47 @@ class Choices:
         task: of the dense network.
         config: root configuration of the comparison.
         folder: of the run.
-        known: looks up what another run chose for a job; None where there is no such run, or it has no such job.
+
+    `report(done, detail)` is called as an agent learns, with the fraction done of one choice.
     """
 
-    def __init__(
-        self,
-        task: PruningTask,
-        config: DictConfig,
-        folder: RunFolder,
-        known: Callable[[Job], Any] = lambda job: None,
-    ) -> None:
-        self.task, self.config, self.folder, self.known = task, config, folder, known
+    def __init__(self, task: PruningTask, config: DictConfig, folder: RunFolder) -> None:
+        self.task, self.config, self.folder = task, config, folder
+        self.search = settings(config.search, NetworkSearchSettings)
+        self.repair = settings(config.repair, ReconstructionSettings)
+        self.report: Callable[[float, str], None] = lambda done, detail: None
+        self._exact: dict[tuple[int, bool], JointTask] = {}
         self.methods = self._methods()
-        self._tasks: dict[tuple[int, bool], PruningTask] = {}
 
     def _methods(self) -> dict[str, Method]:
-        seen, some = Observations(), self.config.random_best.images
+        seen, some = Observations(), self.search.images
         made: list[Method] = [CriterionMethod(name, how, seen) for how in ("uniform", "global") for name in CRITERIA]
         made += [AtAgentCounts(name, seen, self._agent_masks) for name in CRITERIA]
-        made += [RandomBest(inside, seen, self._evaluations, some) for inside in ("random", "taylor")]
+        made += [RandomBest(inside, seen, self._judges, self._evaluations, some) for inside in ("random", "taylor")]
         made += [TorchPruning(global_pruning) for global_pruning in (False, True)]
-        found = {method.name: method for method in made}
-        if AGENT in chosen_methods(self.config):
-            found[AGENT] = build_agent(self.config)
-        return found
+        return {method.name: method for method in made}
+
+    def _agent(self, job: Job) -> NetworkAgent:
+        """A fresh agent for one job; what it has learned is on disk after every update."""
+        state = self._state(job)
+        state.parent.mkdir(parents=True, exist_ok=True)
+        return NetworkAgent(self.search, self.repair if job.compensate else None, self._learned, state)
+
+    def _state(self, job: Job) -> Path:
+        return self.folder / f"choices/{job.key}.state"
+
+    def _learned(self, trainer: NetworkTrainer, metrics: Mapping[str, float]) -> None:
+        done = len(trainer.history) / max(self.search.agent.updates, 1)
+        self.report(done, f"mean accuracy {100 * metrics['reward_mean'] * self.task.base.accuracy:.1f} %")
 
     def record(self, job: Job) -> dict[str, Any]:
         """The choice of a job as JSON: kept filters, MACs, seconds, facts; or why it was left out ("skipped")."""
         name = f"choices/{job.key}.json"
         found = self.folder.read_json(name)
         if found is None:
-            found = self.known(job) or self._choose(job)
+            found = self._choose(job)
             self.folder.write_json(name, found)
+            self._state(job).unlink(missing_ok=True)
         return dict(found)
 
     def masks(self, record: Mapping[str, Any]) -> Masks:
@@ -96,15 +109,22 @@ class Choices:
             masks[group.name][record["kept"][group.name]] = True
         return masks
 
-    def task_of(self, job: Job) -> PruningTask:
-        """The task of a job; the same object for every job of one seed and compensation."""
+    def judge_of(self, job: Job) -> JointTask:
+        """The network of a job, its seed's images and its compensation; one object for all jobs that share them."""
         key = (job.seed, job.compensate)
-        if key not in self._tasks:
-            self._tasks[key] = variant(self.task, job)
-        return self._tasks[key]
+        if key not in self._exact:
+            self._exact[key] = JointTask(variant(self.task, job), self.repair if job.compensate else None)
+        return self._exact[key]
+
+    def _judges(self, task: PruningTask) -> tuple[JointTask, JointTask]:
+        """What searched masks, and the best of them, are judged by."""
+        exact = next(judge for judge in self._exact.values() if judge.task is task)
+        rough = self.search.rough(exact.repair)
+        return (exact if rough == exact.repair else JointTask(task, rough)), exact
 
     def _choose(self, job: Job) -> dict[str, Any]:
-        target, task, method = Target(job.removed, self.config.targets.of), self.task_of(job), self.methods[job.method]
+        target, task = Target(job.removed, self.config.targets.of), self.judge_of(job).task
+        method: Method = self._agent(job) if job.method == AGENT else self.methods[job.method]
         started = time.perf_counter()
         try:
             masks = method.choose(task, target, job.seed)
@@ -138,14 +158,3 @@ class Choices:
         if wanted is not None or AGENT not in chosen_methods(self.config):
             return EVALUATIONS if wanted is None else int(wanted)
         return int(self._followed(task, target, seed)["facts"].get("mask_evaluations", EVALUATIONS))
-
-
-def build_agent(config: DictConfig) -> Method:
-    """The agent of the configuration; UserError for something that does not choose."""
-    agent = build(config.agent, "agent")
-    if not callable(getattr(agent, "choose", None)):
-        raise UserError(
-            f"agent._target_={config.agent['_target_']} made a {type(agent).__name__}; expected an object with "
-            "choose(task, target, seed)."
-        )
-    return agent

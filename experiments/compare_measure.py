@@ -1,22 +1,17 @@
-"""How a choice is cut and measured: the same for every method.
-
-Shapes: N filters of a group.
-"""
+"""How a freshly cut network is trained and measured: the same for every method."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..envs.augment import Augment
-from ..envs.compensation import Compensation
 from ..envs.evaluate import count_correct
 from ..envs.images import LabelledImages
-from ..envs.surgery import prune
 from ..envs.task import PruningTask
 from ..envs.training import TrainProgress, TrainSettings, fit_network, recalibrate_bn
 from .compare_plan import STAGES, Job
@@ -42,22 +37,6 @@ class MeasureSettings:
     def schedule(self, stage: str) -> TrainSettings:
         """How the stages "one" and "full" train."""
         return replace(self.train, epochs=min(1.0, self.train.epochs)) if stage == "one" else self.train
-
-
-def cut(task: PruningTask, masks: Mapping[str, Tensor]) -> nn.Module:
-    """A new network without the filters that the masks (N,) drop, compensated if the task says so.
-
-    Compensated means block after block: every consumer is refitted so that what the pruned network feeds it stands in
-    for what it read in the dense one (design page, fact 11).
-    """
-    choices = {group: masks[group.name] for group in task.groups}
-    model = task.model
-    if task.settings.compensate:
-        images, _ = task.fit_images(task.settings.compensation_images)
-        for group, keep in choices.items():
-            found = Compensation.fit(model, group, images, dense=task.model, ridge=task.settings.ridge)
-            model = found.folded(model, keep)
-    return prune(model, choices)
 
 
 def reach(

@@ -13,16 +13,17 @@ from torch import Tensor
 
 from ..agent.criteria import CRITERIA, normalised, scores
 from ..agent.distributions import top_mask
+from ..envs.joint import JointTask
 from ..envs.observation import STATISTIC_NAMES
 from ..envs.target import MacsMeter, Target, keep_best, spread_evenly
 from ..envs.task import PruningTask
-from ..envs.whole_network import NetworkTask
 from ..rewards.errors import UserError
 from .decide import observation_tensors
 from .seeds import derive_seed
 
 Masks = dict[str, Tensor]
 PEERS = ("torch-pruning", "torch-pruning-global")  # uniform, global
+FINALISTS = 5  # of a random search, as many as an agent's greedy mask and its best sampled ones
 LOWEST_WEIGHT = 0.2  # of a layer in a random allocation; the highest is 1
 AGENT, FOLLOWS = "agent", "-at-agent"
 
@@ -91,7 +92,9 @@ class AtAgentCounts:
         agent: what the agent chose for the same task, target and seed.
     """
 
-    def __init__(self, criterion: str, observations: Observations, agent: Callable[..., Masks]) -> None:
+    def __init__(
+        self, criterion: str, observations: Observations, agent: Callable[[PruningTask, Target, int], Masks]
+    ) -> None:
         self.criterion, self.observations, self.agent = criterion, observations, agent
         self.name = f"{criterion}{FOLLOWS}"
 
@@ -110,32 +113,42 @@ class RandomBest:
     Args:
         inside: the criterion that ranks the filters of a layer; "random" for random masks.
         observations: shared by all criteria.
+        judges: make the tasks that masks of the whole network are judged by, the quick one of the search and the exact
+            one of its finalists; the agent uses the same two.
         evaluations: how many masks are judged for a task, target and seed.
-        images: of the reward split, at random for each search; None judges on all.
+        images: of the reward split a mask in the search, the same ones for all; None judges on all.
     """
 
     def __init__(
-        self, inside: str, observations: Observations, evaluations: Callable[..., int], images: int | None
+        self,
+        inside: str,
+        observations: Observations,
+        judges: Callable[[PruningTask], tuple[JointTask, JointTask]],
+        evaluations: Callable[[PruningTask, Target, int], int],
+        images: int | None,
     ) -> None:
-        self.inside, self.observations, self.evaluations, self.images = inside, observations, evaluations, images
+        self.inside, self.observations, self.judges = inside, observations, judges
+        self.evaluations, self.images = evaluations, images
         self.name = "random-best" if inside == "random" else f"{inside}-random-best"
         self.facts: dict[str, Any] = {}
 
     def choose(self, task: PruningTask, target: Target, seed: int) -> Masks:
-        """Draw, judge, keep the best (the first of equal ones)."""
+        """Draw, judge, judge the best ones again on all images, keep the best (the first of equal ones)."""
         generator = torch.Generator().manual_seed(derive_seed(seed, self.name))
-        network, meter, count = NetworkTask(task), meter_of(task, target), self.evaluations(task, target, seed)
-        some = None if self.images is None else torch.randperm(network.n_images, generator=generator)[: self.images]
-        best: Masks = {}
-        best_accuracy = -1.0
-        for _ in range(count):
-            masks = self._draw(task, meter, target, generator)
-            rows = [masks[layer.group.name][None] for layer in network.layers]
-            accuracy = network.outcomes(rows, some)[0].pruned_accuracy
-            if accuracy > best_accuracy:
-                best, best_accuracy = masks, accuracy
-        self.facts = {"mask_evaluations": count, "judged_accuracy": best_accuracy}
-        return best
+        (quick, exact), meter = self.judges(task), meter_of(task, target)
+        count = self.evaluations(task, target, seed)
+        some = None if self.images is None else torch.randperm(quick.n_images, generator=generator)[: self.images]
+        n_finalists = min(FINALISTS, max(1, count // 2))
+        found: list[tuple[float, Tensor]] = []
+        for _ in range(max(1, count - n_finalists)):
+            keep = quick.joined(self._draw(task, meter, target, generator))
+            found.append((quick.outcomes(keep[None], some)[0].pruned_accuracy, keep))
+        found.sort(key=lambda pair: -pair[0])
+        finalists = torch.stack([keep for _, keep in found[:n_finalists]])
+        judged = [outcome.pruned_accuracy for outcome in exact.outcomes(finalists)]
+        best = max(range(len(judged)), key=judged.__getitem__)
+        self.facts = {"mask_evaluations": len(found) + len(judged), "judged_accuracy": judged[best]}
+        return {group.name: keep for group, keep in exact.choices(finalists[best]).items()}
 
     def _draw(self, task: PruningTask, meter: MacsMeter, target: Target, generator: torch.Generator) -> Masks:
         ranking = {}
@@ -158,12 +171,12 @@ def criterion_scores(criterion: str, observed: Mapping[str, dict[str, Tensor]], 
     return found
 
 
-def method_names(with_agent: bool) -> list[str]:
-    """Every method that can be asked for, agent and those that follow it last."""
+def method_names() -> list[str]:
+    """Every method that can be asked for; the agent and those that follow it come first."""
     classic = [name for name in CRITERIA if name != "random"]
-    names = [f"{name}-{allocation}" for allocation in ("uniform", "global") for name in classic]
-    names += ["random-uniform", "random-best", "taylor-random-best", *PEERS]
-    return names + ([AGENT, *(f"{name}{FOLLOWS}" for name in CRITERIA)] if with_agent else [])
+    names = [AGENT, *(f"{name}{FOLLOWS}" for name in CRITERIA)]
+    names += [f"{name}-{allocation}" for allocation in ("uniform", "global") for name in classic]
+    return [*names, "random-uniform", "random-best", "taylor-random-best", *PEERS]
 
 
 def check_masks(method: str, task: PruningTask, target: Target, masks: Masks) -> float:

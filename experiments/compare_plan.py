@@ -8,8 +8,6 @@ from fnmatch import fnmatchcase
 
 from omegaconf import DictConfig
 
-from ..envs.target import MacsMeter, Target
-from ..envs.task import PruningTask
 from ..rewards.errors import UserError
 from .compare_methods import AGENT, FOLLOWS, PEERS, method_names
 from .compare_peer import unavailable
@@ -45,10 +43,10 @@ class Job:
 
 
 def planned(config: DictConfig) -> list[Job]:
-    """All jobs, the agent's first, since others follow it; methods that cannot run here are left out."""
+    """All jobs, the agent's first, as others follow it; methods that cannot run here are left out."""
     return [
         Job(name, removed, compensate, seed)
-        for name in sorted(chosen_methods(config), key=lambda name: name != AGENT)
+        for name in chosen_methods(config)
         if not (name in PEERS and unavailable())
         for removed in config.targets.removed
         for compensate in config.compensate
@@ -65,14 +63,14 @@ def seeds_of(method: str, config: DictConfig) -> list[int]:
 
 
 def chosen_methods(config: DictConfig) -> list[str]:
-    """The methods that the patterns in `methods` name, in a fixed order."""
-    names = method_names(with_agent=config.agent is not None)
+    """The methods that the patterns in `methods` name, in a fixed order, the agent first."""
+    names = method_names()
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in config.methods)]
 
 
 def check_plan(config: DictConfig) -> None:
     """UserError for methods, targets, stages or seeds that make no comparison."""
-    names = method_names(with_agent=config.agent is not None)
+    names = method_names()
     for pattern in config.methods:
         if not any(fnmatchcase(name, pattern) for name in names):
             hint = nearest(pattern, names) or f"expected names or globs of {', '.join(names)}."
@@ -100,20 +98,12 @@ def _check_distinct(name: str, values: Sequence[object]) -> None:
 
 
 def _check_numbers(config: DictConfig) -> None:
-    best = config.random_best
     for name, value, least in (
         ("bn_images", config.bn_images, 2),
         ("random_seeds", config.random_seeds, 1),
-        ("random_best.evaluations", best.evaluations, 1),
-        ("random_best.images", best.images, 1),
+        ("random_best.evaluations", config.random_best.evaluations, 1),
     ):
         if value is not None and value < least:
             raise UserError(f"{name} is {value}; expected {least} or more.")
     if min(config.seeds) < 0:
         raise UserError(f"seeds has {min(config.seeds)}; expected whole numbers of 0 or more.")
-
-
-def check_targets(task: PruningTask, targets: Sequence[Target]) -> None:
-    """UserError for a target that one filter a group does not meet."""
-    for target in targets:
-        MacsMeter(task.model, task.cost, task.groups, target.of).check(target)
