@@ -10,6 +10,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ from .slicing import Rows, width
 from .surgery import cut_channels, find_module, kept_rows
 
 FORMAT_VERSION = 1
+SIGNED = ("format_version", "constructor", "kept", "widths", "tensors", "weights_sha256")
+LARGEST = 10**6  # no width or number of classes of keepdrop's own networks comes near
 WEIGHTS, ARCHITECTURE = "model.safetensors", "architecture.json"
 BUILT_IN = {
     f"keepdrop.envs.networks.{name}": getattr(networks, name) for name in ("small_cnn", "vgg16_bn", "cifar_resnet")
@@ -42,23 +45,26 @@ class KeptChannels:
     """Which channels of the dense network are left: module -> axis ("out", "in") -> their numbers there, ascending.
 
     Networks are pruned step by step, and each step counts channels anew; `after` translates. Modules that were never
-    touched do not appear.
+    touched do not appear. `widths` holds how many channels the dense network has there.
     """
 
     rows: Mapping[str, Mapping[str, Rows]] = field(default_factory=dict)
+    widths: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     def after(self, model: nn.Module, choices: Mapping[FilterGroup, Tensor]) -> KeptChannels:
         """What is left once `prune(model, choices)` has run; `model` is the network before that step."""
         merged = {name: dict(axes) for name, axes in self.rows.items()}
+        widths = {name: dict(axes) for name, axes in self.widths.items()}
         for name, axes in kept_rows(model, choices).items():
             module, known = find_module(model, name), merged.setdefault(name, {})
             if isinstance(module, _ConvNd) and is_depthwise(module) and "in" in known:
                 # A grouped convolution whose blocks were pruned down to one input: from then on inputs follow outputs.
                 axes["in"] = np.unique(axes["out"] // (module.out_channels // module.in_channels))
             for axis, rows in axes.items():
+                widths.setdefault(name, {}).setdefault(axis, width(module, axis))
                 before = known.get(axis)
                 known[axis] = np.arange(width(module, axis), dtype=np.int64)[rows] if before is None else before[rows]
-        return KeptChannels(merged)
+        return KeptChannels(merged, widths)
 
     def as_lists(self) -> dict[str, dict[str, list[int]]]:
         """The JSON form."""
@@ -93,6 +99,7 @@ def save_pruned(
         "format_version": FORMAT_VERSION,
         "constructor": None if constructor is None else dict(constructor),
         "kept": kept.as_lists(),
+        "widths": {name: dict(axes) for name, axes in kept.widths.items()},
         "tensors": {name: _described(value) for name, value in tensors.items()},
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
     }
@@ -126,7 +133,8 @@ def load_pruned(folder: str | Path, constructor: Callable[[], nn.Module] | None 
         tensors = load_tensors(weights)
     except Exception as error:
         raise UserError(f"{Path(folder) / WEIGHTS} is no safetensors file ({error}).") from error
-    dense = _dense(core["constructor"], constructor)
+    dense = _dense(core["constructor"], constructor, len(tensors))
+    _check_widths(dense, core["kept"], core["widths"])
     model = cut_channels(dense, core["kept"])
     _fill(model, tensors, core["tensors"])
     return model.eval()
@@ -137,29 +145,44 @@ def read_architecture(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / ARCHITECTURE
     content = _read(path)
     try:
-        core = json.loads(content)
+        core = json.loads(content, object_pairs_hook=_without_duplicates, parse_constant=_refused)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no JSON ({str(error)[:120]}); restore it.") from error
     if not isinstance(core, dict) or core.get("format_version") != FORMAT_VERSION:
         came = core.get("format_version") if isinstance(core, dict) else type(core).__name__
         raise UserError(f"{path} has format version {came!r}, expected {FORMAT_VERSION}.")
     _check_form(path, core)
-    signed = {key: core.get(key) for key in ("format_version", "constructor", "kept", "tensors", "weights_sha256")}
+    signed = {key: core[key] for key in SIGNED}
     if core.get("checksum") != _checksum(signed):
         raise UserError(f"{path} is damaged or was edited (its checksum does not fit); restore it.")
     return core
 
 
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Python keeps the last of two equal keys, another reader the first: a file must not have two."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("it has a key twice")
+    return found
+
+
+def _refused(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
 def _check_form(path: Path, core: Mapping[str, Any]) -> None:
-    kept, tensors = core.get("kept"), core.get("tensors")
-    proper = (
-        isinstance(kept, dict) and isinstance(tensors, dict) and all(isinstance(axes, dict) for axes in kept.values())
-    )
-    if not proper:
-        raise UserError(f"{path} is damaged: its 'kept' channels or 'tensors' are not lists by module; restore it.")
+    missing = [key for key in SIGNED if key not in core]
+    if missing:
+        raise UserError(f"{path} is damaged: {missing[0]!r} is missing; restore it.")
+    nested = (core["kept"], core["widths"])
+    proper = all(isinstance(each, dict) for each in (*nested, core["tensors"]))
+    if not proper or not all(isinstance(axes, dict) for each in nested for axes in each.values()):
+        raise UserError(f"{path} is damaged: 'kept', 'widths' or 'tensors' is not sorted by module; restore it.")
 
 
-def _dense(stored: Any, constructor: Callable[[], nn.Module] | None) -> nn.Module:
+def _dense(stored: Any, constructor: Callable[[], nn.Module] | None, n_tensors: int) -> nn.Module:
+    """The dense network; one of keepdrop's own has no storage yet, so that no number in a file can ask for too much."""
+    device: AbstractContextManager[Any] = nullcontext()
     if constructor is None:
         target = stored.get("_target_") if isinstance(stored, dict) else None
         if target not in BUILT_IN:
@@ -168,14 +191,36 @@ def _dense(stored: Any, constructor: Callable[[], nn.Module] | None) -> nn.Modul
                 "pass it yourself: load_pruned(folder, constructor)."
             )
         maker, kwargs = BUILT_IN[target], {key: value for key, value in stored.items() if key != "_target_"}
-        constructor = lambda: maker(**kwargs)  # noqa: E731
+        if max(_numbers(kwargs), default=0) > LARGEST or max(_numbers(kwargs.get("depth")), default=0) > n_tensors:
+            raise UserError(f"The file asks for a network beyond measure ({str(kwargs)[:80]}); restore it.")
+        constructor, device = lambda: maker(**kwargs), torch.device("meta")
     try:
-        dense = constructor()
+        with device:
+            dense = constructor()
     except Exception as error:
         raise UserError(f"The constructor of the dense network fails ({type(error).__name__}: {error}).") from error
     if not isinstance(dense, nn.Module):
         raise UserError(f"The constructor of the dense network returned a {type(dense).__name__}, expected a module.")
     return dense
+
+
+def _numbers(value: Any) -> list[float]:
+    """Every number inside nested containers."""
+    if isinstance(value, dict | list):
+        return [number for each in (value.values() if isinstance(value, dict) else value) for number in _numbers(each)]
+    return [value] if isinstance(value, int | float) else []
+
+
+def _check_widths(dense: nn.Module, kept: Mapping[str, Any], widths: Mapping[str, Any]) -> None:
+    """A wider network can be cut to the same shapes: it must have been as wide as the one that was pruned."""
+    for name, axes in kept.items():
+        for axis in axes:
+            ours, theirs = width(find_module(dense, name), axis), widths.get(name, {}).get(axis)
+            if ours != theirs:
+                raise UserError(
+                    f"The constructor's network does not fit the file: {name!r} has {ours} {axis!r} channels, but had "
+                    f"{theirs} before pruning."
+                )
 
 
 def _fill(model: nn.Module, tensors: Mapping[str, Tensor], described: Mapping[str, Any]) -> None:
@@ -191,6 +236,8 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor], described: Mapping[st
                 f"The constructor's network does not fit the file: {name!r} is {_words(ours)} after pruning, "
                 f"but {_words(theirs)} in the file."
             )
+    if any(value.is_meta for value in own.values()):
+        model.to_empty(device="cpu")
     model.load_state_dict(dict(tensors), strict=True)
 
 

@@ -82,7 +82,7 @@ def test_kept_channels_are_those_of_the_dense_network():
     assert kept.as_lists()["conv2"]["out"] == [2, 4, 8, 10, 14]
     assert kept.as_lists()["conv3"]["in"] == kept.as_lists()["bn2"]["out"] == [2, 4, 8, 10, 14]
     assert model.conv2.weight[:, 0, 0, 0].tolist() == [2.0, 4, 8, 10, 14]
-    assert "conv1" not in kept.rows
+    assert "conv1" not in kept.rows and kept.widths["conv2"] == {"out": 16} == kept.widths["bn2"]
 
 
 def test_further_training_and_plain_state_dicts(saved):
@@ -115,7 +115,9 @@ def test_half_precision_stays(tmp_path):
             r"'linear.weight' is float32 \(7, \d+\) .* but float32 \(10,",
         ),
         (small_cnn, "has no module 'layer1.0.conv1'; was it built by another constructor"),
-        (lambda: cifar_resnet(8, widths=(8, 16, 32)), "channels of .* must lie between 0 and 7"),
+        (lambda: cifar_resnet(8, widths=(8, 16, 32)), "'conv1' has 8 'out' channels, but had 16 before pruning"),
+        # Cut to the same channels it would have the same shapes, and another shortcut.
+        (lambda: cifar_resnet(8, widths=(32, 32, 64)), "'conv1' has 32 'out' channels, but had 16 before pruning"),
         (lambda: None, "returned a NoneType, expected a module"),
         (lambda: 1 / 0, r"constructor of the dense network fails \(ZeroDivisionError"),
     ],
@@ -194,8 +196,7 @@ def test_well_signed_nonsense_is_refused_too(saved, kept):
     path = saved[0] / "architecture.json"
     core = json.loads(path.read_text())
     core["kept"] = kept
-    names = ("format_version", "constructor", "kept", "tensors", "weights_sha256")
-    core["checksum"] = pruned_file._checksum({name: core[name] for name in names})
+    core["checksum"] = pruned_file._checksum({name: core[name] for name in pruned_file.SIGNED})
     path.write_text(json.dumps(core))
     with pytest.raises(UserError):
         load_pruned(saved[0])
