@@ -20,11 +20,16 @@ from torch import nn
 
 from .files import write_atomically
 from .layer_matrix import LayerMatrixPolicy
+from .network_policy import NetworkPolicy
 from .policy import Policy, SetPolicy
 
 FORMAT_VERSION = 1
 WEIGHTS, FACTS = "policy.safetensors", "facts.json"
-POLICIES: dict[str, Callable[..., Policy]] = {"SetPolicy": SetPolicy, "LayerMatrixPolicy": LayerMatrixPolicy}
+POLICIES: dict[str, Callable[..., Any]] = {
+    "SetPolicy": SetPolicy,
+    "LayerMatrixPolicy": LayerMatrixPolicy,
+    "NetworkPolicy": NetworkPolicy,
+}
 LIBRARIES = ("keepdrop", "torch", "numpy", "gymnasium", "safetensors")
 
 
@@ -42,12 +47,12 @@ class SavedAgent:
         folder: where it was read from.
     """
 
-    policy: Policy
+    policy: Any
     facts: Mapping[str, Any]
     folder: Path
 
 
-def save_agent(folder: Path | str, policy: Policy, facts: Mapping[str, Any]) -> None:
+def save_agent(folder: Path | str, policy: Policy | NetworkPolicy, facts: Mapping[str, Any]) -> None:
     """Write an agent; an older one in the folder is replaced as a whole or stays.
 
     Args:

@@ -7,20 +7,27 @@ from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
+from ..agent.saved_agent import SavedAgent
 from ..envs.checkpoint import hash_state
 from ..envs.cost import count_cost
 from ..envs.export import check_exports
+from ..envs.joint import GROUP_NAME
 from ..envs.pruned_file import KeptChannels
+from ..envs.reconstruction import ReconstructionSettings
+from ..envs.target import Target
 from ..envs.task import PruningTask
 from ..envs.training import TrainSettings
 from ..rewards.errors import UserError
 from .agents import AskAgents, AskCriterion, agents_config, check_controls, check_fit, load_agents
 from .console import Terminal
 from .decide import Decider
-from .doors import hydra_door, interruptible, open_run, settings
+from .doors import hydra_door, interruptible, open_run, plain, settings
 from .facts import keep_facts
 from .finish import Networks, finetune, group_facts, remarks, report_accuracy, save_result
+from .network_decide import AskNetworkAgent, AskNetworkCriterion, NetworkDecider, check_network_fit
+from .network_schedule import NetworkSchedule
 from .prepare import Inputs, prepare
 from .prune import ScheduleLog, build_recovery
 from .recover import RecoverySettings
@@ -44,6 +51,8 @@ INHERITED = (
     "device",
     "order",
     "latency",
+    "target",
+    "repair",
 )
 AGENT = "agent"
 
@@ -88,7 +97,7 @@ def completed(config: DictConfig) -> DictConfig:
         filled[key] = inherited if given is None else given
         if OmegaConf.is_dict(given) and OmegaConf.is_dict(inherited) and "_target_" not in given:
             filled[key] = OmegaConf.merge(OmegaConf.create(OmegaConf.to_container(inherited)), given)
-    filled.layers = list(known)
+    filled.layers = known[GROUP_NAME].facts["groups"] if GROUP_NAME in known else list(known)
     return filled
 
 
@@ -103,7 +112,10 @@ def check(config: DictConfig) -> Inputs:
     assert inputs.dense is not None
     task = inputs.task(inputs.dense, config)
     for name, agent in load_agents(config.agents).items():
-        check_fit(agent, task.layer(name))
+        if name == GROUP_NAME:
+            check_network_fit(agent, task)
+        else:
+            check_fit(agent, task.layer(name))
     return inputs
 
 
@@ -112,10 +124,11 @@ def apply_agents(inputs: Inputs, config: DictConfig, folder: RunFolder, terminal
     assert inputs.dense is not None
     task = inputs.task(inputs.dense, config)
     keep_facts(task, config, folder)
-    methods = {AGENT: prune_with(AskAgents(load_agents(config.agents)), AGENT, task, config, folder, terminal)}
+    schedules = Schedules(load_agents(config.agents), task.model, config, terminal)
+    methods = {AGENT: prune_with(schedules.agent(), AGENT, task, config, folder, terminal)}
     counts = {record.name: record.n_kept for record in methods[AGENT].records}
     for name in config.controls:
-        methods[name] = prune_with(AskCriterion(name, counts), name, task, config, folder, terminal)
+        methods[name] = prune_with(schedules.control(name, counts), name, task, config, folder, terminal)
     ours = methods[AGENT]
     facts = {"base_sha256": hash_state(inputs.dense)}
     exports = save_result(ours.networks, ours.kept, task.splits, config, folder, facts)
@@ -135,15 +148,50 @@ class Method:
     finetune_seconds: float | None
 
 
+class Schedules:
+    """How agents and controls prune: layer by layer, or all layers at once if the agent is one of a whole network."""
+
+    def __init__(
+        self, agents: Mapping[str, SavedAgent], dense: nn.Module, config: DictConfig, terminal: Terminal
+    ) -> None:
+        self.agents, self.config = agents, config
+        self.recovery = build_recovery(dense, config, terminal)
+
+    def agent(self) -> Schedule | NetworkSchedule:
+        """The trained agents'."""
+        if GROUP_NAME in self.agents:
+            given = self.config.target
+            target = None if given.removed is None else Target(**plain(given))
+            return self._at_once(AskNetworkAgent(self.agents[GROUP_NAME], target))
+        return self._in_turn(AskAgents(self.agents))
+
+    def control(self, criterion: str, counts: Mapping[str, int]) -> Schedule | NetworkSchedule:
+        """A criterion's, at the agent's counts."""
+        if GROUP_NAME in self.agents:
+            return self._at_once(AskNetworkCriterion(criterion, counts))
+        return self._in_turn(AskCriterion(criterion, counts))
+
+    def _at_once(self, decide: NetworkDecider) -> NetworkSchedule:
+        config = self.config
+        repair = settings(config.repair, ReconstructionSettings) if config.judge.compensate else None
+        return NetworkSchedule(decide, repair, None, config.seed)
+
+    def _in_turn(self, decide: Decider) -> Schedule:
+        return Schedule(decide, None, None, self.recovery, self.config.order, self.config.seed)
+
+
 def prune_with(
-    decide: Decider, name: str, task: PruningTask, config: DictConfig, folder: RunFolder, terminal: Terminal
+    schedule: Schedule | NetworkSchedule,
+    name: str,
+    task: PruningTask,
+    config: DictConfig,
+    folder: RunFolder,
+    terminal: Terminal,
 ) -> Method:
-    """Cut layer by layer as `decide` says, then fine-tune; everything lies in `methods/NAME`."""
+    """Prune as `schedule` says, then fine-tune; everything lies in `methods/NAME`."""
     dense = task.model
     own = RunFolder(folder / "methods" / name)
     tracker = Tracker(folder / "tensorboard" / name)
-    recovery = build_recovery(dense, config, terminal)
-    schedule = Schedule(decide, None, None, recovery, config.order, config.seed)
     terminal.say(f"Pruning with {name}")
     with terminal.progress(name, len(task.groups)):
         pruned, kept, records = schedule.run(task, own, ScheduleLog(terminal, tracker))

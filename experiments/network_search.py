@@ -16,11 +16,13 @@ from ..envs.filter_pruning import FilterPruningVectorEnv
 from ..envs.joint import JointTask
 from ..envs.observation import STATISTIC_NAMES
 from ..envs.reconstruction import ReconstructionSettings
-from ..envs.target import MacsMeter, Target, keep_best
+from ..envs.target import SLACK, MacsMeter, Target, keep_best
 from ..envs.task import PruningTask
+from ..rewards.errors import UserError
 from ..rewards.outcome import Outcome, Reward
 from .seeds import derive_seed
 
+STEP = 0.01  # of the MACs
 Report = Callable[[NetworkTrainer, Mapping[str, float]], None]
 
 
@@ -132,14 +134,27 @@ def best_of(joint: JointTask, candidates: Sequence[Tensor]) -> tuple[int, list[f
 
 
 def projection(joint: JointTask, target: Target) -> Project:
-    """Makes scores of all filters the mask that just meets a MACs target."""
+    """Makes scores of all filters the mask that just meets a MACs target and holds the limits of the surgery."""
     task = joint.task
     meter = MacsMeter(task.model, task.cost, joint.groups, target.of)
     sizes = [group.n_filters for group in joint.groups]
 
+    def meets(masks: Mapping[str, Tensor]) -> bool:
+        return meter.removed([int(masks[group.name].sum()) for group in joint.groups]) >= target.removed - SLACK
+
     def project(scores_N: Tensor) -> Tensor:
         by_name = {group.name: each for group, each in zip(joint.groups, scores_N.split(sizes), strict=True)}
-        return joint.joined(keep_best(meter, by_name, target))
+        aim = target.removed
+        while aim < 1:
+            masks = keep_best(meter, by_name, replace(target, removed=aim))
+            allowed = {layer.group.name: layer.allowed(masks[layer.group.name][None])[0] for layer in joint.layers}
+            if meets(allowed):
+                return joint.joined(allowed)
+            aim += STEP  # what the limits took back has to go elsewhere
+        raise UserError(
+            f"{100 * target.removed:g} % of the MACs cannot be removed under surgery.round_to, min_kept and protect; "
+            "lower them or give a smaller target."
+        )
 
     return project
 

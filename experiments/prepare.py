@@ -10,12 +10,16 @@ from torch import nn
 
 from ..agent.saved_agent import AgentMismatch, check_agent
 from ..agent.trainer import AgentSettings
+from ..envs.cost import count_cost
 from ..envs.coupling import find_groups
 from ..envs.groups import FilterGroup, select_groups
 from ..envs.limits import Limits, check_limits
 from ..envs.observation import STATISTIC_NAMES
+from ..envs.reconstruction import Reconstruction, ReconstructionSettings
 from ..envs.splits import Splits
+from ..envs.target import MacsMeter, Target
 from ..envs.task import Base, JudgeSettings, PruningTask, measure_base
+from ..rewards.errors import UserError
 from ..rewards.try_and_learn import check_drop_bound
 from .agents import load_agents
 from .build import (
@@ -29,6 +33,7 @@ from .build import (
 )
 from .checks import resolve_device, try_network
 from .doors import plain, settings
+from .network_search import NetworkSearchSettings
 from .schema import SearchConfig
 from .seeds import derive_seed
 
@@ -101,3 +106,17 @@ def check_search(config: DictConfig, inputs: Inputs) -> None:
             agent = known[group.name]
             tied = {"n_filters": group.n_filters} if "n_filters" in agent.facts["policy"]["kwargs"] else {}
             check_agent(agent, statistic_names=STATISTIC_NAMES, **tied)
+
+
+def check_network_search(config: DictConfig, inputs: Inputs) -> None:
+    """Check what the agent of a whole network is made of, and that its MACs target can be met; raises `UserError`."""
+    search = settings(config.network_search, NetworkSearchSettings)
+    if search.masks < 4 or search.masks % 2:
+        raise UserError(f"network_search.masks is {search.masks}; expected an even number of 4 or more.")
+    repair = settings(config.repair, ReconstructionSettings)
+    dense = inputs.construct().eval().to(inputs.device) if inputs.dense is None else inputs.dense
+    example = inputs.splits.fit.batch(torch.arange(1))[0].to(inputs.device)
+    target = Target(config.target.removed, config.target.of)
+    MacsMeter(dense, count_cost(dense, example), inputs.groups, target.of).check(target)
+    if config.judge.compensate:
+        Reconstruction(dense, example, repair)  # refuses what it cannot follow

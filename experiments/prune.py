@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 from torch import nn
 
+from ..agent.parameter_search import NetworkTrainer
 from ..envs.checkpoint import hash_state
 from ..envs.export import check_exports
+from ..envs.joint import GROUP_NAME
+from ..envs.pruned_file import KeptChannels
+from ..envs.reconstruction import ReconstructionSettings
 from ..envs.runtimes import check_runtimes
+from ..envs.target import Target
 from ..envs.task import LayerTask, PruningTask
 from ..envs.training import TrainProgress, TrainSettings
 from .agents import TrainAgents, check_controls
@@ -18,9 +24,12 @@ from .base import base_network
 from .build import build_augment, build_reward
 from .console import Terminal
 from .doors import hydra_door, interruptible, open_run, plain, settings
-from .facts import keep_facts
+from .facts import command_line, keep_facts
 from .finish import Networks, finetune, metrics_of, save_result, show_results, write_results
-from .prepare import Inputs, check_search, prepare
+from .network_decide import TrainNetworkAgent
+from .network_schedule import NetworkSchedule, show_update
+from .network_search import NetworkSearchSettings
+from .prepare import Inputs, check_network_search, check_search, prepare
 from .recover import Recover, RecoverySettings
 from .report import keep_report
 from .report_curves import write_curves
@@ -60,7 +69,10 @@ def check(config: DictConfig) -> Inputs:
     check_controls(config.controls)
     inputs = prepare(config)
     check_runtimes(config.latency.runtimes, inputs.device)
-    check_search(config, inputs)
+    if config.target.removed is None:
+        check_search(config, inputs)
+    else:
+        check_network_search(config, inputs)
     return inputs
 
 
@@ -73,9 +85,7 @@ def prune_network(inputs: Inputs, config: DictConfig, folder: RunFolder, termina
     task = inputs.task(dense, config)
     keep_facts(task, config, folder)
     terminal.say(f"Base accuracy on {len(inputs.splits.reward)} reward images: {100 * task.base.accuracy:.2f} %")
-    schedule = build_schedule(dense, config, terminal, tracker)
-    with terminal.progress("layers", len(task.groups)):
-        pruned_task, kept, records = schedule.run(task, folder, ScheduleLog(terminal, tracker))
+    pruned_task, kept, records = run_schedule(task, config, folder, terminal, tracker)
     write_curves(task, records, folder, terminal, config.controls, config.seed)
     pruned = pruned_task.model
     finetuned, seconds = finetune(dense, pruned, inputs.splits, config, folder, terminal, tracker)
@@ -88,6 +98,27 @@ def prune_network(inputs: Inputs, config: DictConfig, folder: RunFolder, termina
     tracker.close()
     write_results(metrics, folder)
     return metrics
+
+
+def run_schedule(
+    task: PruningTask, config: DictConfig, folder: RunFolder, terminal: Terminal, tracker: Tracker
+) -> tuple[PruningTask, KeptChannels, list[LayerRecord]]:
+    """Layer by layer within a drop bound, or all layers at once at a MACs target."""
+    log = ScheduleLog(terminal, tracker)
+    if config.target.removed is None:
+        with terminal.progress("layers", len(task.groups)):
+            return build_schedule(task.model, config, terminal, tracker).run(task, folder, log)
+    search = settings(config.network_search, NetworkSearchSettings)
+
+    def report(trainer: NetworkTrainer, metrics: Mapping[str, float]) -> None:
+        terminal.advance(len(trainer.history), show_update(trainer, metrics))
+        tracker.scalars(f"agent/{GROUP_NAME}", metrics, len(trainer.history))
+
+    repair = settings(config.repair, ReconstructionSettings) if config.judge.compensate else None
+    target, facts = Target(**plain(config.target)), {"command": command_line(), "config": plain(config)}
+    decide = TrainNetworkAgent(search, repair, target, report, facts)
+    with terminal.progress("updates", search.agent.updates):
+        return NetworkSchedule(decide, repair, config.drop_bound, config.seed).run(task, folder, log)
 
 
 def build_schedule(dense: nn.Module, config: DictConfig, terminal: Terminal, tracker: Tracker) -> Schedule:

@@ -93,9 +93,20 @@ class PruningConfig(RootConfig):
 
 
 @dataclass
+class TargetConfig:
+    """MACs to remove, a fraction of the network's or of the pruned groups' own; null prunes within the drop bound."""
+
+    removed: float | None = None
+    of: str = "network"
+
+
+@dataclass
 class PruneConfig(PruningConfig):
     """`keepdrop prune`."""
 
+    target: TargetConfig = field(default_factory=TargetConfig)
+    network_search: NetworkSearchSettings = field(default_factory=NetworkSearchSettings)
+    repair: ReconstructionSettings = field(default_factory=ReconstructionSettings)
     order: str = "forward"
     reward: Any = None
     policy: Any = None
@@ -146,6 +157,8 @@ class ApplyConfig:
     latency: Any = None
     export: list[str] = field(default_factory=list)
     order: str | None = None
+    target: Any = None
+    repair: Any = None
     resume: str | None = None
 
 
@@ -181,8 +194,50 @@ class CompareConfig(RootConfig):
     bn_images: int = 1000
     finetune: TrainSettings = field(default_factory=TrainSettings)
     random_best: RandomBestConfig = field(default_factory=RandomBestConfig)
-    search: NetworkSearchSettings = field(default_factory=NetworkSearchSettings)
+    network_search: NetworkSearchSettings = field(default_factory=NetworkSearchSettings)
     repair: ReconstructionSettings = field(default_factory=ReconstructionSettings)
+    resume: str | None = None
+
+
+@dataclass
+class IterateTargetConfig:
+    """When to stop: a fraction of the network's "macs" or "params" is gone (null: never), or the drop bound breaks."""
+
+    removed: float | None = 0.5
+    resource: str = "macs"
+    hold_bound: bool = False
+
+
+@dataclass
+class IterateConfig(RootConfig):
+    """`keepdrop iterate`."""
+
+    checkpoint: str | None = None
+    base: TrainSettings = field(default_factory=TrainSettings)
+    drop_bound: float = 0.02
+    layers: list[str] | None = None
+    criterion: str = "taylor"
+    step: int = 1
+    minibatches: int = 30
+    macs_weight: float = 0.0
+    target: IterateTargetConfig = field(default_factory=IterateTargetConfig)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    finetune: TrainSettings = field(default_factory=TrainSettings)
+    latency: LatencyConfig = field(default_factory=LatencyConfig)
+    resume: str | None = None
+
+
+@dataclass
+class OracleConfig(RootConfig):
+    """`keepdrop oracle`."""
+
+    checkpoint: str | None = None
+    base: TrainSettings = field(default_factory=TrainSettings)
+    judge: JudgeSettings = field(default_factory=JudgeSettings)
+    layers: list[str] | None = None
+    criteria: list[str] = field(default_factory=lambda: ["*"])
+    random_seeds: int = 5
+    agents: str | None = None
     resume: str | None = None
 
 
@@ -216,6 +271,8 @@ ROOTS = {
     "train_agent": TrainAgentConfig,
     "apply": ApplyConfig,
     "compare": CompareConfig,
+    "iterate": IterateConfig,
+    "oracle": OracleConfig,
     "report": ReportConfig,
 }
 

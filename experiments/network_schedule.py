@@ -1,0 +1,110 @@
+"""All layers decided together, cut at once and repaired; takes a `Schedule`'s place."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..agent.parameter_search import NetworkTrainer
+from ..envs.checkpoint import load_checkpoint, save_weights
+from ..envs.groups import FilterGroup
+from ..envs.joint import GROUP_NAME, JointTask
+from ..envs.pruned_file import KeptChannels
+from ..envs.reconstruction import ReconstructionSettings
+from ..envs.surgery import prune
+from ..envs.task import PruningTask, replace_model
+from .network_decide import NetworkDecider
+from .run_folder import RunFolder
+from .schedule import NETWORK, LayerRecord, Watcher
+from .seeds import derive_seed
+
+STAGE = "network"
+STATE = "network-state.pt"
+DECISIONS = "decisions.json"
+
+
+class NetworkSchedule:
+    """One decision for the whole network; it is on disk, whole, before anything else begins.
+
+    Args:
+        decide: decides on all groups.
+        repair: of the cut network; None leaves it as cut.
+        drop_bound: the accuracy one may lose from the dense network, a fraction: only said to be held or not, since
+            here the MACs are given; None holds always.
+        seed: of the run.
+    """
+
+    def __init__(
+        self,
+        decide: NetworkDecider,
+        repair: ReconstructionSettings | None,
+        drop_bound: float | None,
+        seed: int = 0,
+    ) -> None:
+        self.decide, self.repair, self.drop_bound, self.seed = decide, repair, drop_bound, seed
+
+    def run(
+        self, task: PruningTask, folder: RunFolder, watcher: Watcher
+    ) -> tuple[PruningTask, KeptChannels, list[LayerRecord]]:
+        """Decide, cut, repair; a finished decision is taken from `folder`. Returns what `Schedule.run` does."""
+        if not (folder / STAGE).is_dir():
+            with folder.stage(STAGE) as working:
+                self._finish(task, working, folder / STATE)
+            (folder / STATE).unlink(missing_ok=True)
+        left, kept, records = finished(folder / STAGE, task)
+        for position, record in enumerate(records):
+            watcher.layer_ends(position, len(records), record)
+        return left, kept, records
+
+    def _finish(self, task: PruningTask, working: Path, state: Path) -> None:
+        started = time.perf_counter()
+        decision = self.decide(task, working, state, derive_seed(self.seed, GROUP_NAME))
+        judge = JointTask(task, self.repair)
+        model = judge.cut(judge.joined(decision.masks))
+        accuracy = replace_model(task, model, KeptChannels().after(task.model, _choices(task, decision.masks))).accuracy
+        seconds = time.perf_counter() - started
+        records = [
+            LayerRecord(
+                name=name,
+                n_filters=len(keep),
+                n_kept=int(keep.sum()),
+                keep=keep.tolist(),
+                decided_by=decision.source,
+                pruned_accuracy=accuracy,
+                recovered_accuracy=accuracy,
+                within_bound=self.drop_bound is None or task.base.accuracy - accuracy <= self.drop_bound + 1e-9,
+                search_seconds=seconds / len(decision.masks),
+                recovery_seconds=0.0,
+                facts=dict(decision.facts),
+            )
+            for name, keep in decision.masks.items()
+        ]
+        save_weights(model, working / NETWORK)
+        text = json.dumps([asdict(record) for record in records], indent=2, allow_nan=False)
+        (working / DECISIONS).write_text(text + "\n")
+
+
+def finished(stage: Path, task: PruningTask) -> tuple[PruningTask, KeptChannels, list[LayerRecord]]:
+    """Take a finished decision from its folder, as a resumed run does."""
+    records = [LayerRecord(**each) for each in json.loads((stage / DECISIONS).read_text())]
+    choices = _choices(task, {record.name: torch.tensor(record.keep) for record in records})
+    pruned = prune(task.model, choices)
+    load_checkpoint(pruned, stage / NETWORK)
+    kept = KeptChannels().after(task.model, choices)
+    return replace_model(task, pruned, kept), kept, records
+
+
+def show_update(trainer: NetworkTrainer, metrics: Mapping[str, float]) -> str:
+    """One update for a person."""
+    kept, drop = metrics.get("info/kept_fraction", 0.0), metrics.get("info/accuracy_drop", 0.0)
+    return f"update {len(trainer.history)}, kept {kept:.0%} of the filters, drop {100 * drop:.1f} points"
+
+
+def _choices(task: PruningTask, masks: Mapping[str, Tensor]) -> dict[FilterGroup, Tensor]:
+    return {group: masks[group.name] for group in task.groups}
