@@ -7,6 +7,7 @@ import pytest
 import torch
 from judged import MASKED, QUICK, make_task, trained
 from keepdrop.envs import task as task_module
+from keepdrop.envs.compensation import Compensation
 from keepdrop.envs.cost import count_cost
 from keepdrop.envs.evaluate import count_correct
 from keepdrop.envs.networks import small_cnn
@@ -96,6 +97,46 @@ def test_later_layers_are_judged_against_the_dense_network():
         assert outcome.pruned_macs == count_cost(model, task.example).macs
         assert outcome.base_macs == task.base.cost.macs and outcome.base_accuracy == task.base.accuracy
     assert later.accuracy == _accuracy(later.model, task.splits.reward)
+
+
+def _after_first_cut(settings):
+    """The task once conv1 has lost filters, and its layer conv2."""
+    task = make_task(settings)
+    first, keep = task.layer("conv1"), torch.arange(8) % 3 > 0
+    kept = task.kept.after(task.model, {first.group: keep})
+    later = replace_model(task, first.cut(keep), kept)
+    return task, later, later.layer("conv2")
+
+
+@pytest.mark.parametrize("target", ["dense", "current"])
+def test_compensation_aims_at_the_dense_network(target):
+    settings = dataclasses.replace(QUICK, target=target)
+    task, later, layer = _after_first_cut(settings)
+    images, _ = later.fit_images(settings.compensation_images)
+    there = {"dense": task.model, "dense_group": task.layer("conv2").group} if target == "dense" else {}
+    expected = Compensation.fit(later.model, layer.group, images, ridge=settings.ridge, **there)
+    masks = _masks(10)
+    masks[0] = True
+    mixes = layer.mixes(masks)
+    assert all(torch.equal(mixes[key], value) for key, value in expected.matrices(masks).items())
+    # Kept channels drift as well: with the dense network as target they are corrected, too.
+    identity = torch.eye(10, dtype=torch.float64)
+    assert torch.allclose(mixes["conv2", "conv3"][0], identity, atol=1e-6) == (target == "current")
+    for mask, outcome in zip(masks, layer.outcomes(masks), strict=True):
+        assert outcome.pruned_accuracy == _accuracy(layer.cut(mask), task.splits.reward)
+
+
+def test_a_cut_whose_channels_nobody_told_is_compensated_as_it_is():
+    task, _, _ = _after_first_cut(QUICK)
+    unknown = replace_model(task, task.layer("conv1").cut(torch.arange(8) % 3 > 0))
+    assert unknown.kept is None and unknown.dense_twin(unknown.layer("conv2").group) is None
+    same = replace_model(task, copy.deepcopy(task.model))
+    assert same.kept is task.kept and same.origin is task
+
+
+def test_an_unknown_target_is_refused():
+    with pytest.raises(UserError, match=r"judge.target is 'dence'; expected one of dense, current"):
+        dataclasses.replace(QUICK, target="dence")
 
 
 def test_the_base_is_measured_once(monkeypatch):
