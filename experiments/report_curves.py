@@ -106,7 +106,7 @@ def _accuracies(
     found, kept = [], KeptChannels()
     for name in names:
         layer = task.layer(name)
-        keep = decide(layer, Path(), derive_seed(seed, name)).keep
+        keep = layer.allowed(decide(layer, Path(), derive_seed(seed, name)).keep[None])[0]
         kept = kept.after(task.model, {layer.group: keep})
         task = replace_model(task, layer.cut(keep), kept)
         correct, total = count_correct(task.model, images)
