@@ -1,0 +1,148 @@
+"""How fast agents learn: reward of the greedy decision against mask-images, for one layer and several agents.
+
+    python benchmarks/learning_curves.py --data cifar10.npz --checkpoint resnet20.th [--layer layer3.0.conv1]
+
+Paper's policy against the set policy, Bernoulli against the budget latent, with and without a baseline; the best of
+equally many random masks stands beside them. The greedy decision is judged on the whole reward split, which costs
+nothing of the budget. Writes docs/learning_curves.json and .svg (matplotlib, extra `plots`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from keepdrop.agent.layer_matrix import LayerMatrixPolicy
+from keepdrop.agent.policy import SetPolicy
+from keepdrop.agent.trainer import AgentSettings, Trainer
+from keepdrop.envs.checkpoint import load_checkpoint
+from keepdrop.envs.data import npz
+from keepdrop.envs.filter_pruning import FilterPruningVectorEnv
+from keepdrop.envs.networks import cifar_resnet
+from keepdrop.envs.observation import STATISTIC_NAMES
+from keepdrop.envs.splits import split
+from keepdrop.envs.task import LayerTask, PruningTask
+from keepdrop.rewards.try_and_learn import TryAndLearn
+
+OUT = Path(__file__).parents[1] / "docs"
+MASKS, IMAGES = 16, 250
+AGENTS: dict[str, dict[str, Any]] = {
+    "set, budget latent": {},
+    "set, Bernoulli": {"exploration": "bernoulli"},
+    "set, no warm start": {"warm_start": None},
+    "set, no baseline": {"baseline": "none"},
+    "paper's policy (layer matrix)": {"policy": "layer_matrix", "exploration": "bernoulli"},
+}
+
+
+def make_task(data: str, checkpoint: str, layer: str) -> LayerTask:
+    """The layer of a ResNet-20, judged on 5,000 of the test images."""
+    model = cifar_resnet(20)
+    load_checkpoint(model, checkpoint)
+    images = npz(data, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    splits = split(images, reward_from="test", reward_size=5000, seed=0)
+    return PruningTask(model.eval(), splits).layer(layer)
+
+
+def make_policy(layer: LayerTask, options: dict[str, Any], seed: int) -> Any:
+    """A fresh policy."""
+    exploration = options.get("exploration", "budget")
+    if options.get("policy") == "layer_matrix":
+        n_filters, n_weights = layer.observation.weights.shape
+        return LayerMatrixPolicy(n_filters, n_weights, exploration=exploration, seed=seed)
+    warm = options.get("warm_start", "taylor")
+    names = len(STATISTIC_NAMES)
+    return SetPolicy(names, exploration=exploration, warm_start=warm, statistic_names=STATISTIC_NAMES, seed=seed)
+
+
+def learn(layer: LayerTask, options: dict[str, Any], updates: int, seed: int, bound: float) -> list[float]:
+    """Rewards of the greedy decision on the whole reward split, before the first and after every second update."""
+    reward = TryAndLearn(bound)
+    venv = FilterPruningVectorEnv(layer, reward, MASKS, IMAGES)
+    venv.reset(seed=seed)
+    settings = AgentSettings(updates=updates, patience=None, baseline=options.get("baseline", "leave_one_out"))
+    policy = make_policy(layer, options, seed)
+    trainer = Trainer(venv, policy, settings, torch.Generator().manual_seed(seed))
+    seen = {key: torch.from_numpy(value) for key, value in layer.observation.as_dict().items()}
+
+    def greedy() -> float:
+        with torch.no_grad():
+            keep = policy(seen).greedy()
+        return reward(layer.outcomes(keep[None])[0]).value
+
+    curve = [greedy()]
+    for _ in range(updates // 2):
+        trainer.step()
+        trainer.step()
+        curve.append(greedy())
+    return curve
+
+
+def best_of_random(layer: LayerTask, updates: int, seed: int, bound: float) -> list[float]:
+    """The same budget spent on random masks of random widths: the best one found, judged on the whole reward split."""
+    reward, generator = TryAndLearn(bound), torch.Generator().manual_seed(seed)
+    best, best_reward, curve = None, -float("inf"), []
+    for update in range(updates):
+        keep_MN = torch.rand(MASKS, layer.n_filters, generator=generator) < torch.rand(MASKS, 1, generator=generator)
+        keep_MN[:, 0] |= ~keep_MN.any(1)
+        images = torch.randperm(layer.n_images, generator=generator)[:IMAGES]
+        for keep, outcome in zip(keep_MN, layer.outcomes(keep_MN, images), strict=True):
+            if (value := reward(outcome).value) > best_reward:
+                best, best_reward = keep, value
+        if update % 2 == 1 and best is not None:
+            curve.append(reward(layer.outcomes(best[None])[0]).value)
+    return [0.0, *curve]
+
+
+def plot(found: dict[str, Any], path: Path) -> None:
+    """Mean over seeds, one line an agent."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    for name, curves in found["curves"].items():
+        mean = [statistics.mean(values) for values in zip(*curves, strict=True)]
+        axes.plot(found["mask_images"], mean, label=name)
+    axes.set_xlabel("mask-images (masks x reward images)")
+    axes.set_ylabel("reward of the greedy decision")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main() -> None:
+    """Run and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--layer", default="layer3.0.conv1")
+    parser.add_argument("--updates", type=int, default=20)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--drop-bound", type=float, default=0.02)
+    options = parser.parse_args()
+    layer = make_task(options.data, options.checkpoint, options.layer)
+    curves: dict[str, list[list[float]]] = {}
+    for name, agent in {**AGENTS, "best of random masks": None}.items():
+        for seed in range(options.seeds):
+            if agent is None:
+                curve = best_of_random(layer, options.updates, seed, options.drop_bound)
+            else:
+                curve = learn(layer, agent, options.updates, seed, options.drop_bound)
+            curves.setdefault(name, []).append(curve)
+        ends = [curve[-1] for curve in curves[name]]
+        print(f"{name}: {statistics.mean(ends):.3f} +- {statistics.pstdev(ends):.3f}", flush=True)
+    steps = [2 * MASKS * IMAGES * i for i in range(options.updates // 2 + 1)]
+    found = {"layer": options.layer, "drop_bound": options.drop_bound, "mask_images": steps, "curves": curves}
+    (OUT / "learning_curves.json").write_text(json.dumps(found) + "\n")
+    plot(found, OUT / "learning_curves.svg")
+
+
+if __name__ == "__main__":
+    main()
