@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from ..envs.checkpoint import load_checkpoint, save_weights
 from ..envs.group_cost import pruned_cost
+from ..envs.modes import evaluating
 from ..envs.pruned_file import KeptChannels
 from ..envs.surgery import prune
 from ..envs.task import LayerTask, PruningTask, replace_model
+from ..envs.verification import difference
 from ..rewards.errors import UserError
 from ..rewards.outcome import Outcome, RewardFunction
 from .decide import Decider, Decision
@@ -24,6 +26,7 @@ from .seeds import derive_seed
 
 NETWORK = "network.safetensors"
 TOLERANCE = 0.005  # a few images may change sides: masked networks run with batch normalisation folded in
+IMAGES, LOGITS_TOLERANCE = 16, 1e-3  # float32 weights of any size; what is wrong is wrong by far more
 ORDERS = ("forward", "backward", "largest_first")
 
 
@@ -149,7 +152,7 @@ class Schedule:
         decision = self._decided(layer, working, seed)
         keep, decided_by, masked_accuracy = self._verified(layer, decision)
         model = layer.cut(keep)
-        accuracy, problem = _measured(layer.task, model, masked_accuracy)
+        accuracy, problem = _measured(layer, keep, model, masked_accuracy)
         if problem:
             keep, decided_by = torch.ones(layer.n_filters, dtype=torch.bool), f"skipped: {problem}"
             model, accuracy = layer.task.model, layer.task.accuracy
@@ -203,18 +206,22 @@ class Schedule:
         return self.drop_bound is None or layer.task.base.accuracy - accuracy <= self.drop_bound + 1e-9
 
 
-def _measured(task: PruningTask, model: nn.Module, masked_accuracy: float) -> tuple[float, str | None]:
+def _measured(layer: LayerTask, keep: Tensor, model: nn.Module, masked_accuracy: float) -> tuple[float, str | None]:
     """Accuracy of the cut network on the reward split, and what is wrong with it, if anything is.
 
-    Every group was verified before it was offered; a network that chooses its path by its data may still surprise. Then
-    the layer stays as it was and is named.
+    Every group was verified before it was offered; here the decision itself is, on real weights and images: masked and
+    cut give the same logits, and the same accuracy with everything folded in. A network that chooses its path by its
+    data may still surprise. Then the layer stays as it was and is named.
     """
+    task, images = layer.task, layer.task.reward_images[0][:IMAGES]
     try:
         accuracy = replace_model(task, model).accuracy
+        with evaluating(task.model):
+            apart = difference(task.model, {layer.group: keep}, images)
     except (RuntimeError, IndexError, ValueError, TypeError) as error:
         return 0.0, f"the cut network does not run ({(str(error).splitlines() or [''])[0]})"
-    differs = abs(accuracy - masked_accuracy) > TOLERANCE
-    return accuracy, "masked and cut network disagree" if differs else None
+    agree = abs(accuracy - masked_accuracy) <= TOLERANCE and apart <= LOGITS_TOLERANCE
+    return accuracy, None if agree else "masked and cut network disagree"
 
 
 def _judged(layer: LayerTask) -> dict[str, Any]:

@@ -191,6 +191,21 @@ def test_advice_where_macs_fell_and_time_did_not():
         speed_advice(0.5, 0.0)
 
 
+def test_macs_agree_with_a_peers_counter():
+    """torch-pruning counts biases and normalisation, too; without either, every layer must agree."""
+    tp = pytest.importorskip("torch_pruning")
+    layers = [
+        nn.Conv2d(3, 8, 3, stride=2, bias=False), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False),
+        nn.Conv2d(8, 12, (3, 1), groups=4, dilation=2, bias=False), nn.Conv2d(12, 6, 1, bias=False), nn.Flatten(),
+        nn.Linear(6 * 3 * 7, 5, bias=False),
+    ]  # fmt: skip
+    model, images = nn.Sequential(*layers).eval(), torch.randn(1, 3, 16, 16)
+    macs, params = tp.utils.count_ops_and_params(model, images)
+    relu = 8 * 7 * 7
+    cost = count_cost(model, images)
+    assert (cost.macs, cost.params) == (macs - relu, params) and cost.macs > 10_000
+
+
 @pytest.mark.parametrize("name", [*BY_HAND, *ZOO, "small_cnn", "cifar_resnet", "vgg16_bn"])
 def test_macs_agree_with_torchs_own_counter(name):
     """It counts two flops a multiply-accumulate, of convolutions and matrix products alike."""

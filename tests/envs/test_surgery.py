@@ -100,6 +100,43 @@ def test_the_input_network_is_untouched_and_the_result_stands_alone():
     assert pruned.conv3.weight.grad.shape == pruned.conv3.weight.shape
 
 
+def test_an_optimiser_keeps_its_own_tensors_and_the_cut_network_gets_new_ones():
+    model, images = small_cnn(), torch.randn(4, 1, 8, 8)
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(images).square().mean().backward()
+    optimiser.step()
+    group = find_groups(model, images).groups[1]
+    pruned = prune(model, {group: torch.arange(16) < 5})
+    before = copy.deepcopy(pruned.state_dict())
+    own = {id(parameter) for parameter in model.parameters()}
+    assert {id(each) for part in optimiser.param_groups for each in part["params"]} == own
+    assert all(optimiser.state[each]["momentum_buffer"].shape == each.shape for each in model.parameters())
+    optimiser.step()  # with the gradients of before: it moves the network it was made for, and no other
+    assert all(torch.equal(before[key], value) for key, value in pruned.state_dict().items())
+    assert all(parameter.grad is None or parameter.grad.shape == parameter.shape for parameter in pruned.parameters())
+    fresh = torch.optim.SGD(pruned.parameters(), lr=0.1, momentum=0.9)
+    pruned(images).square().mean().backward()
+    fresh.step()
+    assert all(fresh.state[each]["momentum_buffer"].shape == each.shape for each in pruned.parameters())
+
+
+def test_hooks_see_the_network_they_run_in():
+    """Hooks of modules go along and see the smaller tensors; those of parameters stay with the removed ones."""
+    model, images, seen, gradients = small_cnn(), torch.randn(2, 1, 8, 8), [], []
+    handle = model.conv2.register_forward_hook(lambda module, _, out: seen.append((module, out.shape[1])))
+    model.conv2.weight.register_hook(lambda gradient: gradients.append(tuple(gradient.shape)))
+    group = find_groups(model, images).groups[1]
+    pruned = prune(model, {group: torch.arange(16) < 5})
+    seen.clear()
+    pruned(images).sum().backward()
+    assert seen == [(pruned.conv2, 5)] and gradients == []
+    model(images).sum().backward()
+    assert seen[1:] == [(model.conv2, 16)] and gradients == [(16, 16, 3, 3)]
+    handle.remove()
+    model(images)
+    assert len(seen) == 2
+
+
 def test_pruning_again_after_planning_again():
     model, images, _generator = _prepared("cifar_resnet", torch.float64)
     for _ in range(2):
