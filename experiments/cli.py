@@ -22,6 +22,8 @@ COMMANDS = {
     "train-agent": "train the agent of one layer (-m layer=a,b,c trains several)",
     "apply": "let trained agents decide on a new checkpoint, without training them",
     "compare": "compare the agent with every other method at equal MACs",
+    "iterate": "drop a few filters, train a little, repeat: the interleaved method of the criteria",
+    "oracle": "remove each filter alone, and say how well criteria and agents foresee the loss",
     "report": "rebuild the report.html of runs, and compare several",
 }
 MODULES = {"inspect": "inspection"}  # where a command's module is not called like the command

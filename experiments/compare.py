@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import nn
 
 from ..envs.cost import count_cost
@@ -28,8 +28,8 @@ from .facts import keep_facts
 from .network_search import NetworkSearchSettings
 from .prepare import Inputs, prepare
 from .run_folder import METRICS, RunFolder
-from .schema import PruningConfig, structured
 from .tracking import Tracker
+from .widened import as_prune
 
 
 def door() -> None:
@@ -57,9 +57,9 @@ def check(config: DictConfig) -> Inputs:
         settings(node, TrainSettings)
     targets = [Target(removed, config.targets.of) for removed in config.targets.removed]
     check_plan(config)
-    settings(config.search, NetworkSearchSettings)
+    settings(config.network_search, NetworkSearchSettings)
     repair = settings(config.repair, ReconstructionSettings)
-    inputs = prepare(as_pruning(config))
+    inputs = prepare(as_prune(config))
     dense = inputs.construct().eval().to(inputs.device) if inputs.dense is None else inputs.dense
     example = inputs.splits.fit.batch(torch.arange(1))[0].to(inputs.device)
     for target in targets:
@@ -69,14 +69,6 @@ def check(config: DictConfig) -> Inputs:
     return inputs
 
 
-def as_pruning(config: DictConfig) -> DictConfig:
-    """The configuration as the commands that prune know it, with their defaults for what no comparison has."""
-    shared = [key for key in structured(PruningConfig) if key in config]
-    merged = OmegaConf.merge(structured(PruningConfig), {key: config[key] for key in shared})
-    assert isinstance(merged, DictConfig)
-    return merged
-
-
 def compare(inputs: Inputs, config: DictConfig, folder: RunFolder, terminal: Terminal) -> dict[str, Any]:
     """Base, choices, measurements, tables; everything that is finished is found again by a resumed run."""
     dense = inputs.dense
@@ -84,7 +76,7 @@ def compare(inputs: Inputs, config: DictConfig, folder: RunFolder, terminal: Ter
         tracker = Tracker(folder / "tensorboard")
         dense = base_network(config, inputs.construct, inputs.splits, folder, terminal, tracker).to(inputs.device)
         tracker.close()
-    task = inputs.task(dense, as_pruning(config))
+    task = inputs.task(dense, as_prune(config))
     keep_facts(task, config, folder)
     if (why := unavailable()) and set(chosen_methods(config)) & set(PEERS):
         terminal.warn(why)

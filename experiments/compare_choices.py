@@ -64,7 +64,7 @@ class Choices:
 
     def __init__(self, task: PruningTask, config: DictConfig, folder: RunFolder) -> None:
         self.task, self.config, self.folder = task, config, folder
-        self.search = settings(config.search, NetworkSearchSettings)
+        self.search = settings(config.network_search, NetworkSearchSettings)
         self.repair = settings(config.repair, ReconstructionSettings)
         self.report: Callable[[float, str], None] = lambda done, detail: None
         self._exact: dict[tuple[int, bool], JointTask] = {}

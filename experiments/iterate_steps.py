@@ -1,0 +1,189 @@
+"""The interleaved method, step by step: drop the least important filters of the network, train a little, repeat.
+
+Molchanov et al., "Pruning Convolutional Neural Networks for Resource Efficient Inference" (ICLR 2017), section 2.
+
+Shapes: N filters of a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..agent.criteria import CRITERIA, normalised, scores
+from ..envs.augment import Augment
+from ..envs.cost import Cost, count_cost
+from ..envs.group_cost import pruned_cost
+from ..envs.groups import FilterGroup
+from ..envs.images import LabelledImages
+from ..envs.observation import STATISTIC_NAMES, observe
+from ..envs.running_scores import RUNNING, RunningScores, collecting
+from ..envs.target import SLACK
+from ..envs.training import TrainProgress, TrainSettings, fit_network
+from ..rewards.errors import UserError
+from .seeds import derive_seed
+
+RESOURCES = ("macs", "params")
+FEW = 8  # images behind the statistics of a criterion that reads weights: they do not matter
+
+
+@dataclass(frozen=True)
+class IterateSettings:
+    """How filters go.
+
+    Args:
+        criterion: one of `keepdrop.agent.criteria.CRITERIA`.
+        step: filters removed before the next training.
+        minibatches: of training between two removals; the scores are averages over them.
+        macs_weight: subtracted from a filter's score, times the share of the network's MACs that it costs (the paper's
+            lambda, with the cost as a fraction); 0 leaves costs out.
+        train: how these minibatches are trained; `epochs` is not used.
+    """
+
+    criterion: str
+    step: int
+    minibatches: int
+    macs_weight: float
+    train: TrainSettings
+
+    def __post_init__(self) -> None:
+        if self.criterion not in CRITERIA:
+            raise UserError(f"criterion is {self.criterion!r}; expected one of {', '.join(CRITERIA)}.")
+        if self.step < 1 or self.minibatches < 1:
+            raise UserError(
+                f"step is {self.step} and minibatches {self.minibatches}; expected 1 or more of both: filters that go "
+                "at a time, and minibatches of training in between."
+            )
+        if not 0 <= self.macs_weight < float("inf"):
+            raise UserError(f"macs_weight is {self.macs_weight}; expected 0 or more.")
+
+
+@dataclass(frozen=True)
+class Goal:
+    """When to stop.
+
+    Args:
+        removed: fraction of the dense network's resource that is to go; None goes on as long as the bound holds.
+        resource: "macs" or "params".
+        drop_bound: accuracy that may be lost on the reward split, after training; None is no bound.
+    """
+
+    removed: float | None
+    resource: str
+    drop_bound: float | None
+
+    def __post_init__(self) -> None:
+        if self.resource not in RESOURCES:
+            raise UserError(f"target.resource is {self.resource!r}; expected one of {', '.join(RESOURCES)}.")
+        if self.removed is not None and not 0 < self.removed < 1:
+            raise UserError(f"target.removed is {self.removed:g}; expected a fraction between 0 and 1, or null.")
+
+    def is_met(self, base: Cost, macs: int, params: int) -> bool:
+        """Whether enough is gone; never with `removed=None`."""
+        if self.removed is None:
+            return False
+        before, now = (base.macs, macs) if self.resource == "macs" else (base.params, params)
+        return now <= before * (1 - self.removed) + SLACK * before
+
+
+def train_and_score(
+    model: nn.Module,
+    groups: Sequence[FilterGroup],
+    data: LabelledImages,
+    settings: IterateSettings,
+    seed: int,
+    *,
+    augment: Augment | None = None,
+    teacher: nn.Module | None = None,
+    progress: Callable[[TrainProgress], None] | None = None,
+) -> dict[str, Tensor]:
+    """Train `model` in place on `minibatches` minibatches; scores (N,) by group, as seen meanwhile."""
+    batch = settings.train.batch_size
+    steps_per_epoch = max(1, -(-len(data) // batch) - (len(data) % batch == 1))
+    schedule = replace(settings.train, epochs=settings.minibatches / steps_per_epoch)
+    with collecting(model, groups) as seen:
+        fit_network(model, data, schedule, seed=seed, augment=augment, teacher=teacher, progress=progress)
+    if settings.criterion in RUNNING:
+        return {group.name: _running(seen, group, settings.criterion) for group in groups}
+    images, labels = data.batch(torch.arange(min(FEW, len(data))))
+    device = next(model.parameters()).device
+    return {
+        group.name: _resting(model.eval(), group, images.to(device), labels.to(device), settings.criterion, seed)
+        for group in groups
+    }
+
+
+def _running(seen: RunningScores, group: FilterGroup, criterion: str) -> Tensor:
+    column = seen.column(group.name, criterion)
+    observation = {"weights": torch.zeros(group.n_filters, 1), "statistics": column[:, None]}
+    return scores(observation, (criterion,), criterion)
+
+
+def _resting(model: nn.Module, group: FilterGroup, images: Tensor, labels: Tensor, criterion: str, seed: int) -> Tensor:
+    found = {name: torch.from_numpy(each) for name, each in observe(model, group, images, labels).as_dict().items()}
+    generator = torch.Generator().manual_seed(derive_seed(seed, criterion, group.name))
+    return scores(found, STATISTIC_NAMES, criterion, generator)
+
+
+def ranking(
+    model: nn.Module, cost: Cost, groups: Sequence[FilterGroup], found: Mapping[str, Tensor], settings: IterateSettings
+) -> list[tuple[int, int]]:
+    """All filters as (position of the group, number), the least important first; of equal ones the first.
+
+    Scores are l2-normalised in each layer, then `macs_weight` times the filter's share of the MACs is subtracted.
+    """
+    flat = []
+    for position, group in enumerate(groups):
+        values = normalised(found[group.name].double(), settings.criterion)
+        if settings.macs_weight:
+            fewer, _ = pruned_cost(model, cost, {group: group.n_filters - 1})
+            values = values - settings.macs_weight * (cost.macs - fewer) / cost.macs
+        flat += [(float(value), position, number) for number, value in enumerate(values)]
+    return [(position, number) for _, position, number in sorted(flat)]
+
+
+def removal(
+    model: nn.Module,
+    groups: Sequence[FilterGroup],
+    found: Mapping[str, Tensor],
+    settings: IterateSettings,
+    goal: Goal,
+    base: Cost,
+    example: Tensor,
+) -> dict[FilterGroup, Tensor]:
+    """Masks (N,) of the next step: the `step` least important filters go, fewer where the goal is met before.
+
+    The last filter of a group stays. Empty when nothing can go.
+    """
+    cost = count_cost(model, example)
+    masks: dict[FilterGroup, Tensor] = {}
+    counts = {group: group.n_filters for group in groups}
+    gone = 0
+    for position, number in ranking(model, cost, groups, found, settings):
+        group = groups[position]
+        if gone == settings.step or goal.is_met(base, *pruned_cost(model, cost, counts)):
+            break
+        if counts[group] > 1:
+            masks.setdefault(group, torch.ones(group.n_filters, dtype=torch.bool))[number] = False
+            counts[group] -= 1
+            gone += 1
+    return masks
+
+
+def as_lists(masks: Mapping[FilterGroup, Tensor]) -> dict[str, list[int]]:
+    """What goes, by group: the JSON form of masks."""
+    return {group.name: (~keep).nonzero().flatten().tolist() for group, keep in masks.items()}
+
+
+def from_lists(groups: Sequence[FilterGroup], gone: Mapping[str, Any]) -> dict[FilterGroup, Tensor]:
+    """The inverse of `as_lists`."""
+    masks = {}
+    for group in groups:
+        if group.name in gone:
+            masks[group] = torch.ones(group.n_filters, dtype=torch.bool)
+            masks[group][gone[group.name]] = False
+    return masks

@@ -1,0 +1,153 @@
+"""`keepdrop oracle`: each filter removed alone, and how well criteria and trained agents foresee what that costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from ..agent.criteria import CRITERIA, normalised, scores
+from ..agent.saved_agent import SavedAgent
+from ..envs.observation import STATISTIC_NAMES
+from ..envs.oracle import filter_oracle
+from ..envs.task import PruningTask
+from ..envs.training import TrainSettings
+from ..rewards.errors import UserError
+from .agents import check_fit, load_agents
+from .base import base_network
+from .console import Terminal
+from .decide import observation_tensors
+from .doors import hydra_door, interruptible, open_run, settings
+from .facts import keep_facts
+from .mistakes import nearest
+from .oracle_report import correlation_rows, show, write_all
+from .prepare import Inputs, prepare
+from .run_folder import METRICS, RunFolder
+from .seeds import derive_seed
+from .tracking import Tracker
+from .widened import as_prune
+
+AGENT = "agent"
+
+
+def door() -> None:
+    """Entry point of the command."""
+    hydra_door("oracle", run)
+
+
+def run(config: DictConfig) -> dict[str, Any]:
+    """Measure, or go on measuring; returns what `metrics.json` holds."""
+    inputs = None if config.resume else check(config)
+    folder, config = open_run(config)
+    terminal = Terminal(config.quiet)
+    metrics = folder.read_json(METRICS)
+    if metrics is None:
+        with interruptible(folder):
+            metrics = oracle(inputs or check(config), config, folder, terminal)
+    show(metrics, terminal)
+    terminal.console.print(f"Run folder: {folder.path}", markup=False)
+    return metrics
+
+
+def check(config: DictConfig) -> Inputs:
+    """Find every mistake of the user's before anything is written."""
+    settings(config.base, TrainSettings)
+    for pattern in config.criteria:
+        if not any(fnmatchcase(name, pattern) for name in CRITERIA):
+            hint = nearest(pattern, CRITERIA) or f"expected names or globs of {', '.join(CRITERIA)}."
+            raise UserError(f"criteria has {pattern!r}, which names none; {hint}")
+    if config.random_seeds < 1:
+        raise UserError(f"random_seeds is {config.random_seeds}; expected 1 or more.")
+    if not config.criteria and config.agents is None:
+        raise UserError("There is nothing to compare the oracle with; give criteria or agents.")
+    known = load_agents(config.agents) if config.agents is not None else {}
+    inputs = prepare(as_prune(config))
+    if known and not set(known) & {group.name for group in inputs.groups}:
+        raise UserError(
+            f"The agents in {config.agents!r} were trained for {', '.join(known)}, but the layers are "
+            f"{', '.join(group.name for group in inputs.groups)}; choose a matching run or leave agents out."
+        )
+    if known and inputs.dense is not None:
+        task = inputs.task(inputs.dense, as_prune(config))
+        for name in set(known) & {group.name for group in inputs.groups}:
+            check_fit(known[name], task.layer(name))
+    return inputs
+
+
+def oracle(inputs: Inputs, config: DictConfig, folder: RunFolder, terminal: Terminal) -> dict[str, Any]:
+    """Base, every layer's oracle and scores, correlations; finished layers are found again by a resumed run."""
+    dense = inputs.dense
+    if dense is None:
+        tracker = Tracker(folder / "tensorboard")
+        dense = base_network(config, inputs.construct, inputs.splits, folder, terminal, tracker).to(inputs.device)
+        tracker.close()
+    task = inputs.task(dense, as_prune(config))
+    keep_facts(task, config, folder)
+    agents = load_agents(config.agents) if config.agents is not None else {}
+    total = sum(group.n_filters for group in task.groups)
+    layers, done = {}, 0
+    with terminal.progress("filters", total) as bar:
+        for group in task.groups:
+            layers[group.name] = layer_facts(task, group.name, agents, config, folder, bar, done)
+            done += group.n_filters
+            if not terminal.console.is_terminal:
+                terminal.say(f"{group.name}: {group.n_filters} filters removed, one at a time")
+    metrics = {
+        "base_accuracy": task.base.accuracy,
+        "n_images": len(task.splits.reward),
+        "layers": layers,
+        "correlations": correlation_rows(layers),
+    }
+    write_all(metrics, folder)
+    return metrics
+
+
+def layer_facts(
+    task: PruningTask,
+    name: str,
+    agents: Mapping[str, SavedAgent],
+    config: DictConfig,
+    folder: RunFolder,
+    bar: Terminal,
+    done: int,
+) -> dict[str, Any]:
+    """One layer's oracle and every method's scores, filter by filter; kept in `layers/NAME.json`."""
+    file = f"layers/{name}.json"
+    known = folder.read_json(file)
+    if known is not None:
+        return dict(known)
+    layer = task.layer(name)
+
+    def show_progress(images: int, of: int) -> None:
+        bar.advance(done + layer.n_filters * images / of, name)
+
+    images, labels = task.reward_images
+    found = filter_oracle(task.model, layer.group, images, labels, method=task.settings.method, progress=show_progress)
+    seen = observation_tensors(layer)
+    facts = {
+        "loss_change": found.loss_change.tolist(),
+        "accuracy_change": found.accuracy_change.tolist(),
+        "scores": {each: value.tolist() for each, value in layer_scores(name, seen, config).items()},
+    }
+    if name in agents:
+        check_fit(agents[name], layer)
+        with torch.no_grad():
+            facts["scores"][AGENT] = agents[name].policy(seen).keep_probability().double().tolist()
+    folder.write_json(file, facts)
+    return facts
+
+
+def layer_scores(layer: str, seen: Mapping[str, Tensor], config: DictConfig) -> dict[str, Tensor]:
+    """Scores (N,) of every chosen criterion, l2-normalised in the layer; random once a seed, as random-0 and so on."""
+    found = {}
+    for name in (each for each in CRITERIA if any(fnmatchcase(each, pattern) for pattern in config.criteria)):
+        for number in range(config.random_seeds if name == "random" else 1):
+            seed = derive_seed(config.seed, "oracle", layer, str(number))
+            generator = torch.Generator().manual_seed(seed)
+            key = f"random-{number}" if name == "random" else name
+            found[key] = normalised(scores(seen, STATISTIC_NAMES, name, generator), name)
+    return found
