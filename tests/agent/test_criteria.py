@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from keepdrop.agent.criteria import CRITERIA, CriterionAgent, scores
+from keepdrop.agent.criteria import CRITERIA, CriterionAgent, normalised, scores
 
 NAMES = ("apoz", "taylor", "bn_scale", "mean_activation")
 OBSERVATION = {
@@ -61,6 +61,17 @@ def test_near_equal_filters_keep_their_small_distances() -> None:
 def test_dead_layer_taylor_is_zero_not_nan() -> None:
     observation = {"weights": torch.zeros(2, 2), "statistics": torch.zeros(2, 4)}
     assert scores(observation, NAMES, "taylor").tolist() == [0.0, 0.0]
+
+
+def test_normalised_by_hand() -> None:
+    assert normalised(torch.tensor([3.0, 0.0, 4.0]), "l1").tolist() == pytest.approx([0.6, 0.0, 0.8])
+    # minus APoZ -0.4, -1.0, -0.2 becomes the share of positive values 0.6, 0.0, 0.8, whose norm is 1
+    assert normalised(torch.tensor([-0.4, -1.0, -0.2]), "apoz").tolist() == pytest.approx([0.6, 0.0, 0.8])
+    assert normalised(torch.zeros(2), "l2").tolist() == [0.0, 0.0]
+    for criterion in CRITERIA:
+        found = scores(OBSERVATION, NAMES, criterion, torch.Generator().manual_seed(0))
+        order = normalised(found, criterion).argsort()
+        assert torch.equal(order, found.argsort()), criterion
 
 
 def test_keep_takes_the_highest() -> None:
