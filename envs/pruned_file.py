@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,11 +28,12 @@ from . import networks
 from .checkpoint import write_atomic
 from .groups import FilterGroup
 from .leaves import is_depthwise
+from .probe import check_probe, probe_of
 from .slicing import Rows, width
 from .surgery import cut_channels, find_module, kept_rows
 
 FORMAT_VERSION = 1
-SIGNED = ("format_version", "constructor", "kept", "widths", "tensors", "weights_sha256")
+SIGNED = ("format_version", "constructor", "kept", "widths", "tensors", "weights_sha256", "probe")
 LARGEST = 10**6  # no width or number of classes of keepdrop's own networks comes near
 WEIGHTS, ARCHITECTURE = "model.safetensors", "architecture.json"
 BUILT_IN = {
@@ -78,6 +79,7 @@ def save_pruned(
     kept: KeptChannels,
     constructor: Mapping[str, Any] | None = None,
     facts: Mapping[str, Any] | None = None,
+    input_shape: Sequence[int] | None = None,
 ) -> None:
     """Write a pruned network into `folder` (made if missing).
 
@@ -88,6 +90,8 @@ def save_pruned(
         kept: its channels in terms of the dense network.
         constructor: {"_target_": dotted name, argument: value, ...} of the dense network (Hydra's form).
         facts: anything else worth keeping (JSON).
+        input_shape: (1, C, H, W) of an image; with it the file holds the network's answer to a fixed input, which
+            loading compares: a constructor that differs in no shape is noticed.
 
     Raises UserError if `constructor` or `facts` is no JSON.
     """
@@ -102,6 +106,7 @@ def save_pruned(
         "widths": {name: dict(axes) for name, axes in kept.widths.items()},
         "tensors": {name: _described(value) for name, value in tensors.items()},
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
+        "probe": None if input_shape is None else probe_of(model, input_shape),
     }
     try:
         whole = {**core, "checksum": _checksum(core), "versions": _versions(), "facts": dict(facts or {})}
@@ -137,7 +142,8 @@ def load_pruned(folder: str | Path, constructor: Callable[[], nn.Module] | None 
     _check_widths(dense, core["kept"], core["widths"])
     model = cut_channels(dense, core["kept"])
     _fill(model, tensors, core["tensors"])
-    return model.eval()
+    check_probe(model.eval(), core["probe"])
+    return model
 
 
 def read_architecture(folder: str | Path) -> dict[str, Any]:

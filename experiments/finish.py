@@ -161,8 +161,9 @@ def save_result(
     Returns what `metrics.json` says of the exports: files with their measured difference, and failures by kind.
     """
     with folder.stage("pruned") as working:
-        save_pruned(networks.finetuned, working, kept=kept, constructor=plain(config.network), facts=facts)
         images = splits.reward.batch(torch.arange(min(5, len(splits.reward))))[0]
+        shape, constructor = (1, *images.shape[1:]), plain(config.network)
+        save_pruned(networks.finetuned, working, kept=kept, constructor=constructor, facts=facts, input_shape=shape)
         # A network that cannot be exported is found last; hours of work are not thrown away for it.
         exported, failed = export_all(networks.finetuned, images, working, plain(config.get("export")) or [])
     return {"exports": [{**each, "file": f"pruned/{each['file']}"} for each in exported], "exports_failed": failed}

@@ -127,6 +127,37 @@ def test_another_constructor_names_the_first_mismatch(saved, constructor, messag
         load_pruned(saved[0], constructor)
 
 
+class Small(nn.Module):
+    """Two convolutions; the same shapes whatever the options."""
+
+    def __init__(self, stride=1, act=torch.relu):
+        super().__init__()
+        self.a, self.b, self.act = nn.Conv2d(3, 8, 3, stride=stride), nn.Conv2d(8, 5, 3), act
+
+    def forward(self, images):
+        return self.act(self.b(self.act(self.a(images)))).mean((2, 3))
+
+
+def test_a_constructor_that_differs_in_no_shape_is_noticed(tmp_path):
+    model, images = Small().double(), torch.randn(1, 3, 9, 9, dtype=torch.float64)
+    (group,) = find_groups(model, images).groups
+    keep = torch.arange(8) % 3 > 0
+    kept, pruned = KeptChannels().after(model, {group: keep}), prune(model, {group: keep})
+    save_pruned(pruned, tmp_path, kept=kept, input_shape=images.shape)
+    assert torch.equal(load_pruned(tmp_path, Small)(images), pruned(images))
+    for other in (lambda: Small(stride=2), lambda: Small(act=torch.tanh)):
+        with pytest.raises(UserError, match="has the shapes of the file and answers otherwise"):
+            load_pruned(tmp_path, other)
+    with pytest.raises(UserError, match=r"does not run on the file's probe \[1, 3, 9, 9\]"):
+        load_pruned(tmp_path, lambda: Small(act=None))
+    save_pruned(pruned, tmp_path, kept=kept)
+    load_pruned(tmp_path, lambda: Small(stride=2))
+    with torch.no_grad():
+        pruned.b.bias += torch.nan
+    save_pruned(pruned, tmp_path, kept=kept, input_shape=images.shape)
+    assert json.loads((tmp_path / "architecture.json").read_text())["probe"] is None
+
+
 def test_a_file_does_not_choose_what_code_runs(saved, tmp_path):
     _, model, kept, _, _ = saved
     save_pruned(model, tmp_path / "evil", kept=kept, constructor={"_target_": "os.system", "command": "true"})

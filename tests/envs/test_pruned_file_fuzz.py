@@ -36,9 +36,10 @@ def saved(tmp_path_factory):
     dense = cifar_resnet(8, widths=(4, 6, 8)).eval()
     groups = find_groups(dense, IMAGES, verify=False).groups
     choices = {group: torch.arange(group.n_filters) % 3 != 1 for group in groups}
-    model, constructor = prune(dense, choices), {"_target_": "keepdrop.envs.networks.cifar_resnet", "depth": 8}
-    kept = KeptChannels().after(dense, choices)
-    save_pruned(model, folder, kept=kept, constructor={**constructor, "widths": [4, 6, 8]}, facts={"note": "x"})
+    model, kept = prune(dense, choices), KeptChannels().after(dense, choices)
+    constructor = {"_target_": "keepdrop.envs.networks.cifar_resnet", "depth": 8, "widths": [4, 6, 8]}
+    facts, shape = {"note": "x"}, (1, 3, 8, 8)
+    save_pruned(model, folder, kept=kept, constructor=constructor, facts=facts, input_shape=shape)
     with torch.no_grad():
         return folder, {name: (folder / name).read_bytes() for name in (ARCHITECTURE, WEIGHTS)}, model(IMAGES)
 
