@@ -184,8 +184,8 @@ prunable: masked and cut, the network gives the same answer (relative difference
 float32 where it makes constants of its own). In {whole} networks every convolution's filters are in a group. What is
 skipped is named with its reason and one of its layers, partners counted in; `keepdrop inspect` names all.
 
-{platform.machine()}, one thread, torch {torch.__version__.partition("+")[0]}, {versions()}. Seconds are those of
-finding and checking all groups.
+{platform.machine()}, one thread, torch {torch.__version__.partition("+")[0]}, {versions()}. Seconds are wall-clock time
+of finding and checking all groups, for some rows beside heavy other work: upper bounds.
 """
     parts = [head]
     for library in ("torchvision", "timm"):
