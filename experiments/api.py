@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 from ..agent.policy import SetPolicy
-from ..agent.saved_agent import save_agent
 from ..agent.trainer import AgentSettings
 from ..envs.augment import Augment
 from ..envs.cost import count_cost
@@ -26,7 +25,8 @@ from ..envs.evaluate import count_correct
 from ..envs.latency import Latency, measure_latency
 from ..envs.pruned_file import KeptChannels, save_pruned
 from ..envs.splits import Source, Splits
-from ..envs.task import JudgeSettings, LayerTask, PruningTask
+from ..envs.target import Target
+from ..envs.task import JudgeSettings, PruningTask
 from ..envs.train_settings import TrainSettings
 from ..envs.training import fit_network
 from ..rewards.errors import UserError
@@ -35,12 +35,12 @@ from ..rewards.try_and_learn import TryAndLearn, check_drop_bound
 from .api_data import labelled_data, three_splits
 from .api_folder import open_folder
 from .api_progress import Callback, Reporter
+from .api_search import LayerAgents, prune_to_target
 from .api_training import OwnLoop, OwnRecovery, retrained
-from .checks import PolicyFactory, call_policy_factory, resolve_device, try_network
-from .decide import Decision
+from .checks import PolicyFactory, resolve_device, try_network
+from .network_search import NetworkSearchSettings
 from .recover import Recover, RecoverySettings
 from .schedule import LayerRecord, Recovery, Schedule
-from .search import agent_facts, train_on_layer
 from .seeds import derive_seed
 
 FINETUNE = TrainSettings(epochs=5, lr=0.02, distill_weight=0.5)
@@ -65,6 +65,7 @@ class Settings:
         policy: makes a layer's policy from whichever of n_filters, n_weights, n_statistics, statistic_names and seed
             it asks for.
         bn_images: fit images on which batch normalisation is measured anew after a cut; 0 leaves it.
+        network: how the agent of all layers is trained, with `macs_removed`.
     """
 
     reward_from: Source = "test"
@@ -78,6 +79,7 @@ class Settings:
     reward: RewardFunction | None = None
     policy: PolicyFactory = POLICY
     bn_images: int = 0
+    network: NetworkSearchSettings = field(default_factory=NetworkSearchSettings)
 
     def __post_init__(self) -> None:
         if self.masks < 2:
@@ -143,6 +145,7 @@ def prune(
     train: Any,
     test: Any,
     *,
+    macs_removed: float | None = None,
     drop_bound: float = 0.02,
     layers: Sequence[str] | None = None,
     recover: TrainSettings | OwnLoop | None = None,
@@ -160,7 +163,10 @@ def prune(
         model: trained, maps images (B, C, H, W) to logits (B, classes); never changed.
         train, test: each a map-style dataset of (floating image tensor, integer label) or a pair of tensors
             (images, labels), normalised as the network takes them.
-        drop_bound: accuracy that may be lost before fine-tuning, a fraction (0.02: two points).
+        macs_removed: a target, the fraction of the network's MACs to remove (0.4: 40 %): one agent chooses all layers
+            at once. None: an agent a layer removes what `drop_bound` allows.
+        drop_bound: accuracy that may be lost before fine-tuning, a fraction (0.02: two points). With a target it stops
+            nothing: `bound_held` says whether it held.
         layers: names or globs of the layers to prune; None: all that can be.
         recover: training after each cut, kept only where it helps: settings, or a function that trains a network in
             place with a loop of your own; None: none.
@@ -185,38 +191,29 @@ def prune(
         dense, splits, settings=settings.judge, layers=layers, seed=derive_seed(seed, "task"), device=where
     )
     reporter = Reporter(progress)
-    reward = settings.reward or TryAndLearn(drop_bound)
+    target = None if macs_removed is None else Target(macs_removed, "network")
     recovery = _recovery(recover, settings, dense, augment, reporter)
-    schedule = Schedule(_Agents(settings, reward, reporter), reward, drop_bound, recovery, settings.order, seed)
+    schedule = _schedule(settings, drop_bound, recovery, reporter, seed)
     with ExitStack() as stack:
         path = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
         asked = {"drop_bound": drop_bound, "layers": layers, "recover": recover, "seed": seed, "settings": settings}
-        pruned, kept, records = schedule.run(task, open_folder(path, task, asked), reporter)
+        place = open_folder(path, task, asked | {"macs_removed": macs_removed})
+        if target is None:
+            pruned, kept, records = schedule.run(task, place, reporter)
+        else:
+            state = place / "search.pt"
+            found = prune_to_target(task, target, drop_bound, settings.network, recovery, reporter, seed, state)
+            pruned, kept, records = found
     tuned = _finetuned(pruned.model, finetune, dense, splits, augment, reporter, derive_seed(seed, "finetune"))
     return _result(dense, pruned.model, tuned, splits, kept, records)
 
 
-class _Agents:
-    """Trains a fresh agent on each layer; saves it in the layer's folder."""
-
-    def __init__(self, settings: Settings, reward: RewardFunction, reporter: Reporter) -> None:
-        self.settings, self.reward, self.reporter = settings, reward, reporter
-
-    def __call__(self, layer: LayerTask, working: Path, seed: int) -> Decision:
-        chosen, (n_filters, n_weights) = self.settings, layer.observation.weights.shape
-        policy = call_policy_factory(chosen.policy, n_filters, n_weights, derive_seed(seed, "policy"))
-        result, decision = train_on_layer(
-            layer,
-            policy,
-            self.reward,
-            chosen.agent,
-            masks=chosen.masks,
-            images=chosen.images,
-            seed=seed,
-            report=self.reporter.update,
-        )
-        save_agent(working / "agent", policy, agent_facts(layer, seed, result))
-        return decision
+def _schedule(
+    settings: Settings, drop_bound: float, recovery: Recovery | None, reporter: Reporter, seed: int
+) -> Schedule:
+    reward = settings.reward or TryAndLearn(drop_bound)
+    agents = LayerAgents(settings.policy, reward, settings.agent, settings.masks, settings.images, reporter)
+    return Schedule(agents, reward, drop_bound, recovery, settings.order, seed)
 
 
 def _recovery(

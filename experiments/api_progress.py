@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from ..agent.parameter_search import NetworkTrainer
 from ..agent.trainer import Trainer
 from ..envs.task import LayerTask
 from ..envs.training import TrainProgress
@@ -53,6 +54,12 @@ class Reporter:
         shown = {"reward": metrics["reward_mean"]}
         shown |= {name: metrics[f"info/{name}"] for name in ("kept_fraction", "accuracy_drop")}
         self.tell("search", self.layer, len(trainer.history), trainer.settings.updates, shown)
+
+    def network(self, trainer: NetworkTrainer, metrics: Mapping[str, float]) -> None:
+        """One update of the agent of all layers."""
+        shown = {"reward": metrics["reward_mean"]}
+        shown |= {name: metrics[f"info/{name}"] for name in ("macs_fraction", "accuracy_drop")}
+        self.tell("search", "network", len(trainer.history), trainer.settings.updates, shown)
 
     def epoch(self, stage: str, epochs: float, progress: TrainProgress) -> None:
         """One epoch of training."""

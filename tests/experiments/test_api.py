@@ -6,9 +6,11 @@ import keepdrop as public
 import pytest
 import torch
 from keepdrop import AgentSettings, JudgeSettings, Settings, TrainSettings, UserError, prune
+from keepdrop.agent.parameter_search import NetworkAgentSettings
 from keepdrop.envs.checkpoint import hash_state, load_checkpoint
 from keepdrop.envs.data import digits
 from keepdrop.envs.networks import small_cnn
+from keepdrop.experiments.network_search import NetworkSearchSettings
 from torch.utils.data import DataLoader, TensorDataset
 
 QUICK = Settings(
@@ -116,6 +118,19 @@ def test_an_interrupted_run_goes_on(model, data, result, tmp_path):
             prune(model, data.train, data.test, **CALL | change, folder=tmp_path / "run")
 
 
+def test_a_macs_target_is_met_by_one_agent_for_all_layers(model, data, tmp_path):
+    network = NetworkSearchSettings(masks=4, images=60, agent=NetworkAgentSettings(updates=2))
+    call = CALL | {"layers": None, "settings": Settings(reward_size=200, network=network), "macs_removed": 0.4}
+    told = []
+    result = prune(model, data.train, data.test, **call, folder=tmp_path / "run", progress=told.append)
+    assert 0.55 < result.macs / result.base_macs <= 0.6
+    assert [each.stage for each in told][:2] == ["search"] * 2 and len(result.layers) == 5
+    again = prune(model, data.train, data.test, **call)
+    assert hash_state(again.model) == hash_state(result.model)
+    result.save(tmp_path / "small")
+    assert torch.equal(public.load_pruned(tmp_path / "small", small_cnn)(result.example), result.model(result.example))
+
+
 def test_a_folder_of_something_else_is_refused(model, data, tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(UserError, match="exists and is not empty"):
@@ -155,6 +170,7 @@ def test_a_loop_of_ones_own_trains_and_repeats_itself(model, data):
         ({"model": small_cnn(in_channels=3)}, "The network fails on images of shape"),
         ({"drop_bound": 2}, "drop_bound"),
         ({"layers": ["conv9"]}, "conv9"),
+        ({"macs_removed": 40}, "did you mean 0.4"),
         ({"device": "gpu"}, "device is 'gpu'"),
         ({"settings": Settings(order="sideways")}, "order is 'sideways'"),
     ],
