@@ -68,10 +68,11 @@ class Terminal:
         if self._progress is not None and self._tasks:
             self._progress.update(self._tasks[-1], completed=done, detail=detail)
 
-    def advance_by(self, step: float, detail: str = "") -> None:
-        """Move the innermost bar by `step`."""
+    def advance_by(self, step: float, detail: str | None = None) -> None:
+        """Move the innermost bar by `step`; without a new word the old one stays."""
         if self._progress is not None and self._tasks:
-            self._progress.update(self._tasks[-1], advance=step, detail=detail)
+            fields = {} if detail is None else {"detail": detail}
+            self._progress.update(self._tasks[-1], advance=step, **fields)
 
     def layers(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """The table of layers: filters before and after."""

@@ -25,7 +25,8 @@ class RunFolder:
     """One run's folder.
 
     Layout: `config.yaml` (resolved), `facts.json` (command, versions, seed, splits), `base/`, `layers/NN-name/` (agent,
-    decision, network), `finetune/`, `pruned/`, `tensorboard/`, `metrics.json`, `report.md`.
+    decision, network), `finetune/`, `pruned/`, `tensorboard/`, `curves.json`, `metrics.json`, `report.md` and
+    `report.html`.
     """
 
     def __init__(self, path: Path) -> None:
