@@ -45,7 +45,9 @@ def check_probe(model: nn.Module, probe: Any) -> None:
 
 
 def _checked(probe: Any) -> tuple[list[int], list[float]]:
-    shape, outputs = (probe.get("shape"), probe.get("outputs")) if isinstance(probe, Mapping) else (None, None)
+    known: Mapping[str, Any] = probe if isinstance(probe, Mapping) else {}
+    shape: Any = known.get("shape")
+    outputs: Any = known.get("outputs")
     whole = isinstance(shape, list) and all(type(each) is int and 0 < each <= LARGEST_INPUT for each in shape)
     numbers = isinstance(outputs, list) and all(type(each) in (int, float) for each in outputs)
     if not whole or not numbers or math.prod(shape) > LARGEST_INPUT:

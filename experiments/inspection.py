@@ -101,7 +101,9 @@ def evaluation_of(model: nn.Module, plan: GroupPlan, example: Inputs) -> dict[st
     """How the masks of a search run: "split" (what no mask touches is computed once), "whole", or "none"."""
     if not isinstance(example, torch.Tensor):
         return {"method": "none", "reason": "the network takes several inputs, and data sources give images alone"}
-    network = MaskedNetwork(model, plan.groups[:1], resized(example, 3))
+    images = resized(example, 3)
+    assert isinstance(images, torch.Tensor)
+    network = MaskedNetwork(model, plan.groups[:1], images)
     return {"method": network.method, "reason": network.why_whole}
 
 
