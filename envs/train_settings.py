@@ -10,13 +10,25 @@ from ..rewards.errors import UserError
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How to train. `epochs` may be fractional; zero trains nothing. Raises UserError for impossible values.
+    """How to train. Raises UserError for impossible values.
 
-    The learning rate rises linearly to `lr` over the first `warmup` fraction of all steps, then follows `schedule` down
-    to `final_lr` times `lr`. Weight decay spares biases and normalisation (parameters of one dimension).
     Loss: (1 - distill_weight) * cross-entropy with `label_smoothing` + distill_weight * temperature^2 * KL(teacher ||
-    network) at `temperature` (Hinton et al. 2015, arXiv 1503.02531, section 2). `bf16` computes in bfloat16 where that
-    is safe (autocast): 1.5 times faster on processors that have it, not bitwise equal to fp32.
+    network) at `temperature` (Hinton et al. 2015, arXiv 1503.02531, section 2).
+
+    Args:
+        epochs: passes over the fit images, fractions allowed; 0 trains nothing.
+        batch_size: images a step.
+        lr: highest learning rate.
+        momentum: of SGD, Nesterov's.
+        weight_decay: spares biases and normalisation (parameters of one dimension).
+        schedule: "cosine", "linear" or "constant", from `lr` down to `final_lr` times `lr`.
+        warmup: fraction of all steps over which the rate rises linearly to `lr`.
+        final_lr: last learning rate, as a fraction of `lr`.
+        label_smoothing: in [0, 1].
+        distill_weight: share of the teacher (the dense network) in the loss, in [0, 1].
+        temperature: of the distillation.
+        bf16: compute in bfloat16 where that is safe (autocast): 1.5 times faster on processors that have it, not
+            bitwise equal to fp32.
     """
 
     epochs: float = 5.0

@@ -1,0 +1,149 @@
+"""The guides run: their files are written, their commands and their Python are executed, made small."""
+
+import importlib
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from keepdrop.experiments.cli import main
+
+GUIDES = Path(__file__).parents[2] / "docs" / "guides"
+SMALL = {
+    "train-cnn": [],
+    "inspect": [],
+    "prune": [
+        "agent.updates=2",
+        "search.masks=4",
+        "search.images=60",
+        "recovery.train.epochs=0",
+        "finetune.epochs=0.2",
+        "latency.repeats=1",
+        "latency.warmup=0",
+        "judge.compensation_images=100",
+        "judge.statistics_images=100",
+        "drop_bound=0.4",
+        "quiet=true",
+    ],
+}
+LAUNCHERS = ("joblib", "submitit")
+BASE = ["base.epochs=2", "base.lr=0.05", "layers=[conv1,conv2]"]
+torch.set_num_threads(1)
+
+
+def blocks(page, kind):
+    """(title, text) of the fenced blocks of a kind."""
+    text = (GUIDES / page).read_text(encoding="utf-8")
+    return re.findall(rf'^```{kind}(?: title="([^"]+)")?\n(.*?)^```$', text, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if getattr(sys.modules[name], "__file__", None) and str(tmp_path) in str(sys.modules[name].__file__):
+            del sys.modules[name]
+
+
+def write_files(page, folder):
+    for title, text in blocks(page, "python"):
+        if title:
+            (folder / title).write_text(text, encoding="utf-8")
+
+
+def run_command(line, *more):
+    """Run one `keepdrop ...` line in this process."""
+    words = line.split()[1:]
+    argv, path, environment = list(sys.argv), list(sys.path), dict(os.environ)
+    try:
+        main([*words, *SMALL[words[0]], *more])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    finally:
+        sys.argv[:], sys.path[:] = argv, path
+        os.environ.clear()
+        os.environ.update(environment)
+
+
+def test_own_model(folder):
+    write_files("own-model.md", folder)
+    commands = [text.strip() for _, text in blocks("own-model.md", "sh")]
+    assert [command.split()[1] for command in commands] == ["inspect", "train-cnn", "prune"]
+    for command in commands:
+        assert run_command(command) == 0
+    names = {}
+    exec(next(text for title, text in blocks("own-model.md", "python") if not title), names)
+    assert names["small"](torch.zeros(2, 1, 8, 8)).shape == (2, 4)
+
+
+@pytest.fixture(scope="module")
+def torchvision_beside_any_torch():
+    path = GUIDES.parents[1] / "benchmarks" / "coverage.py"
+    spec = importlib.util.spec_from_file_location("coverage_script", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    if importlib.util.find_spec("torchvision") is None or importlib.util.find_spec("timm") is None:
+        pytest.skip("torchvision or timm is not installed")
+    script.import_torchvision()
+
+
+def test_networks_of_others(folder, capsys, torchvision_beside_any_torch):
+    for _, command in blocks("networks-of-others.md", "sh"):
+        capsys.readouterr()
+        assert run_command(command) == 0
+        assert "layer1.0.conv1" in capsys.readouterr().out
+    for _, text in blocks("networks-of-others.md", "python"):
+        exec(text, {})
+    assert re.match(r"\d+ groups can be pruned", capsys.readouterr().out)
+    assert (folder / "renamed.safetensors").is_file()
+
+
+def test_own_metric(folder):
+    write_files("own-metric.md", folder)
+    result, before, after = importlib.import_module("regression").main(steps=150, updates=2)
+    assert result.macs < result.base_macs and result.base_accuracy > 0.5
+    assert after < before + 0.03
+
+
+def test_own_reward(folder):
+    write_files("own-reward.md", folder)
+    ((_, command),) = blocks("own-reward.md", "sh")
+    assert run_command(command, *BASE) == 0
+    assert "my_reward.ParametersFirst" in (folder / "mine/config.yaml").read_text()
+
+
+def test_own_policy(folder):
+    write_files("own-policy.md", folder)
+    ((_, command),) = blocks("own-policy.md", "sh")
+    assert run_command(command, *BASE) == 0
+    from keepdrop.agent.saved_agent import load_agent
+
+    policy = importlib.import_module("my_policy").LinearPolicy
+    agent = load_agent(folder / "mine/layers/00-conv1/agent", {"LinearPolicy": policy})
+    assert agent.policy.kwargs["bias"] == 1.5
+
+
+@pytest.mark.parametrize("launcher", [None, *(pytest.param(name, marks=pytest.mark.slow) for name in LAUNCHERS)])
+def test_sweeps(launcher, folder):
+    if launcher and importlib.util.find_spec(f"hydra_plugins.hydra_{launcher}_launcher") is None:
+        pytest.skip(f"hydra-{launcher}-launcher is not installed (extra 'sweeps')")
+    lines = {next((name for name in LAUNCHERS if name in text), None): text for _, text in blocks("sweeps.md", "sh")}
+    line = lines[launcher]
+    program = str(Path(sys.executable).with_name("keepdrop"))
+    done = subprocess.run(
+        [program, *line.split()[1:], "quiet=true"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    where = line.split("run_dir=")[1].split()[0]
+    assert sorted(path.parent.name for path in Path(where).glob("*/model.safetensors")) == ["0", "1"]
