@@ -31,6 +31,7 @@ from .finish import Networks, finetune, metrics_of, save_result, show_results, w
 from .iterate_curve import write_curve
 from .iterate_steps import Goal, IterateSettings, from_lists, removal, train_and_score
 from .prepare import Inputs, prepare
+from .report import keep_report
 from .run_folder import METRICS, RunFolder
 from .schedule import LayerRecord
 from .schema import LatencyConfig
@@ -55,6 +56,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     if metrics is None:
         with interruptible(folder):
             metrics = iterate(inputs or check(config), config, folder, terminal)
+    keep_report(folder, terminal)
     show_results(metrics, folder, terminal)
     return metrics
 

@@ -109,4 +109,12 @@ def _latency(kind: tuple[Any, ...], base: Mapping[str, Any], pruned: Mapping[str
     where = [str(each) for each in (runtime, device) if each]
     if threads:
         where.append(f"{threads} thread" + "s" * (threads != 1))
-    return _card(f"Latency, batch {batch}", speed(before, after), times, ", ".join(where))
+    return _card(f"Latency, batch {batch}", speed(before, after), times, _quartiles(base, pruned), ", ".join(where))
+
+
+def _quartiles(base: Mapping[str, Any], pruned: Mapping[str, Any]) -> str:
+    """How far the measurements spread: medians that overlap mean little."""
+    if not all("low_seconds" in each and "high_seconds" in each for each in (base, pruned)):
+        return ""
+    spreads = [f"{1e3 * each['low_seconds']:.2f} to {1e3 * each['high_seconds']:.2f}" for each in (base, pruned)]
+    return f"quartiles {f' {ARROW} '.join(spreads)}"

@@ -10,7 +10,7 @@ from itertools import count
 from .report_markup import Markup, join, tag
 
 WIDE, NARROW = (720, 330), (350, 270)
-LEFT, RIGHT, TOP, BOTTOM = 52, 16, 14, 46
+LEFT, RIGHT, TOP, BOTTOM = 64, 16, 14, 46
 CELL, CELLS = 10, 32  # one filter in a strip, filters a row
 Points = Sequence[tuple[float, float]]
 _ids = count(1)
@@ -131,7 +131,7 @@ def _cells(indices: Iterable[int]) -> str:
 
 def _plot(series: Sequence[Series], x: Axis, y: Axis, size: tuple[int, int], small: bool = False) -> Markup:
     """Grid, numbers, lines and points in a frame of `size`."""
-    left, bottom = (36, 20) if small else (LEFT, BOTTOM)
+    left, bottom = (44, 20) if small else (LEFT, BOTTOM)
     x_low, x_high = x.ends or span((point[0] for each in series for point in each.points), 0.04)
     y_low, y_high = y.ends or span(point[1] for each in series for point in each.points)
     right, floor = size[0] - RIGHT, size[1] - bottom

@@ -14,6 +14,8 @@ from ..rewards.errors import UserError
 from .run_folder import CONFIG, FACTS, METRICS, RunFolder
 
 CURVES = "curves.json"
+STEPS = "curve.json"  # of `keepdrop iterate`
+JOINT = "network/decisions.json"  # of one agent for the whole network
 COMMANDS_BY_KEY = {"agents": "apply", "layer": "train-agent", "order": "prune"}
 
 
@@ -35,7 +37,11 @@ class Layer:
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder's content. `metrics` is None while the run is unfinished; `methods` are the layers by decider."""
+    """A run folder's content.
+
+    `metrics` is None while the run is unfinished; `methods` are the layers by decider. `joint` says that one agent
+    decided all layers at once, `network_curve` how its reward rose; `steps` is the curve of `keepdrop iterate`.
+    """
 
     path: Path
     command: str
@@ -47,6 +53,9 @@ class Run:
     kept_channels: Mapping[str, Any]
     constructor: Mapping[str, Any] | None
     sizes: Mapping[str, int]
+    joint: bool = False
+    network_curve: tuple[float, ...] = ()
+    steps: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def finished(self) -> bool:
@@ -73,32 +82,39 @@ def read_run(path: Path) -> Run:
     RunFolder.open(path)
     config, facts = _config(path / CONFIG), read_json(path / FACTS) or {}
     architecture = read_json(path / "pruned/architecture.json") or {}
+    metrics, kept = read_json(path / METRICS), architecture.get("kept", {})
+    agent = read_json(path / "network/agent/facts.json") or {}
     return Run(
         path=path,
         command=_command(config, facts),
         config=config,
         facts=facts,
-        metrics=read_json(path / METRICS),
-        methods=_methods(path),
+        metrics=metrics,
+        methods=_methods(path) or _from_result(path / METRICS, metrics or {}, kept),
         curves=read_json(path / CURVES) or {},
-        kept_channels=architecture.get("kept", {}),
+        kept_channels=kept,
         constructor=architecture.get("constructor"),
         sizes=_sizes(path, config),
+        joint=(path / JOINT).is_file(),
+        network_curve=tuple(map(float, agent.get("reward_curve") or ())),
+        steps=read_json(path / STEPS) or {},
     )
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """A JSON object of a run folder, None where the file is not there; a damaged one is a `UserError`."""
-    if not path.is_file():
-        return None
+    return _read(path, dict, "an object") if path.is_file() else None
+
+
+def _read(path: Path, kind: type, called: str) -> Any:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError, OSError) as error:
         raise UserError(
             f"{str(path)!r} is damaged ({str(error)[:100]}); restore it or run the command anew."
         ) from error
-    if not isinstance(content, dict):
-        raise UserError(f"{str(path)!r} holds a {type(content).__name__}, expected an object; restore it.")
+    if not isinstance(content, kind):
+        raise UserError(f"{str(path)!r} holds a {type(content).__name__}, expected {called}; restore it.")
     return content
 
 
@@ -145,6 +161,8 @@ def _command(config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
 
 def _methods(path: Path) -> dict[str, tuple[Layer, ...]]:
     """Layers by decider: of `layers/`, and of `methods/NAME/layers/` in the order agent first."""
+    if (path / JOINT).is_file():
+        return {"agent": tuple(_layer(path / JOINT, content) for content in _read(path / JOINT, list, "a list"))}
     found = {"agent": _layers(path / "layers")} if (path / "layers").is_dir() else {}
     names = sorted((folder.name for folder in path.glob("methods/*")), key=lambda name: (name != "agent", name))
     found |= {name: _layers(path / "methods" / name / "layers") for name in names}
@@ -153,12 +171,26 @@ def _methods(path: Path) -> dict[str, tuple[Layer, ...]]:
 
 def _layers(folder: Path) -> tuple[Layer, ...]:
     files = sorted(folder.glob("*/decision.json"))
-    return tuple(_layer(file) for file in files if not file.parent.name.endswith(".partial"))
+    whole = (file for file in files if not file.parent.name.endswith(".partial"))
+    return tuple(_layer(file, read_json(file), read_json(file.parent / "agent/facts.json")) for file in whole)
 
 
-def _layer(file: Path) -> Layer:
-    content = read_json(file) or {}
-    agent = read_json(file.parent / "agent/facts.json") or {}
+def _from_result(file: Path, metrics: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, tuple[Layer, ...]]:
+    """Layers of a run that decided them in another way than one by one: counts from the metrics, masks from the file.
+
+    A group whose filters are not simply the outputs of its first layer has no mask, and is left out.
+    """
+    layers = []
+    for group in metrics.get("groups") or []:
+        left = set(kept.get(group["name"], {}).get("out", range(group["n_filters"])))
+        if len(left) == group["n_kept"]:
+            keep = [i in left for i in range(group["n_filters"])]
+            layers.append(_layer(file, {**group, "keep": keep, "pruned_accuracy": group["reward_split_accuracy"]}))
+    return {layers[0].decided_by: tuple(layers)} if layers else {}
+
+
+def _layer(file: Path, content: Any, agent: Any = None) -> Layer:
+    content, agent = content or {}, agent or {}
     try:
         layer = Layer(
             name=str(content["name"]),
@@ -172,7 +204,7 @@ def _layer(file: Path) -> Layer:
             facts=dict(content.get("facts") or {}),
             reward_curve=tuple(map(float, agent.get("reward_curve") or ())),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{str(file)!r} is no decision of a layer ({error!r}); restore it.") from error
     if len(layer.keep) != layer.n_filters or sum(layer.keep) != layer.n_kept:
         raise UserError(f"{str(file)!r} contradicts itself: its mask and its counts differ; restore it.")

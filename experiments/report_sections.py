@@ -28,6 +28,8 @@ def label(name: str) -> str:
 
 def trade_off(run: Run) -> Markup | None:
     """Accuracy on the reward split against MACs, layer by layer, the controls beside the agent."""
+    if run.steps:
+        return _steps_of(run)
     lines = _accuracies(run)
     if not lines:
         return None
@@ -48,6 +50,22 @@ def trade_off(run: Run) -> Markup | None:
     return section("Accuracy against MACs", _trade_off_text(run), figure)
 
 
+def _steps_of(run: Run) -> Markup | None:
+    """The curve of an iterated pruning: a point a step."""
+    base, points = run.steps["base"], run.steps["points"]
+    if not points:
+        return None
+    drawn = [(100 * point["macs"] / base["macs"], 100 * point["accuracy"]) for point in points]
+    x, y = Axis("MACs left, % of the base", "{:g}".format, falling=True), Axis("accuracy, %", "{:g}".format)
+    words = f"From {drawn[0][1]:.2f} % to {drawn[-1][1]:.2f} % over {len(drawn) - 1} steps."
+    series = Series(label(str(run.steps.get("criterion", "criterion"))), drawn, "agent")
+    plot = line_chart("Accuracy against MACs", words, [series], x, y)
+    rows = [[p["step"], p["n_filters"], f"{a:.1f}", f"{b:.2f}"] for p, (a, b) in zip(points, drawn, strict=True)]
+    values = fold("As a table", table(["step", "filters", x.label, y.label], rows))
+    text = "One point a step: the least important filters go, a little training follows. Accuracy on the reward split."
+    return section("Accuracy against MACs", text, tag("figure", plot, values))
+
+
 def _accuracies(run: Run) -> list[tuple[str, str, list[float]]]:
     """Name, style and accuracies (the base's first) of every line."""
     base = (run.facts.get("base") or {}).get("reward_split_accuracy")
@@ -57,7 +75,7 @@ def _accuracies(run: Run) -> list[tuple[str, str, list[float]]]:
     others = [name for name in (*run.methods, *controls.get("methods", {})) if name not in STYLES]
     styles = STYLES | dict(zip(dict.fromkeys(others), ("second", "third", "fourth"), strict=False))
     found = []
-    for name, layers in run.methods.items():
+    for name, layers in {} if run.joint else run.methods.items():
         # In a run with several methods their colour tells them apart; in one with controls, the recovery does.
         shown = label(name) if len(run.methods) > 1 or not controls else f"{label(name)}, recovered after each layer"
         found.append((shown, styles.get(name, "best"), [base, *(layer.recovered_accuracy for layer in layers)]))
@@ -76,9 +94,9 @@ def _steps(run: Run) -> tuple[Axis, list[float]]:
 
 
 def _trade_off_text(run: Run) -> str:
-    text = (
-        "One point a layer, from the base on the left to the whole schedule on the right. Accuracy on the reward split."
-    )
+    text = "One point a layer, from the base on the left to all layers cut on the right. Accuracy on the reward split."
+    if run.joint:
+        text += " The agent decided all layers at once: only the last point is what it aimed at."
     controls = run.curves.get("controls")
     if not controls:
         return text
@@ -120,21 +138,22 @@ def _key() -> Markup:
 
 def learning_curves(run: Run) -> Markup | None:
     """Reward over updates, one small plot an agent."""
-    trained = [layer for layer in run.layers if layer.reward_curve]
-    if not trained:
+    curves = {layer.name: layer.reward_curve for layer in run.layers if layer.reward_curve}
+    if run.network_curve:
+        curves = {"the whole network": run.network_curve}
+    if not curves:
         return None
-    plots = [_learning_curve(layer) for layer in trained]
-    longest = max(len(layer.reward_curve) for layer in trained)
-    rows = [[i + 1, *(_cell(layer.reward_curve, i) for layer in trained)] for i in range(longest)]
-    values = fold("As a table", table(["update", *(layer.name for layer in trained)], rows))
+    converged = {layer.name for layer in run.layers if layer.facts.get("converged")}
+    plots = [_learning_curve(name, curve, name in converged) for name, curve in curves.items()]
+    rows = [[i + 1, *(_cell(curve, i) for curve in curves.values())] for i in range(max(map(len, curves.values())))]
+    values = fold("As a table", table(["update", *curves], rows))
     text = "Mean reward of the masks of each update (solid) and the highest so far (dashed)."
-    if "TryAndLearn" in str((run.config.get("reward") or {}).get("_target_")):
+    if not run.joint and "TryAndLearn" in str((run.config.get("reward") or {}).get("_target_")):
         text += " Keeping every filter scores 0."
     return section("What the agents learned", text, tag("div", *plots, class_="many"), values)
 
 
-def _learning_curve(layer: Layer) -> Markup:
-    curve = layer.reward_curve
+def _learning_curve(name: str, curve: Sequence[float], converged: bool) -> Markup:
     best = [max(curve[: i + 1]) for i in range(len(curve))]
     series = [
         Series("highest so far", list(enumerate(best, 1)), "best"),
@@ -142,10 +161,10 @@ def _learning_curve(layer: Layer) -> Markup:
     ]
     words = f"Mean reward from {curve[0]:.3f} to {curve[-1]:.3f} over {len(curve)} updates; highest {best[-1]:.3f}."
     x = Axis("update", "{:g}".format, (1, max(len(curve), 2)))
-    plot = mini_chart(f"Learning curve of {layer.name}", words, series, x, Axis("reward", "{:.2g}".format))
-    stopped = " (converged)" if layer.facts.get("converged") else ""
+    plot = mini_chart(f"Learning curve of {name}", words, series, x, Axis("reward", "{:g}".format))
+    stopped = " (converged)" if converged else ""
     below = tag("div", f"reward by update, {len(curve)} updates{stopped}", class_="soft")
-    return tag("div", tag("h3", layer.name), plot, below)
+    return tag("div", tag("h3", name), plot, below)
 
 
 def _cell(curve: Sequence[float], i: int) -> str:

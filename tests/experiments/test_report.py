@@ -92,7 +92,7 @@ def test_line_chart_places_points_by_value():
     chart = line_chart(
         "t", "d", [Series("s", [(0, 0), (10, 1)], "agent")], Axis("x", str, (0, 10)), Axis("y", str, (0, 1))
     )
-    assert 'points="52,284 704,14"' in chart  # of the wide drawing: from the lower left to the upper right corner
+    assert 'points="64,284 704,14"' in chart  # of the wide drawing: from the lower left to the upper right corner
     assert 'role="img"' in chart and "<title" in chart and "<desc" in chart
 
 
@@ -200,6 +200,28 @@ def test_filter_pruned_twice_is_counted_in_the_original(run):
     (run / "pruned/architecture.json").unlink()
     mask = original_masks(read_run(run))["conv1"]
     assert len(mask) == 16 and [i for i, one in enumerate(mask) if one] == kept[1:]
+
+
+def test_one_agent_for_the_whole_network(run):
+    decisions = [json.loads(path.read_text()) for path in sorted(run.glob("layers/*/decision.json"))]
+    shutil.rmtree(run / "layers")
+    (run / "network/agent").mkdir(parents=True)
+    (run / "network/decisions.json").write_text(json.dumps(decisions))
+    (run / "network/agent/facts.json").write_text(json.dumps({"reward_curve": [0.5, 0.75]}))
+    words = Checker(run_page(read_run(run))).words()
+    assert "Learning curve of the whole network Mean reward from 0.500 to 0.750" in words
+    assert "recovered after each layer" not in words and "agent, not recovered" in words and "16 kept" in words
+
+
+def test_run_in_steps(run):
+    """`keepdrop iterate` decides no layer by itself: counts and masks come from its result."""
+    kept = {layer.name: layer.keep for layer in read_run(run).layers}
+    shutil.rmtree(run / "layers")
+    steps = [{"step": i, "n_filters": 32 - i, "macs": 100 - 10 * i, "accuracy": 0.9 - i / 100} for i in range(3)]
+    (run / "curve.json").write_text(json.dumps({"criterion": "taylor", "base": {"macs": 100}, "points": steps}))
+    assert original_masks(read_run(run)) == kept
+    words = Checker(run_page(read_run(run))).words()
+    assert "From 90.00 % to 88.00 % over 2 steps." in words and "Taylor" in words and "2 30 80.0 88.00" in words
 
 
 BAD = [
