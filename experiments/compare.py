@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,14 +15,15 @@ from ..envs.reconstruction import Reconstruction, ReconstructionSettings
 from ..envs.target import MacsMeter, Target
 from ..envs.task import PruningTask
 from ..envs.training import TrainProgress, TrainSettings
-from .base import base_network
-from .build import build_augment
+from .base import WEIGHTS, base_network
+from .build import build_augment, load_network
 from .compare_choices import Choices
 from .compare_measure import TRAINED, MeasureSettings, accuracy_on, reach, result_name
 from .compare_methods import AGENT, PEERS
 from .compare_peer import unavailable
 from .compare_plan import Job, check_plan, chosen_methods, planned
 from .compare_report import show, summary, write_all
+from .compare_workers import helpers, share_of
 from .console import Terminal
 from .doors import hydra_door, interruptible, open_run, settings
 from .facts import keep_facts
@@ -81,22 +83,37 @@ def compare(inputs: Inputs, config: DictConfig, folder: RunFolder, terminal: Ter
     if (why := unavailable()) and set(chosen_methods(config)) & set(PEERS):
         terminal.warn(why)
     choices, jobs = Choices(task, config, folder), planned(config)
-    choose_all(choices, jobs, terminal)
-    measure_all(choices, jobs, config, folder, terminal)
+    with helpers(folder.path, config.workers, help_out):
+        mine = share_of(jobs, 0, config.workers)
+        choose_all(choices, mine, terminal)
+        measure_all(choices, mine, config, folder, terminal)
+    # Whatever the helpers could not do; everything else is found on disk.
+    choose_all(choices, jobs, Terminal(quiet=True))
+    measure_all(choices, jobs, config, folder, Terminal(quiet=True))
     metrics = summary(choices, jobs, config, folder)
     write_all(metrics, folder, terminal)
     return metrics
 
 
+def help_out(path: Path, index: int, workers: int) -> None:
+    """One helper's share of the run in folder `path`."""
+    folder = RunFolder.open(path)
+    config, terminal = folder.config(), Terminal(quiet=True)
+    inputs = prepare(as_prune(config))
+    dense = inputs.dense or load_network(inputs.construct, str(folder / "base" / WEIGHTS)).to(inputs.device)
+    choices = Choices(inputs.task(dense, as_prune(config)), config, folder)
+    jobs = share_of(planned(config), index, workers)
+    choose_all(choices, jobs, terminal)
+    measure_all(choices, jobs, config, folder, terminal)
+
+
 def choose_all(choices: Choices, jobs: list[Job], terminal: Terminal) -> None:
-    """Every method chooses for every job; the report split is not opened before all have."""
+    """Every method chooses for every job, before any of them is measured on the report split."""
     with terminal.progress("choosing", len(jobs)) as bar:
         for position, job in enumerate(jobs):
             bar.advance(position, job.label)
             choices.report = partial(_learning, bar, position, job)
             record = choices.record(job)
-            if "skipped" in record:
-                terminal.warn(f"{job.label}: left out, {record['skipped']}")
             if job.method == AGENT:
                 _line(terminal, f"{job.label}: {record['facts']['mask_evaluations']} masks, {record['seconds']:.0f} s")
     terminal.say(f"Chosen: {len(jobs)} sets of masks")

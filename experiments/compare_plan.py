@@ -101,6 +101,7 @@ def _check_numbers(config: DictConfig) -> None:
     for name, value, least in (
         ("bn_images", config.bn_images, 2),
         ("random_seeds", config.random_seeds, 1),
+        ("workers", config.workers, 1),
         ("random_best.evaluations", config.random_best.evaluations, 1),
     ):
         if value is not None and value < least:

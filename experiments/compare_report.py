@@ -205,3 +205,5 @@ def show(metrics: Mapping[str, Any], terminal: Terminal) -> None:
             table.add_row(*row)
         terminal.console.print(table)
     terminal.console.print(headline(metrics), markup=False)
+    for each in metrics["skipped"]:
+        terminal.warn(f"{each['job']}: left out, {each['reason']}")

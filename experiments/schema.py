@@ -196,6 +196,7 @@ class CompareConfig(RootConfig):
     random_best: RandomBestConfig = field(default_factory=RandomBestConfig)
     network_search: NetworkSearchSettings = field(default_factory=NetworkSearchSettings)
     repair: ReconstructionSettings = field(default_factory=ReconstructionSettings)
+    workers: int = 1
     resume: str | None = None
 
 

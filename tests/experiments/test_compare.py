@@ -21,6 +21,7 @@ from keepdrop.experiments.compare_methods import (
 )
 from keepdrop.experiments.compare_plan import Job
 from keepdrop.experiments.compare_report import grids, paired_p, versus_agent
+from keepdrop.experiments.compare_workers import share_of
 from keepdrop.experiments.run_folder import RunFolder
 from keepdrop.rewards.errors import UserError
 
@@ -39,6 +40,7 @@ SMALL = [
     "network_search.agent.updates=2",
     "bn_images=100",
     "finetune.epochs=0.3",
+    "workers=1",
     "quiet=true",
 ]
 METHODS = "methods=[agent,l1-uniform,taylor-global,fpgm-at-agent,random-uniform,random-best,torch-pruning]"
@@ -125,6 +127,25 @@ def test_interrupted_comparison_goes_on(compared, keepdrop, tmp_path, checkpoint
 
 
 @pytest.mark.slow
+def test_two_processes_find_what_one_finds(compared, keepdrop, tmp_path, checkpoint):
+    chosen = [each for each in SMALL if each != "workers=1"]
+    command = ["compare", *chosen, METHODS, f"checkpoint={checkpoint}", "workers=2", "run_dir=run"]
+    assert keepdrop(*command).code == 0
+    first, second = (read(folder / "metrics.json")["rows"] for folder in (compared, tmp_path / "run"))
+    assert [row["stages"] for row in first] == [row["stages"] for row in second]
+
+
+def test_settings_are_shared_whole():
+    jobs = [
+        Job(m, r, c, s) for m in ("agent", "l1-at-agent") for r in (0.3, 0.5) for c in (False, True) for s in (0, 1)
+    ]
+    shares = [share_of(jobs, index, 3) for index in range(3)]
+    assert sorted(job.key for share in shares for job in share) == sorted(job.key for job in jobs)
+    assert all(len(share) == 2 * len({job.setting for job in share}) for share in shares)
+    assert share_of(jobs, 0, 1) == jobs
+
+
+@pytest.mark.slow
 def test_killed_comparison_ends_the_same(spawn, keepdrop, tmp_path, checkpoint, compared):
     process = spawn("compare", *SMALL, METHODS, f"checkpoint={checkpoint}", "run_dir=run", cwd=tmp_path)
     deadline = time.monotonic() + 120
@@ -168,6 +189,7 @@ def test_without_peers_and_plots(keepdrop, checkpoint, monkeypatch):
         (["targets.removed=[50]"], "A target of 50 was given; expected a fraction between 0 and 1; did you mean 0.5?"),
         (["targets.of=layers"], "targets.of is 'layers'; expected one of groups, network."),
         (["layers=[conv2]", "targets.removed=[0.99]"], "99 % of the MACs cannot be removed: with one filter a layer"),
+        (["workers=0"], "workers is 0; expected 1 or more."),
         (["bn_images=1"], "bn_images is 1; expected 2 or more."),
         (["random_best.evaluations=0"], "random_best.evaluations is 0; expected 1 or more."),
         (["repair.ridge=0"], "The reconstruction has images="),
