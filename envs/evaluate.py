@@ -5,6 +5,8 @@ Shapes: M masks, N filters, B images.
 
 from __future__ import annotations
 
+import copy
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from ..rewards.errors import UserError
 from .groups import FilterGroup
+from .mask_memory import MaskMemory, mask_key
 from .masking import MixKey
 from .modes import evaluating
 from .split import Frontier, MaskedNetwork
@@ -21,6 +24,9 @@ if TYPE_CHECKING:
     from .data import LabelledImages
 
 GIB = 2**30
+DEFAULT_BATCH = 128
+BATCHES = (32, 64, 128, 256, 512)
+CALIBRATION_SECONDS = 0.4
 
 
 class MaskEvaluator:
@@ -33,9 +39,13 @@ class MaskEvaluator:
         labels: (B,) int64.
         cache_gib: memory for the frontier; if it needs more, it is computed again chunk by chunk.
         method: "auto", "split" or "whole" (`MaskedNetwork`).
-        batch: images a pass.
+        batch: images a pass; None measures which of `BATCHES` is the fastest, in half a second at most.
+        dtype: "float32" or "bfloat16" (`MaskedNetwork`).
+        compile: run the suffix through `torch.compile`.
+        memory: answers (one byte an image) of so many masks are remembered, and not computed again.
 
-    A mask's count does not depend on the other masks, nor on their number: each one runs over the same chunks.
+    A mask's count does not depend on the other masks, their number or order, nor on `batch`, `cache_gib` or `memory`:
+    on a CPU an image's logits are bitwise the same in every chunk of two images or more, and no chunk is smaller.
     """
 
     def __init__(
@@ -47,16 +57,52 @@ class MaskEvaluator:
         *,
         cache_gib: float = 1.0,
         method: str = "auto",
-        batch: int = 256,
+        batch: int | None = None,
+        dtype: str = "float32",
+        compile: bool = False,
+        memory: int = 1024,
     ) -> None:
-        if len(images) != len(labels) or len(images) == 0 or batch < 1:
+        if len(images) != len(labels) or len(images) == 0 or (batch is not None and batch < 1):
             raise UserError(
                 f"Expected as many labels as images, at least one, and a batch of 1 or more; got {len(images)} images, "
                 f"{len(labels)} labels, batch={batch}."
             )
-        self._images, self._labels, self._batch = channels_last(images), labels, batch
-        self.network = MaskedNetwork(model, groups, self._images[:3], method=method)
-        self._frontier = self._cache(int(cache_gib * GIB))
+        images = channels_last(images)
+        self._budget_bytes, self._memory_size = int(cache_gib * GIB), memory
+        network = MaskedNetwork(model, groups, images[:3], method=method, dtype=dtype, compile=compile)
+        self._adopt(network, (images,), labels, batch)
+
+    def _adopt(self, network: MaskedNetwork, inputs: Frontier, labels: Tensor, batch: int | None) -> None:
+        self.network, self._inputs, self._labels = network, inputs, labels
+        self._memory = MaskMemory(len(labels), self._memory_size)
+        self.batch = batch or DEFAULT_BATCH
+        self._frontier = self._cache()
+        if batch is None:
+            self.batch = self._fastest_batch()
+
+    def advanced(self, masks: Mapping[str, Tensor], mixes: Mapping[MixKey, Tensor] | None = None) -> MaskEvaluator:
+        """An evaluator in which some groups are decided for good, and whose frontier lies behind them.
+
+        For decisions from low to high: it starts from this one's cached frontier, so that only what lies between the
+        two is computed, once, instead of again for every mask of the groups that are left.
+
+        Args:
+            masks: (N,) bool a group.
+            mixes: (N, N) each, applied instead of the mask.
+        """
+        one = {name: mask[None] for name, mask in masks.items()}
+        self._checked(one)
+        cached = self._frontier is not None and self.method == "split"
+        inputs = self._frontier if cached and self._frontier is not None else self._inputs
+        network = self.network.advanced(
+            one,
+            {key: mix[None] for key, mix in (mixes or {}).items()},
+            tuple(value[:3] for value in inputs),
+            from_frontier=cached,
+        )
+        result = copy.copy(self)
+        result._adopt(network, inputs, self._labels, self.batch)
+        return result
 
     @property
     def method(self) -> str:
@@ -93,54 +139,83 @@ class MaskEvaluator:
     ) -> Tensor:
         """Which images are right under each mask: (M, B) bool, or (M, B') with `image_indices`."""
         n_masks = self._checked(masks)
-        indices = None if image_indices is None else image_indices.to(self._images.device)
-        labels = self._labels if indices is None else self._labels[indices]
+        indices = torch.arange(len(self._labels)) if image_indices is None else image_indices.cpu()
+        keys = [mask_key(masks, mixes, index) for index in range(n_masks)]
+        known = {key: self._memory.entry(key) for key in keys}
+        for images, rows in _by_images(keys, known, indices):
+            chosen = {name: mask[rows] for name, mask in masks.items()}
+            mixed = {key: mix[rows] for key, mix in (mixes or {}).items()}
+            flags = self._computed(chosen, images, mixed)
+            for row, each in zip(rows, flags, strict=True):
+                known[keys[row]][images] = each.to(torch.int8)
+        return torch.stack([known[key][indices] == 1 for key in keys])
+
+    def _computed(self, masks: Mapping[str, Tensor], images: Tensor, mixes: Mapping[MixKey, Tensor]) -> Tensor:
+        """Which of the images, (B',) int64, are right under each mask: (M, B') bool."""
+        if len(images) == 1:  # never alone: see the class
+            return self._computed(masks, images.repeat(2), mixes)[:, :1]
+        everything = len(images) == len(self._labels) and torch.equal(images, torch.arange(len(images)))
+        images = images.to(self._labels.device)
+        values = self._inputs if self._frontier is None else self._frontier
+        if not everything:
+            values = tuple(value[images] for value in values)
+        labels = self._labels[images]
+        n_masks = len(next(iter(masks.values())))
         flags = torch.empty(n_masks, len(labels), dtype=torch.bool)
-        if self._frontier is None:
-            self._chunk_by_chunk(masks, mixes, indices, labels, flags)
-            return flags
-        frontier = self._frontier if indices is None else tuple(value[indices] for value in self._frontier)
-        for index in range(n_masks):
-            with self.network.masked(masks, index, mixes) as run:
-                for rows in self._chunks(len(labels)):
-                    logits = run(tuple(value[rows] for value in frontier))
-                    flags[index, rows] = (logits.argmax(1) == labels[rows]).cpu()
+        whole_run = [slice(0, len(labels))]
+        # Without a cache every chunk goes through the prefix once and then through all masks.
+        for outer in whole_run if self._frontier is not None else self._chunks(len(labels)):
+            frontier = tuple(value[outer] for value in values)
+            if self._frontier is None:
+                frontier = self.network.prefix(*frontier)
+            for index in range(n_masks):
+                with self.network.masked(masks, index, mixes) as run:
+                    for rows in self._chunks(len(labels[outer])):
+                        logits = run(tuple(value[rows] for value in frontier))
+                        flags[index, outer][rows] = (logits.argmax(1) == labels[outer][rows]).cpu()
         return flags
 
-    def _chunk_by_chunk(
-        self,
-        masks: Mapping[str, Tensor],
-        mixes: Mapping[MixKey, Tensor] | None,
-        indices: Tensor | None,
-        labels: Tensor,
-        flags: Tensor,
-    ) -> None:
-        """Without a cache every chunk goes through the prefix once and then through all masks."""
-        images = self._images if indices is None else self._images[indices]
-        for rows in self._chunks(len(labels)):
-            frontier = self.network.prefix(images[rows])
-            for index in range(len(flags)):
-                with self.network.masked(masks, index, mixes) as run:
-                    flags[index, rows] = (run(frontier).argmax(1) == labels[rows]).cpu()
-
-    def _cache(self, budget_bytes: int) -> Frontier | None:
+    def _cache(self) -> Frontier | None:
         if self.network.method == "whole":
-            return (self._images,)
+            return self.network.prefix(*self._inputs)
         kept: Frontier | None = None
-        for rows in self._chunks(len(self._images)):
-            frontier = self.network.prefix(self._images[rows])
+        for rows in self._chunks(len(self._labels)):
+            frontier = self.network.prefix(*(value[rows] for value in self._inputs))
             if kept is None:
                 row_bytes = sum(value[0].numel() * value.element_size() for value in frontier)
-                if row_bytes * len(self._images) > budget_bytes:
+                if row_bytes * len(self._labels) > self._budget_bytes:
                     return None
-                kept = tuple(_room(value, len(self._images)) for value in frontier)
+                kept = tuple(_room(value, len(self._labels)) for value in frontier)
             for place, value in zip(kept, frontier, strict=True):
                 place[rows] = value
         return kept
 
     def _chunks(self, count: int) -> Iterator[slice]:
-        for start in range(0, count, self._batch):
-            yield slice(start, min(start + self._batch, count))
+        """Slices of `self.batch` images or so, none of them of one image alone."""
+        start = 0
+        while start < count:
+            end = min(start + max(2, self.batch), count)
+            if count - end == 1:
+                end += 1 if end - start < 3 else -1
+            yield slice(start, end)
+            start = end
+
+    def _fastest_batch(self) -> int:
+        """The batch with the least time an image; the default one unless another is clearly better."""
+        if self._frontier is None or len(self._labels) < 2 * DEFAULT_BATCH:
+            return DEFAULT_BATCH
+        seconds = {batch: float("inf") for batch in BATCHES if batch <= len(self._labels)}
+        deadline = time.perf_counter() + CALIBRATION_SECONDS
+        with self.network.masked({}, 0) as run:
+            for batch in list(seconds) * 3:
+                values = tuple(value[:batch] for value in self._frontier)
+                started = time.perf_counter()
+                if started + batch * min(seconds.values()) > deadline and min(seconds.values()) < float("inf"):
+                    continue
+                run(values)
+                seconds[batch] = min(seconds[batch], (time.perf_counter() - started) / batch)
+        best = min(seconds, key=lambda batch: seconds[batch])
+        return best if seconds[best] < 0.95 * seconds[DEFAULT_BATCH] else DEFAULT_BATCH
 
     def _checked(self, masks: Mapping[str, Tensor]) -> int:
         sizes = {group.name: group.n_filters for group in self.network.groups}
@@ -155,6 +230,18 @@ class MaskEvaluator:
         if len(counts) != 1:
             raise ValueError(f"every group needs the same number of masks, got {sorted(counts)}.")
         return counts.pop()
+
+
+def _by_images(
+    keys: Sequence[bytes], known: Mapping[bytes, Tensor], indices: Tensor
+) -> Iterator[tuple[Tensor, list[int]]]:
+    """Images (B',) not yet known, and the rows of the distinct masks of which exactly these are not known."""
+    groups: dict[bytes, tuple[Tensor, list[int]]] = {}
+    for row, key in enumerate(keys):
+        missing = indices[known[key][indices] < 0]
+        if len(missing) and keys.index(key) == row:
+            groups.setdefault(missing.numpy().tobytes(), (missing, []))[1].append(row)
+    yield from groups.values()
 
 
 def channels_last(images: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """A network cut in two: what does not depend on any mask is computed once, only the rest runs per mask.
 
 Masks are folded into the weights of the consumers (`folding`), so a mask costs one pass through the suffix and no copy
-of any activation. Networks that `torch.fx` cannot trace run whole, with the same folding and the same results.
+of any activation; channels that a mask leaves unread are neither read nor computed where that is possible. Networks
+that `torch.fx` cannot trace run whole, with the same folding and the same results.
 
 Shapes: M masks, N filters, B images, C classes.
 """
@@ -9,31 +10,21 @@ Shapes: M masks, N filters, B images, C classes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from ..rewards.errors import UserError
-from .folding import fold, mixing_obstacle
-from .graph_passes import fold_batch_norms, functionalise, reuse_memory
+from .folding import by_input, fold, mixing_obstacle
+from .fused_conv import FusedConv
 from .groups import FilterGroup
-from .leaves import LeafTracer
+from .halves import Frontier, Halves, cut_again, split, whole
 from .masking import MixKey
 
-Frontier = tuple[Tensor, ...]
 METHODS = ("auto", "split", "whole")
-
-
-@dataclass(frozen=True)
-class Halves:
-    """`suffix(*prefix(images))` is the network; `masked` are the modules behind the frontier, by name."""
-
-    prefix: Callable[[Tensor], Frontier]
-    suffix: fx.GraphModule | nn.Module
-    masked: nn.Module
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class MaskedNetwork:
@@ -44,40 +35,70 @@ class MaskedNetwork:
         groups: the groups whose masks will vary.
         example: (B, ...) a few images; used to find out which values are per image and to check the split.
         method: "split" (traced, with a frontier), "whole" (every mask runs everything), or "auto": split if possible.
+        dtype: "float32" or "bfloat16": in what everything is computed.
+        compile: run the suffix through `torch.compile`, in place of the fused convolutions.
 
     `method` says which one is used, `why_whole` the reason if it is not "split".
     """
 
     def __init__(
-        self, model: nn.Module, groups: Sequence[FilterGroup], example: Tensor, *, method: str = "auto"
+        self,
+        model: nn.Module,
+        groups: Sequence[FilterGroup],
+        example: Tensor,
+        *,
+        method: str = "auto",
+        dtype: str = "float32",
+        compile: bool = False,
     ) -> None:
         if method not in METHODS:
             raise UserError(f"The evaluation method must be one of {', '.join(METHODS)}, got {method!r}.")
-        self.groups = tuple(groups)
+        if dtype not in DTYPES:
+            raise UserError(f"The dtype of evaluation must be one of {', '.join(DTYPES)}, got {dtype!r}.")
         self.why_whole = "it was asked for" if method == "whole" else ""
-        self._halves, self.method = whole(model), "whole"
-        if method != "whole":
-            self._try_to_split(model, example, method)
-        self._weights: dict[str, Tensor] = {
-            cut.module: _weight(self._halves.masked, cut.module).detach().clone()
-            for group in groups
-            for cut in group.consumers
-        }
+        self.compile = compile
+        halves = None if method == "whole" else self._split(model, groups, example, method)
+        self.method = "whole" if halves is None else "split"
+        self.dtype = DTYPES[dtype]
+        self._adopt(groups, halves or whole(model))
+        if self.dtype != torch.float32:
+            self._cast(example)
 
-    def _try_to_split(self, model: nn.Module, example: Tensor, method: str) -> None:
+    def _split(self, model: nn.Module, groups: Sequence[FilterGroup], example: Tensor, method: str) -> Halves | None:
         try:
-            halves = split(model, self.groups, example)
+            return split(model, groups, example, fusing=not self.compile)
         except Exception as error:
             if method == "split":
                 raise UserError(f'The network cannot be split ({error}); use method "whole" or "auto".') from error
             self.why_whole = f"the network cannot be split ({error})"
-        else:
-            self._halves, self.method = halves, "split"
+            return None
+
+    def _adopt(self, groups: Sequence[FilterGroup], halves: Halves) -> None:
+        self.groups, self._halves = tuple(groups), halves
+        names = {cut.module for group in groups for cut in group.consumers}
+        self._weights = {name: _weight(halves.masked, name).detach().clone() for name in names}
+        self._run = torch.compile(halves.suffix, dynamic=False) if self.compile else halves.suffix
+
+    def _cast(self, example: Tensor) -> None:
+        halves = self._halves
+        for part in (halves.prefix, halves.suffix, halves.masked, halves.behind, halves.source):
+            if isinstance(part, nn.Module):
+                part.to(self.dtype)
+        for fused in halves.fused.values():
+            fused.cast(self.dtype)
+        try:
+            with torch.inference_mode():
+                halves.suffix(*self.prefix(example))
+        except RuntimeError as error:
+            raise UserError(f"The network cannot be evaluated in {self.dtype} ({error}); use float32.") from error
 
     @torch.inference_mode()
-    def prefix(self, images: Tensor) -> Frontier:
-        """Every value that no mask changes and the suffix reads: tensors with B rows each."""
-        return self._halves.prefix(images)
+    def prefix(self, *images: Tensor) -> Frontier:
+        """Every value that no mask changes and the suffix reads: tensors with B rows each.
+
+        Takes the images; an `advanced` network takes the frontier it advanced from.
+        """
+        return self._halves.prefix(*(value.to(self.dtype) for value in images))
 
     def suffix(
         self,
@@ -101,16 +122,46 @@ class MaskedNetwork:
             index: which of the M.
             mixes: (group name, consumer name) -> (M, N, N), applied instead of the mask: x' = P x over filters.
         """
-        return _Folded(self, masks, index, mixes or {})
+        return _Folded(self, self._folded(masks, index, mixes or {}))
 
-    def _fold(self, masks: Mapping[str, Tensor], index: int, mixes: Mapping[MixKey, Tensor]) -> None:
-        for name, weight in self._folded(masks, index, mixes):
-            _weight(self._halves.masked, name).copy_(weight)
+    def advanced(
+        self,
+        masks: Mapping[str, Tensor],
+        mixes: Mapping[MixKey, Tensor] | None,
+        example: Frontier,
+        *,
+        from_frontier: bool,
+    ) -> MaskedNetwork:
+        """This network with some groups decided, (1, N) bool a group: its frontier lies behind them.
+
+        Args:
+            masks: what is decided; the groups left can still be masked.
+            mixes: (1, N, N) each, as for `masked`.
+            example: a few rows of this network's frontier, or of its images.
+            from_frontier: which of the two; the new network's `prefix` takes the same.
+        """
+        decided = self._folded(masks, 0, mixes or {})
+        rest = [group for group in self.groups if group.name not in masks]
+        source = self._halves.behind if from_frontier else self._halves.source
+        halves, traced = copy.deepcopy((self._halves if source is None else None, source))
+        with torch.no_grad():
+            for name, (weight, _) in decided.items():
+                _weight(halves.masked if traced is None else traced, name).copy_(weight)
+        network = copy.copy(self)
+        if traced is not None:
+            halves = cut_again(traced, rest, example, fusing=not self.compile)
+        network._adopt(rest, halves)
+        # In full precision, which the copy of a network that was cast has lost.
+        kept = {name: decided[name][0] if name in decided else self._weights[name] for name in network._weights}
+        network._weights = {name: weight.clone() for name, weight in kept.items()}
+        network._install(decided)
+        return network
 
     def _folded(
         self, masks: Mapping[str, Tensor], index: int, mixes: Mapping[MixKey, Tensor]
-    ) -> Iterator[tuple[str, Tensor]]:
-        folded: dict[str, Tensor] = {}
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Consumer -> its weights under a mask, and which input channels they still read, (C,) bool."""
+        folded: dict[str, tuple[Tensor, Tensor]] = {}
         for group in self.groups:
             for cut in group.consumers if group.name in masks else ():
                 mix = mixes.get((group.name, cut.module))
@@ -118,160 +169,67 @@ class MaskedNetwork:
                 if mix is not None and (why := mixing_obstacle(module, cut)):
                     raise ValueError(f"a mix cannot be applied at {cut.module!r}: {why}.")
                 choice = masks[group.name][index] if mix is None else mix[index]
-                weight = folded.get(cut.module, self._weights[cut.module])
-                folded[cut.module] = fold(module, weight, cut, choice)
-        yield from folded.items()
+                weight, read = folded.get(cut.module) or self._untouched(cut.module)
+                used = choice.cpu() if mix is None else (choice != 0).any(0).cpu()
+                read[torch.from_numpy(cut.channels)[~used].flatten()] = False
+                folded[cut.module] = fold(module, weight, cut, choice), read
+        return folded
 
-    def _restore(self, masks: Mapping[str, Tensor]) -> None:
-        for group in self.groups:
-            for cut in group.consumers if group.name in masks else ():
-                _weight(self._halves.masked, cut.module).copy_(self._weights[cut.module])
+    def _untouched(self, name: str) -> tuple[Tensor, Tensor]:
+        weight = self._weights[name]
+        n_channels = len(by_input(self._halves.masked.get_submodule(name), weight))
+        return weight, torch.ones(n_channels, dtype=torch.bool)
+
+    def _install(self, folded: Mapping[str, tuple[Tensor, Tensor]]) -> list[FusedConv]:
+        """Put weights where the halves read them; returns the fused convolutions that were changed."""
+        orders: dict[FusedConv, dict[str, Any]] = {}
+        for name, (weight, read) in folded.items():
+            fused = self._halves.fused.get(name)
+            if fused is None:
+                _weight(self._halves.masked, name).copy_(weight)
+                continue
+            reads = None if fused.n_groups > 1 or bool(read.all()) else _some(read)
+            feeder = None if reads is None else self._halves.feeders.get(fused)
+            orders.setdefault(fused, {}).update(weight=weight, reads=reads, narrow=feeder is not None)
+            if feeder is not None:
+                orders.setdefault(feeder, {})["writes"] = reads
+        for fused, order in orders.items():
+            fused.load(**order)
+        return list(orders)
 
 
 class _Folded:
     """See `MaskedNetwork.masked`."""
 
-    def __init__(
-        self, network: MaskedNetwork, masks: Mapping[str, Tensor], index: int, mixes: Mapping[MixKey, Tensor]
-    ) -> None:
-        self._network, self._masks, self._index, self._mixes = network, masks, index, mixes
+    def __init__(self, network: MaskedNetwork, folded: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        self._network, self._folded = network, folded
+        self._changed: list[FusedConv] = []
 
     def __enter__(self) -> Callable[[Frontier], Tensor]:
         with torch.no_grad():
-            self._network._fold(self._masks, self._index, self._mixes)
+            self._changed = self._network._install(self._folded)
         return self._run
 
     def __exit__(self, *_error: object) -> None:
+        network = self._network
+        for fused in self._changed:
+            fused.reset()
         with torch.no_grad():
-            self._network._restore(self._masks)
+            for name in self._folded.keys() - network._halves.fused.keys():
+                _weight(network._halves.masked, name).copy_(network._weights[name])
 
     @torch.inference_mode()
     def _run(self, frontier: Frontier) -> Tensor:
-        return self._network._halves.suffix(*frontier)
+        return self._network._run(*frontier)
 
 
-def whole(model: nn.Module) -> Halves:
-    """The network as it is, behind a frontier that is the images themselves."""
-    ready = prepared(model)
-    return Halves(lambda images: (images,), ready, ready)
-
-
-def prepared(model: nn.Module) -> nn.Module:
-    """A copy for evaluation: no gradients, channels_last weights where they are images'."""
-    ready = copy.deepcopy(model).eval().requires_grad_(False)
-    for module in ready.modules():
-        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) and "weight" in module._parameters:
-            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
-    return ready
-
-
-def split(model: nn.Module, groups: Sequence[FilterGroup], example: Tensor) -> Halves:
-    """Trace, simplify and cut the network before the first consumers of `groups`; raises whatever stands against it."""
-    original = prepared(model)
-    ready = copy.deepcopy(original)
-    traced = fx.GraphModule(ready, LeafTracer().trace(ready))
-    if sum(node.op == "placeholder" for node in traced.graph.nodes) != 1:
-        raise ValueError("its forward takes several arguments")
-    functionalise(traced)
-    fold_batch_norms(traced)
-    shapes = _Shapes(traced)
-    with torch.inference_mode():
-        shapes.run(example)
-        consumers = {cut.module for group in groups for cut in group.consumers}
-        halves = _Cutter(traced, consumers, len(example)).halves()
-        _check(original(example), halves.suffix(*halves.prefix(example)))
-    return halves
-
-
-def _check(expected: Any, got: Any) -> None:
-    if not isinstance(expected, Tensor):
-        raise ValueError(f"it returns {type(expected).__name__}, not logits")
-    if not torch.allclose(expected, got, rtol=1e-3, atol=1e-4 * float(expected.abs().max())):
-        raise ValueError("the traced network does not give the same logits")
+def _some(read: Tensor) -> Tensor:
+    """Indices of the channels that are read; where none is, the first one (its weights are zero)."""
+    indices = read.nonzero().flatten()
+    return indices if len(indices) else indices.new_zeros(1)
 
 
 def _weight(masked: nn.Module, name: str) -> Tensor:
     weight = masked.get_submodule(name).weight
     assert isinstance(weight, Tensor)
     return weight
-
-
-class _Shapes(fx.Interpreter):
-    """Notes on every node whether its value is a tensor, and its shape."""
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Run and note."""
-        value = super().run_node(n)
-        n.meta["shape"] = tuple(value.shape) if isinstance(value, Tensor) else None
-        return value
-
-
-class _Cutter:
-    """Sorts the nodes of a traced network by what they depend on, and copies them into two graphs."""
-
-    def __init__(self, traced: fx.GraphModule, consumers: set[str], n_images: int) -> None:
-        self._traced, self._n_images = traced, n_images
-        self._on_images: set[fx.Node] = set()
-        self._on_masks: set[fx.Node] = set()
-        modules = {id(traced.get_submodule(name)) for name in consumers}
-        for node in traced.graph.nodes:
-            is_consumer = node.op == "call_module" and id(traced.get_submodule(node.target)) in modules
-            if is_consumer or any(source in self._on_masks for source in node.all_input_nodes):
-                self._on_masks.add(node)
-            if node.op == "placeholder" or any(source in self._on_images for source in node.all_input_nodes):
-                self._on_images.add(node)
-
-    def halves(self) -> Halves:
-        """The two halves, as modules that share the traced network's layers."""
-        frontier = self._frontier()
-        prefix = self._prefix(frontier)
-        suffix = self._suffix(frontier)
-        reuse_memory(suffix)
-        return Halves(prefix, suffix, self._traced)
-
-    def _cached(self, node: fx.Node) -> bool:
-        """Whether the node's value is worth keeping: one row an image, the same under every mask.
-
-        Sizes and tuples are cheap: the suffix makes them again from what they came from.
-        """
-        shape = node.meta.get("shape")
-        if node not in self._on_images or node in self._on_masks or not shape:
-            return False
-        return bool(shape[0] == self._n_images)
-
-    def _needed(self, wanted: Sequence[fx.Node], given: Callable[[fx.Node], bool]) -> list[fx.Node]:
-        """Nodes that `wanted` needs, in order, looking no further back than what is given."""
-        needed: set[fx.Node] = set()
-        stack = list(wanted)
-        while stack:
-            node = stack.pop()
-            if node not in needed:
-                needed.add(node)
-                stack.extend(() if given(node) else node.all_input_nodes)
-        return [node for node in self._traced.graph.nodes if node in needed]
-
-    def _behind(self) -> list[fx.Node]:
-        """Nodes that the output needs once the frontier is given, frontier included."""
-        return self._needed([node for node in self._traced.graph.nodes if node.op == "output"], self._cached)
-
-    def _frontier(self) -> list[fx.Node]:
-        return [node for node in self._behind() if self._cached(node)]
-
-    def _prefix(self, frontier: list[fx.Node]) -> fx.GraphModule:
-        graph = fx.Graph()
-        copies: dict[fx.Node, fx.Node] = {}
-        for node in self._needed(frontier, lambda _node: False):
-            copies[node] = graph.node_copy(node, lambda source: copies[source])
-        graph.output(tuple(copies[node] for node in frontier))
-        return fx.GraphModule(self._traced, graph)
-
-    def _suffix(self, frontier: list[fx.Node]) -> fx.GraphModule:
-        graph = fx.Graph()
-        copies: dict[fx.Node, fx.Node] = {}
-        for position, node in enumerate(frontier):
-            copies[node] = graph.placeholder(f"frontier_{position}")
-            copies[node].meta["shape"] = node.meta["shape"]
-        for node in self._behind():
-            if node not in copies:
-                copies[node] = graph.node_copy(node, lambda source: copies[source])
-        return fx.GraphModule(self._traced, graph)

@@ -84,7 +84,7 @@ def test_split_and_whole_agree_and_late_groups_have_small_suffixes():
     names = {groups[-1].name: masks}
     assert _same(fast.suffix(fast.prefix(images), names), slow.suffix(slow.prefix(images), names))
     calls = [n for n in fast._halves.suffix.graph.nodes if n.op == "call_module"]
-    assert [n.target for n in calls if "conv" in n.target] == ["layer3.0.conv2"]
+    assert [n.target for n in calls if "conv" in n.target] == ["fused_layer3_0_conv2"]
 
 
 def test_the_users_model_is_untouched():

@@ -1,0 +1,196 @@
+"""A convolution with what follows it in one call of the processor's library, on the channels that a mask leaves.
+
+oneDNN can add a residual and apply ReLU while a convolution's result is still in registers, and takes weights packed
+beforehand. torch offers both to its compiler (`torch.ops.mkldnn`); here they are called without compiling. Where the
+operator is missing nothing is fused.
+
+Shapes: B images, C input channels, K output channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+from .graph_passes import is_relu
+from .leaves import is_leaf
+
+_PER_CHANNEL = (nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Dropout, nn.Identity)
+
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+class FusedConv(nn.Module):
+    """`relu?(conv(x) + residual?)`, with weights that can be exchanged and channels that can be left out.
+
+    Args:
+        conv: an ordinary 2d convolution; its weight and bias are kept as they are.
+        relu: whether ReLU follows.
+    """
+
+    def __init__(self, conv: nn.Conv2d, relu: bool) -> None:
+        super().__init__()
+        # No buffers: the dense weights stay in full precision whatever the network is cast to.
+        self.weight, self.bias = conv.weight.detach(), None if conv.bias is None else conv.bias.detach()
+        self.n_groups, self.relu = conv.groups, relu
+        self._how = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
+        self.cast(conv.weight.dtype)
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Compute in this precision from now on."""
+        self.dtype = dtype
+        self._whole = self._packed(self.weight, self.bias)
+        self.reset()
+
+    def reset(self) -> None:
+        """Back to the weights and channels it was made with."""
+        self._now, self._reads = self._whole, None
+
+    def load(
+        self,
+        weight: Tensor | None = None,
+        reads: Tensor | None = None,
+        writes: Tensor | None = None,
+        narrow: bool = False,
+    ) -> None:
+        """Take other weights, and only some channels.
+
+        Args:
+            weight: (K, C, h, w); None keeps its own.
+            reads: input channels that matter, (C',) int64; None means all.
+            writes: output channels to compute, (K',) int64; None means all.
+            narrow: the input comes with the channels of `reads` only; otherwise they are picked out of it.
+        """
+        weight, bias = self.weight if weight is None else weight, self.bias
+        if writes is not None:
+            weight, bias = weight[writes], None if bias is None else bias[writes]
+        weight = weight if reads is None else weight[:, reads]
+        self._now, self._reads = self._packed(weight, bias), None if narrow else reads
+
+    def _packed(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        dense = weight.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        packed = torch._C._nn.mkldnn_reorder_conv2d_weight(dense.to_mkldnn(), *self._how, None)
+        return packed, None if bias is None else bias.to(self.dtype)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(B, K, H, W); a residual is overwritten with the result."""
+        if self._reads is not None:
+            x = picked(x, self._reads)
+        weight, bias = self._now
+        if residual is None:
+            activation = "relu" if self.relu else "none"
+            return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *self._how, activation, [], "")
+        activation = "relu" if self.relu else None
+        return torch.ops.mkldnn._convolution_pointwise_.binary(
+            residual, x, weight, bias, *self._how, "add", None, activation, [], ""
+        )
+
+
+def picked(x: Tensor, channels: Tensor) -> Tensor:
+    """Some channels of (B, C, H, W), in channels_last order: one pass over memory."""
+    n, c, h, w = x.shape
+    rows = x.permute(0, 2, 3, 1).reshape(-1, c).index_select(1, channels)
+    return rows.view(n, h, w, -1).permute(0, 3, 1, 2)
+
+
+def can_fuse(example: Tensor) -> bool:
+    """Whether this machine and these images have the fused operator."""
+    return (
+        example.dim() == 4
+        and example.device.type == "cpu"
+        and torch.backends.mkldnn.is_available()
+        and torch._C._has_mkldnn
+        and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+    )
+
+
+def fuse(graph: fx.GraphModule, once: set[str]) -> dict[str, FusedConv]:
+    """Exchange convolutions of `once` (names of modules that run once), by themselves or with what follows, in place.
+
+    Returns the fused ones by the convolution's name.
+    """
+    fused: dict[str, FusedConv] = {}
+    for node in list(graph.graph.nodes):
+        name = str(node.target)
+        conv = graph.get_submodule(name) if node.op == "call_module" and name in once else None
+        if isinstance(conv, nn.Conv2d) and is_leaf(conv) and _is_plain(conv):
+            fused[name] = _fuse_one(graph, node, conv)
+    graph.graph.lint()
+    graph.recompile()
+    return fused
+
+
+def _is_plain(conv: nn.Conv2d) -> bool:
+    return conv.padding_mode == "zeros" and not isinstance(conv.padding, str) and conv.weight.dtype in _DTYPES
+
+
+def _fuse_one(graph: fx.GraphModule, node: fx.Node, conv: nn.Conv2d) -> FusedConv:
+    last, residual = node, None
+    follower = _only_user(node)
+    if follower is not None and follower.op == "call_method" and follower.target == "add_":
+        target, other = follower.args
+        if target is node and _may_overwrite(graph, other, follower):
+            last, residual = follower, other
+    after = _only_user(last)
+    relu = after is not None and (is_relu(graph, after) or after.target is torch.relu_) and after.args[0] is last
+    made = FusedConv(conv, relu)
+    place = f"fused_{str(node.target).replace('.', '_')}"
+    graph.add_submodule(place, made)
+    end = after if relu and after is not None else last
+    with graph.graph.inserting_before(end):
+        new = graph.graph.call_module(place, (node.args[0],) if residual is None else (node.args[0], residual))
+    new.meta = dict(end.meta)
+    end.replace_all_uses_with(new)
+    for old in dict.fromkeys((end, last, node)):
+        graph.graph.erase_node(old)
+    return made
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _may_overwrite(graph: fx.GraphModule, value: Any, reader: fx.Node) -> bool:
+    """Whether nothing looks at `value` after `reader`, not even through a view."""
+    if not isinstance(value, fx.Node) or not (_is_fused(graph, value) or value.target is functional.pad):
+        return False
+    order = {each: position for position, each in enumerate(graph.graph.nodes)}
+    others = [user for user in value.users if user is not reader]
+    return all(order[user] < order[reader] and _makes_new(graph, user) for user in others)
+
+
+def _makes_new(graph: fx.GraphModule, node: fx.Node) -> bool:
+    return node.op == "call_module" and isinstance(graph.get_submodule(str(node.target)), (FusedConv, nn.Conv2d))
+
+
+def _is_fused(graph: fx.GraphModule, node: fx.Node) -> bool:
+    return node.op == "call_module" and isinstance(graph.get_submodule(str(node.target)), FusedConv)
+
+
+def feeders(graph: fx.GraphModule) -> dict[FusedConv, FusedConv]:
+    """Fused convolution -> the one that alone makes its input, channel by channel, for it alone.
+
+    What the reader does not read, its feeder need not compute.
+    """
+    found: dict[FusedConv, FusedConv] = {}
+    for node in graph.graph.nodes:
+        if _is_fused(graph, node):
+            reader = graph.get_submodule(str(node.target))
+            feeder = _feeder(graph, node.args[0])
+            if isinstance(reader, FusedConv) and feeder is not None and reader.n_groups == feeder.n_groups == 1:
+                found[reader] = feeder
+    return found
+
+
+def _feeder(graph: fx.GraphModule, node: Any) -> FusedConv | None:
+    while isinstance(node, fx.Node) and len(node.users) == 1 and node.op == "call_module":
+        module = graph.get_submodule(str(node.target))
+        if isinstance(module, FusedConv):
+            return module if len(node.args) == 1 else None
+        if not isinstance(module, _PER_CHANNEL) or len(node.args) != 1:
+            return None
+        node = node.args[0]
+    return None
