@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-all lint typecheck install clean
+.PHONY: demo test test-all coverage lint typecheck docs docs-serve build-package install clean
 
 install: $(VENV)/.installed
 
@@ -28,11 +28,26 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Static checkers do not follow the folder mapping, so the built package is what gets checked.
-typecheck: install
+coverage: install
+	$(BIN)/python -m pytest -n 2 --cov --cov-report=term:skip-covered
+
+# Static analysis does not follow the folder mapping, so the built package is what gets checked and documented.
+build-package: install
 	rm -rf build/typecheck
 	$(PIP) install --quiet --no-deps --target build/typecheck .
+
+typecheck: build-package
 	cd build/typecheck && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p keepdrop
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[docs]"
+	touch $@
+
+docs: build-package $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir build/site
+
+docs-serve: build-package $(VENV)/.docs
+	$(BIN)/mkdocs serve
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

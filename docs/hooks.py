@@ -136,7 +136,7 @@ def yaml_comments(text: str) -> dict[str, str]:
     found: dict[str, str] = {}
     parents: list[tuple[int, str]] = []
     for line in text.splitlines():
-        if helped := re.match(r"\s{6}([\w.]+)(=\S+)?\s{2,}(\S.*)", line):
+        if helped := re.match(r"\s{6}([\w.]+)(=\S+)?\s{2,}(?!\w+=)(\S.*)", line):
             found.setdefault(helped[1], helped[3])
         if not (match := re.match(r"( *)([\w]+):(?:\s+[^#]*?)?(?:\s+# (.*))?$", line)):
             continue
