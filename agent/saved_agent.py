@@ -215,7 +215,7 @@ def _load_weights(folder: Path, policy: Policy, data: bytes) -> None:
     _module(policy).eval()
 
 
-def _module(policy: Policy) -> nn.Module:
+def _module(policy: Policy | NetworkPolicy) -> nn.Module:
     if not isinstance(policy, nn.Module):
         raise TypeError(f"a policy is an nn.Module, this one is a {type(policy).__name__}")
     return policy

@@ -167,7 +167,7 @@ class TargetsConfig:
     """What a comparison removes: fractions of the MACs of the pruned layers themselves ("groups") or of "network"."""
 
     removed: list[float] = field(default_factory=lambda: [0.3, 0.5, 0.7])
-    of: str = "groups"
+    of: str = "network"
 
 
 @dataclass
