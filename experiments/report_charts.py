@@ -147,7 +147,7 @@ def _plot(series: Sequence[Series], x: Axis, y: Axis, size: tuple[int, int], sma
     numbers = [_x_tick(across(tick), x.write(tick), floor) for tick in ticks(x_low, x_high, 3 if small else 5)]
     axis = tag("line", x1=left, x2=right, y1=floor, y2=floor, class_="axis")
     titles = () if small else _titles(x, y, (left + right) / 2, size[1])
-    lines = [_series(each, [(across(a), up(b)) for a, b in each.points], small) for each in series]
+    lines = [_series(each, [(across(a), up(b)) for a, b in each.points], small, (left + right) / 2) for each in series]
     return join((*grid, axis, *numbers, *titles, *lines))
 
 
@@ -166,11 +166,17 @@ def _titles(x: Axis, y: Axis, middle: float, height: float) -> tuple[Markup, Mar
     return below, tag("text", y.label, transform=at, class_="label middle")
 
 
-def _series(series: Series, points: Points, small: bool) -> Markup:
+def _series(series: Series, points: Points, small: bool, middle: float) -> Markup:
+    """Line and points; points without a line have their name beside them, on the side where there is room."""
     drawn = " ".join(f"{a:g},{b:g}" for a, b in points)
     line = tag("polyline", points=drawn, class_=f"line {series.style}") if series.line and len(points) > 1 else None
     dots = [] if small and len(points) > 1 else [_marker(series.style, a, b) for a, b in points]
-    return join((line, *dots))
+    names = [] if series.line else [_name(series.name, x, y, x > middle) for x, y in points]
+    return join((line, *dots, *names))
+
+
+def _name(name: str, x: float, y: float, before: bool) -> Markup:
+    return tag("text", name, x=x - 9 if before else x + 9, y=y + 4, class_="label end" if before else "label")
 
 
 def _marker(style: str, x: float, y: float) -> Markup:
