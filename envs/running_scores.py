@@ -87,8 +87,8 @@ def collecting(model: nn.Module, groups: Sequence[FilterGroup]) -> Iterator[Runn
     """
     scores = RunningScores()
     for group in groups:
-        zeros = [torch.zeros(group.n_filters, dtype=torch.float64) for _ in range(3)]
-        scores.sums[group.name] = _Sums(*zeros)
+        taylor, activation, zeros = torch.zeros(3, group.n_filters, dtype=torch.float64)
+        scores.sums[group.name] = _Sums(taylor, activation, zeros)
     readers: dict[str, list[tuple[str, Cut]]] = {}
     for group in groups:
         for cut in group.consumers:

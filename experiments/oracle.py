@@ -128,15 +128,16 @@ def layer_facts(
     images, labels = task.reward_images
     found = filter_oracle(task.model, layer.group, images, labels, method=task.settings.method, progress=show_progress)
     seen = observation_tensors(layer)
-    facts = {
-        "loss_change": found.loss_change.tolist(),
-        "accuracy_change": found.accuracy_change.tolist(),
-        "scores": {each: value.tolist() for each, value in layer_scores(name, seen, config).items()},
-    }
+    given = layer_scores(name, seen, config)
     if name in agents:
         check_fit(agents[name], layer)
         with torch.no_grad():
-            facts["scores"][AGENT] = agents[name].policy(seen).keep_probability().double().tolist()
+            given[AGENT] = agents[name].policy(seen).keep_probability().double()
+    facts = {
+        "loss_change": found.loss_change.tolist(),
+        "accuracy_change": found.accuracy_change.tolist(),
+        "scores": {each: value.tolist() for each, value in given.items()},
+    }
     folder.write_json(file, facts)
     return facts
 
