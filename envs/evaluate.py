@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 DEFAULT_BATCH = 128
-BATCHES = (32, 64, 128, 256, 512)
+BATCHES = (64, 128, 256, 512)
 CALIBRATION_SECONDS = 0.4
 
 
@@ -215,7 +215,7 @@ class MaskEvaluator:
                 run(values)
                 seconds[batch] = min(seconds[batch], (time.perf_counter() - started) / batch)
         best = min(seconds, key=lambda batch: seconds[batch])
-        return best if seconds[best] < 0.95 * seconds[DEFAULT_BATCH] else DEFAULT_BATCH
+        return best if seconds[best] < 0.9 * seconds[DEFAULT_BATCH] else DEFAULT_BATCH
 
     def _checked(self, masks: Mapping[str, Tensor]) -> int:
         sizes = {group.name: group.n_filters for group in self.network.groups}

@@ -20,6 +20,8 @@ from .leaves import is_leaf
 
 _PER_CHANNEL = (nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Dropout, nn.Identity)
 
+# `reuse_memory` writes these in place only into what a layer has just made.
+_OWN_MEMORY = (functional.pad, torch.relu_, "add_")
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -155,7 +157,7 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 
 def _may_overwrite(graph: fx.GraphModule, value: Any, reader: fx.Node) -> bool:
     """Whether nothing looks at `value` after `reader`, not even through a view."""
-    if not isinstance(value, fx.Node) or not (_is_fused(graph, value) or value.target is functional.pad):
+    if not isinstance(value, fx.Node) or not (_is_fused(graph, value) or value.target in _OWN_MEMORY):
         return False
     order = {each: position for position, each in enumerate(graph.graph.nodes)}
     others = [user for user in value.users if user is not reader]
