@@ -24,6 +24,7 @@ from ..envs.target import Target
 from ..envs.task import PruningTask
 from .compare_methods import (
     AGENT,
+    MEAN_RANKED,
     PEERS,
     AtAgentCounts,
     CriterionMethod,
@@ -73,6 +74,7 @@ class Choices:
     def _methods(self) -> dict[str, Method]:
         seen, some = Observations(), self.search.images
         made: list[Method] = [CriterionMethod(name, how, seen) for how in ("uniform", "global") for name in CRITERIA]
+        made += [CriterionMethod(name, "global-mean", seen) for name in MEAN_RANKED]
         made += [AtAgentCounts(name, seen, self._agent_masks) for name in CRITERIA]
         made += [RandomBest(inside, seen, self._judges, self._evaluations, some) for inside in ("random", "taylor")]
         made += [TorchPruning(global_pruning) for global_pruning in (False, True)]

@@ -24,6 +24,7 @@ from .seeds import derive_seed
 Masks = dict[str, Tensor]
 PEERS = ("torch-pruning", "torch-pruning-global")  # uniform, global
 FINALISTS = 5  # of a random search, as many as an agent's greedy mask and its best sampled ones
+MEAN_RANKED = ("l1", "taylor")
 LOWEST_WEIGHT = 0.2  # of a layer in a random allocation; the highest is 1
 AGENT, FOLLOWS = "agent", "-at-agent"
 
@@ -67,7 +68,8 @@ class CriterionMethod:
     Args:
         criterion: one of `keepdrop.agent.criteria.CRITERIA`.
         allocation: "uniform" keeps the same fraction of every layer, "global" ranks all filters of all layers by their
-            scores, l2-normalised in each layer.
+            scores, l2-normalised in each layer (the paper's; it prefers narrow layers), "global-mean" by their scores
+            divided by the layer's mean, in which its width leaves no trace.
         observations: shared by all criteria.
     """
 
@@ -79,7 +81,9 @@ class CriterionMethod:
         """Rank and cut off."""
         ranking = {}
         for name, score in criterion_scores(self.criterion, self.observations.of(task), seed).items():
-            ranking[name] = normalised(score, self.criterion) if self.allocation == "global" else spread_evenly(score)
+            ranking[name] = spread_evenly(score) if self.allocation == "uniform" else normalised(score, self.criterion)
+            if self.allocation == "global-mean":
+                ranking[name] /= ranking[name].mean().clamp_min(1e-12)
         return keep_best(meter_of(task, target), ranking, target)
 
 
@@ -176,6 +180,7 @@ def method_names() -> list[str]:
     classic = [name for name in CRITERIA if name != "random"]
     names = [AGENT, *(f"{name}{FOLLOWS}" for name in CRITERIA)]
     names += [f"{name}-{allocation}" for allocation in ("uniform", "global") for name in classic]
+    names += [f"{name}-global-mean" for name in MEAN_RANKED]
     return [*names, "random-uniform", "random-best", "taylor-random-best", *PEERS]
 
 

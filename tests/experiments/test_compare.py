@@ -229,6 +229,20 @@ def test_uniform_and_global_keep_what_they_say(task):
     assert kept.sort().values[len(masks["global"])] >= dropped.max() - 1e-6
 
 
+def test_a_wide_layer_is_not_despised_by_its_mean(task):
+    """Equal scores in all layers: by l2 norm the widest layers go first, by mean none does."""
+    observations = Observations()
+    seen = observations.of(task)
+    for each in seen.values():
+        each["weights"] = torch.ones_like(each["weights"]) + 1e-3 * torch.rand_like(each["weights"])
+    fractions = {}
+    for how in ("global", "global-mean"):
+        masks = CriterionMethod("l1", how, observations).choose(task, Target(0.3), 0)
+        fractions[how] = [float(mask.float().mean()) for mask in masks.values()]
+    assert fractions["global"][-1] < 0.1 and fractions["global"][0] == 1.0
+    assert min(fractions["global-mean"]) > 0.3
+
+
 @pytest.mark.parametrize("global_pruning", [False, True])
 def test_torch_pruning_chooses_what_it_would_cut(task, global_pruning):
     """Its masks lead to the widths that its own surgery leaves."""
