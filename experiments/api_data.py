@@ -24,7 +24,7 @@ def labelled_data(train: Any, test: Any) -> LabelledData:
 def labelled_images(source: Any, name: str, n_classes: int | None = None) -> LabelledImages:
     """A pair of tensors, a map-style dataset, or a `LabelledImages` as it is; `n_classes` None: as many as labels."""
     if isinstance(source, tuple | list) and len(source) == 2 and all(isinstance(part, Tensor) for part in source):
-        return _from_tensors(*source, name, n_classes)
+        return _from_tensors(source[0], source[1], name, n_classes)
     if all(hasattr(source, wanted) for wanted in ("batch", "select", "digest")):
         return source
     if hasattr(source, "__getitem__") and hasattr(source, "__len__"):
