@@ -71,7 +71,7 @@ class Terminal:
     def advance_by(self, step: float, detail: str | None = None) -> None:
         """Move the innermost bar by `step`; without a new word the old one stays."""
         if self._progress is not None and self._tasks:
-            fields = {} if detail is None else {"detail": detail}
+            fields: dict[str, Any] = {} if detail is None else {"detail": detail}
             self._progress.update(self._tasks[-1], advance=step, **fields)
 
     def layers(self, groups: Sequence[Mapping[str, Any]]) -> None:

@@ -18,8 +18,10 @@ from ..rewards.errors import UserError
 CONF = "keepdrop.conf"
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 # Options of Hydra that take the next word as their value, and those that stand alone (with ours).
-VALUED = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn")
-VALUED += ("--info", "-i", "--shell-completion", "-sc", "--experimental-rerun")
+VALUED = (
+    *("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn"),
+    *("--info", "-i", "--shell-completion", "-sc", "--experimental-rerun"),
+)
 SINGLE = ("--help", "-h", "--hydra-help", "--resolve", "--run", "-r", "--multirun", "-m", "--quiet", "--debug")
 _DECORATION = ("full_key:", "object_type=", "reference_type=", "See https://", "Config search path:", "provider=")
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..envs.evaluate import count_correct
 from ..envs.group_cost import pruned_cost
+from ..envs.groups import FilterGroup
 from ..envs.images import LabelledImages
 from ..envs.pruned_file import KeptChannels
 from ..envs.task import LayerTask, PruningTask, replace_model
@@ -60,7 +61,9 @@ def write_curves(
 
 def macs_after(task: PruningTask, records: Sequence[LayerRecord]) -> list[int]:
     """MACs an image once the first, the first two, ... of the layers are cut."""
-    groups, kept, macs = {group.name: group for group in task.groups}, {}, []
+    groups = {group.name: group for group in task.groups}
+    kept: dict[FilterGroup, int] = {}
+    macs = []
     for record in records:
         group = groups[record.name]
         # A layer that comes again keeps part of what it had left.

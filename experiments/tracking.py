@@ -11,7 +11,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 CELL = 8  # pixels of one filter in the image of the kept filters
-KEPT, DROPPED, NOTHING = (11, 102, 176), (207, 212, 217), (255, 255, 255)
+KEPT, DROPPED, NOTHING = (11, 102, 176), (207, 212, 217), (255, 255, 255)  # red, green, blue
 HPARAMS = ("seed", "drop_bound", "order", "agent", "search", "policy", "reward", "recovery", "finetune", "judge")
 FINAL = ("base_accuracy", "pruned_accuracy", "finetuned_accuracy", "pruned_macs", "pruned_params")
 
@@ -52,7 +52,7 @@ def kept_image(masks: Sequence[Sequence[bool]]) -> np.ndarray[Any, Any]:
     cells = np.full((len(masks), max(map(len, masks), default=1), 3), NOTHING, np.uint8)
     for row, mask in enumerate(masks):
         keep = np.asarray(mask, bool)[:, None]
-        cells[row, : len(mask)] = np.where(keep, np.uint8(KEPT), np.uint8(DROPPED))
+        cells[row, : len(mask)] = np.where(keep, np.array(KEPT, np.uint8), np.array(DROPPED, np.uint8))
     image = cells.repeat(CELL, 0).repeat(CELL, 1)
     image[CELL - 1 :: CELL] = image[:, CELL - 1 :: CELL] = NOTHING  # a line between cells
     return image
