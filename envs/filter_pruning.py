@@ -19,7 +19,9 @@ from torch import nn
 
 from ..rewards.errors import UserError
 from ..rewards.outcome import Outcome, Reward, RewardFunction
+from .adaptive import AdaptiveSettings
 from .observation import STATISTIC_NAMES
+from .search_judge import adaptive_outcomes, check_adaptive
 from .splits import Splits
 from .task import JudgeSettings, LayerTask, PruningTask
 from .whole_network import NetworkTask
@@ -55,8 +57,8 @@ class FilterPruningEnv(gymnasium.Env[Observations, NDArray[np.int8]]):
     reward: a pure function of an `Outcome`.
 
     ## Info
-    `accuracy`, `accuracy_drop`, `kept_fraction`, `macs_fraction`, `params_fraction` and the reward's own terms, at the
-    last step. `statistic_names` and `group` at every step.
+    `accuracy`, `accuracy_drop`, `kept_fraction`, `macs_fraction`, `params_fraction`, `images` seen and the reward's
+    terms, at the last step. `statistic_names` and `group` at every step.
 
     ## Version history
     v0: first version.
@@ -90,7 +92,7 @@ class FilterPruningEnv(gymnasium.Env[Observations, NDArray[np.int8]]):
             return self._observe(position + 1), 0.0, False, False, _info(self.layer, position + 1)
         outcome = _outcomes(self.layer, self._masks, None)[0]
         reward = self.reward(outcome)
-        info = _info(self.layer, position) | _facts(outcome, reward)
+        info = _info(self.layer, position) | _facts(outcome, reward, self.layer.n_images)
         return self._observe(position), float(reward.value), True, False, info
 
     def _observe(self, position: int) -> Observations:
@@ -112,6 +114,7 @@ class FilterPruningVectorEnv(VectorEnv[Observations, NDArray[np.int8], NDArray[A
         images_per_step: reward images drawn afresh for each evaluation, the same ones for all M masks (common random
             numbers); None takes the whole reward split. `reset(seed=...)` sets what is drawn; with a list of seeds
             the first one counts.
+        adaptive: spend these images chunk by chunk, on a mask only until its rank is settled (`adaptive`).
 
     Infos are those of Gymnasium's own vector environments: an array (M,) a key, `final_obs` and `final_info` at the
     last step. The numbers of `FilterPruningEnv`'s last step stand beside them at the top as well. The base accuracy
@@ -126,17 +129,18 @@ class FilterPruningVectorEnv(VectorEnv[Observations, NDArray[np.int8], NDArray[A
         reward: RewardFunction,
         num_envs: int = 16,
         images_per_step: int | None = None,
+        adaptive: AdaptiveSettings | None = None,
     ) -> None:
         if num_envs < 1:
             raise UserError(f"num_envs is {num_envs}; expected at least 1 mask a step.")
         if images_per_step is not None and images_per_step < 1:
-            raise UserError(
-                f"images_per_step is {images_per_step}; expected at least 1, or null for all reward images."
-            )
+            raise UserError(f"images_per_step is {images_per_step}; expected 1 or more, or null for all reward images.")
         self.layer = layer
         self.reward = reward
         self.num_envs = num_envs
+        check_adaptive(layer, adaptive)
         self.images_per_step = images_per_step
+        self.adaptive = adaptive
         self.statistic_names = STATISTIC_NAMES
         self.single_observation_space, self.single_action_space = _spaces(layer)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
@@ -169,12 +173,11 @@ class FilterPruningVectorEnv(VectorEnv[Observations, NDArray[np.int8], NDArray[A
     def _settle(self, masks: list[torch.Tensor], infos: list[dict[str, Any]]) -> NDArray[np.float64]:
         """Rewards (M,) of full episodes; adds to `infos` what they did."""
         last = len(masks) - 1
-        # One for all, and read-only: M copies of the weights would be waste.
-        shown = {key: np.broadcast_to(value, value.shape) for key, value in _observation(self.layer, last).items()}
-        rewards = np.zeros(self.num_envs)
-        for i, outcome in enumerate(_outcomes(self.layer, masks, self._draw_images())):
+        rewards, seen = np.zeros(self.num_envs), _observation(self.layer, last)
+        shown = {key: np.broadcast_to(value, value.shape) for key, value in seen.items()}  # read-only, not M copies
+        for i, (outcome, n_images) in enumerate(zip(*self._judge(masks), strict=True)):
             reward = self.reward(outcome)
-            facts = _facts(outcome, reward)
+            facts = _facts(outcome, reward, n_images)
             infos[i] |= facts | {"final_obs": shown, "final_info": _info(self.layer, last) | facts}
             rewards[i] = reward.value
         return rewards
@@ -186,11 +189,15 @@ class FilterPruningVectorEnv(VectorEnv[Observations, NDArray[np.int8], NDArray[A
             joined = self._add_info(joined, info, i)
         return joined
 
-    def _draw_images(self) -> torch.Tensor | None:
+    def _judge(self, masks: list[torch.Tensor]) -> tuple[list[Outcome], list[int]]:
+        """Outcomes of M masks, and the images spent on each."""
         total = self.layer.n_images
-        if self.images_per_step is None or self.images_per_step >= total:
-            return None
-        return torch.from_numpy(np.sort(self.np_random.choice(total, self.images_per_step, replace=False)))
+        size = min(self.images_per_step or total, total)
+        if self.adaptive is not None and isinstance(self.layer, LayerTask):
+            order = torch.from_numpy(self.np_random.permutation(total)[:size])
+            return adaptive_outcomes(self.layer, self.reward, masks[0], order, self.adaptive)
+        drawn = np.arange(total) if size == total else np.sort(self.np_random.choice(total, size, replace=False))
+        return _outcomes(self.layer, masks, torch.from_numpy(drawn)), [size] * self.num_envs
 
     def _observe(self, position: int) -> Observations:
         # Read-only views: all episodes of a step see the same filters, and M copies of them would be waste.
@@ -280,12 +287,13 @@ def _outcomes(
     return layer.outcomes(masks[0], image_indices)
 
 
-def _facts(outcome: Outcome, reward: Reward) -> dict[str, float]:
+def _facts(outcome: Outcome, reward: Reward, n_images: int) -> dict[str, float]:
     return {
         "accuracy": outcome.pruned_accuracy,
         "accuracy_drop": outcome.accuracy_drop,
         "kept_fraction": outcome.kept_fraction,
         "macs_fraction": outcome.macs_fraction,
         "params_fraction": outcome.params_fraction,
+        "images": float(n_images),
         **reward.terms,
     }

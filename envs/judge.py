@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..rewards.errors import UserError
+from .split import DTYPES
 
 TARGETS = ("dense", "current")
 
@@ -23,6 +24,10 @@ class JudgeSettings:
         statistics_images: images of the fit split behind an observation.
         cache_gib: memory for the cached part of the network that no mask touches, in GiB.
         method: "auto", "split" or "whole" (`MaskedNetwork`).
+        dtype: in what masks are evaluated during a search, "float32" or "bfloat16"; a decision is always verified in
+            float32, and how often the two disagree is measured.
+        compile: run the part behind the cached one through `torch.compile` (for a GPU; on a CPU it is fused anyway).
+        memory: so many masks a layer are remembered with their answers.
     """
 
     compensate: bool = True
@@ -32,7 +37,14 @@ class JudgeSettings:
     statistics_images: int = 512
     cache_gib: float = 1.0
     method: str = "auto"
+    dtype: str = "float32"
+    compile: bool = False
+    memory: int = 1024
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
             raise UserError(f"judge.target is {self.target!r}; expected one of {', '.join(TARGETS)}.")
+        if self.dtype not in DTYPES:
+            raise UserError(f"judge.dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}.")
+        if self.memory < 0:
+            raise UserError(f"judge.memory is {self.memory}; expected a number of masks, 0 for none.")

@@ -135,11 +135,10 @@ class PruningTask:
         matched = ", ".join(group.name for group in select_groups(self.plan, [name]))
         raise UserError(f"One layer is decided at a time, but {name!r} matches {matched}; name one of them.")
 
-    def evaluator(self, groups: Sequence[FilterGroup]) -> MaskEvaluator:
+    def evaluator(self, groups: Sequence[FilterGroup], dtype: str = "float32") -> MaskEvaluator:
         """Counts the right answers under masks of `groups` on the reward split."""
-        images, labels = self.reward_images
-        cache_gib, method = self.settings.cache_gib, self.settings.method
-        return MaskEvaluator(self.model, groups, images, labels, cache_gib=cache_gib, method=method)
+        how = {name: getattr(self.settings, name) for name in ("cache_gib", "method", "compile", "memory")}
+        return MaskEvaluator(self.model, groups, *self.reward_images, dtype=dtype, **how)
 
     def outcomes(
         self,
@@ -238,8 +237,15 @@ class LayerTask:
         return observe(self.task.model, self.group, images, labels)
 
     @cached_property
-    def _evaluator(self) -> MaskEvaluator:
+    def evaluator(self) -> MaskEvaluator:
+        """Counts right answers in full precision."""
         return self.task.evaluator([self.group])
+
+    @cached_property
+    def search_evaluator(self) -> MaskEvaluator:
+        """Counts right answers during a search: in the precision that was asked for."""
+        dtype = self.task.settings.dtype
+        return self.evaluator if dtype == "float32" else self.task.evaluator([self.group], dtype)
 
     @cached_property
     def compensation(self) -> Compensation | None:
@@ -275,12 +281,13 @@ class LayerTask:
         return {} if self.compensation is None else self.compensation.matrices(masks_MN)
 
     def outcomes(self, masks_MN: Tensor, image_indices: Tensor | None = None) -> list[Outcome]:
-        """What each mask does to the network, on the whole reward split or on the images named.
+        """What each mask does to the network: on the whole reward split exactly, on the images named as in a search.
 
         A mask that keeps nothing is refused with a ValueError.
         """
         masks_MN = self.allowed(_checked_masks(self.group, masks_MN))
-        return self.task.outcomes(self._evaluator, {self.group: masks_MN}, self.mixes(masks_MN), image_indices)
+        evaluator = self.evaluator if image_indices is None else self.search_evaluator
+        return self.task.outcomes(evaluator, {self.group: masks_MN}, self.mixes(masks_MN), image_indices)
 
     def cut(self, keep: Tensor) -> nn.Module:
         """A new, smaller network without the filters that `keep` (N,) bool drops."""

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from ..agent.criteria import CRITERIA, CriterionAgent
 from ..agent.saved_agent import WEIGHTS, AgentMismatch, SavedAgent, check_agent, load_agent, save_agent
 from ..agent.trainer import AgentSettings, Trainer
+from ..envs.adaptive import AdaptiveSettings
 from ..envs.observation import STATISTIC_NAMES
 from ..envs.task import LayerTask
 from ..rewards.errors import UserError
@@ -60,6 +61,7 @@ class TrainAgents:
                 self.settings,
                 masks=search.masks,
                 images=search.images,
+                adaptive=AdaptiveSettings() if search.adaptive else None,
                 seed=seed,
                 report=partial(self._report, layer, bar),
             )

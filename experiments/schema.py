@@ -29,10 +29,11 @@ class SplitConfig:
 
 @dataclass
 class SearchConfig:
-    """What one update of an agent costs: masks an update, and reward images a mask (null: all)."""
+    """What an update costs: masks, and reward images a mask (null: all); `adaptive` stops once its rank is settled."""
 
     masks: int = 16
     images: int | None = 512
+    adaptive: bool = False
 
     def __post_init__(self) -> None:
         if self.masks < 2:

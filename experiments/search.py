@@ -9,9 +9,11 @@ import torch
 
 from ..agent.policy import Policy
 from ..agent.trainer import AgentSettings, Trainer, TrainingResult, train_agent
+from ..envs.adaptive import AdaptiveSettings
 from ..envs.checkpoint import hash_state
 from ..envs.filter_pruning import FilterPruningVectorEnv
 from ..envs.observation import STATISTIC_NAMES
+from ..envs.search_judge import disagreement
 from ..envs.task import LayerTask
 from ..rewards.outcome import RewardFunction
 from .decide import Decision
@@ -28,6 +30,7 @@ def train_on_layer(
     *,
     masks: int,
     images: int | None,
+    adaptive: AdaptiveSettings | None = None,
     seed: int,
     report: Report | None = None,
 ) -> tuple[TrainingResult, Decision]:
@@ -40,19 +43,22 @@ def train_on_layer(
         settings: how it is trained.
         masks: sampled an update.
         images: reward images a mask; None for all.
+        adaptive: spend them chunk by chunk, until a mask's rank is settled.
         seed: of the layer; sampled masks and drawn images have one each, derived from it.
         report: told about every update.
     """
-    env = FilterPruningVectorEnv(layer, reward, masks, images)
+    env = FilterPruningVectorEnv(layer, reward, masks, images, adaptive)
     env.reset(seed=derive_seed(seed, "images"))
     generator = torch.Generator().manual_seed(derive_seed(seed, "masks"))
     result = train_agent(env, policy, settings, generator, callback=report)
-    seen = min(images or layer.n_images, layer.n_images)
-    facts = {
+    facts: dict[str, Any] = {
         "updates": result.n_updates,
         "converged": result.converged,
-        "mask_images": result.n_updates * masks * seen,
+        "mask_images": round(sum(metrics["info/images"] for metrics in result.history) * masks),
     }
+    if layer.task.settings.dtype != "float32" and result.best:
+        best = torch.stack([torch.as_tensor(scored.mask) for scored in result.best])
+        facts["disagreement_with_float32"] = disagreement(layer, best)
     alternatives = tuple(torch.as_tensor(scored.mask) for scored in result.best)
     return result, Decision(result.greedy, "agent", alternatives, facts)
 

@@ -19,7 +19,7 @@ from keepdrop.rewards.errors import UserError
 from keepdrop.rewards.try_and_learn import TryAndLearn
 
 REWARD = TryAndLearn(0.2)
-FACTS = {"accuracy", "accuracy_drop", "kept_fraction", "macs_fraction", "params_fraction", "psi", "phi"}
+FACTS = {"accuracy", "accuracy_drop", "kept_fraction", "macs_fraction", "params_fraction", "images", "psi", "phi"}
 ID = "keepdrop.envs.registration:keepdrop/FilterPruning-v0"
 
 
@@ -206,7 +206,7 @@ def test_bad_actions_are_refused(action, message):
 
 def test_bad_arguments_are_refused():
     layer = make_task().layer("conv2")
-    with pytest.raises(UserError, match="images_per_step is 0; expected at least 1, or null"):
+    with pytest.raises(UserError, match="images_per_step is 0; expected 1 or more, or null"):
         FilterPruningVectorEnv(layer, REWARD, images_per_step=0)
     with pytest.raises(UserError, match="num_envs is 0; expected at least 1"):
         FilterPruningVectorEnv(layer, REWARD, num_envs=0)
