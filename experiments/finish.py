@@ -207,9 +207,9 @@ def _milliseconds(record: Mapping[str, Any]) -> str:
     return f"{median:.2f} ms ({low:.2f} to {high:.2f})"
 
 
-def markdown_report(metrics: Mapping[str, Any], folder: RunFolder) -> str:
+def markdown_report(metrics: Mapping[str, Any], folder: RunFolder, command: str = "prune") -> str:
     """`report.md`: the same two tables for a file."""
-    lines = ["# keepdrop prune", "", "| | base | pruned | change |", "|---|---:|---:|---:|"]
+    lines = [f"# keepdrop {command}", "", "| | base | pruned | change |", "|---|---:|---:|---:|"]
     lines += [f"| {' | '.join(row)} |" for row in total_rows(metrics)]
     lines += ["", "| layer | filters before | after | decided by |", "|---|---:|---:|---|"]
     lines += [f"| {g['name']} | {g['n_filters']} | {g['n_kept']} | {g['decided_by']} |" for g in metrics["groups"]]
@@ -238,9 +238,9 @@ def remarks(metrics: Mapping[str, Any]) -> list[str]:
     return [*written, *metrics.get("advice", []), *(f"{name}: {why}" for name, why in failed.items())]
 
 
-def write_results(metrics: Mapping[str, Any], folder: RunFolder) -> None:
+def write_results(metrics: Mapping[str, Any], folder: RunFolder, command: str = "prune") -> None:
     """`report.md`, then `metrics.json`, whose presence says that the run is complete."""
-    folder.write_text("report.md", markdown_report(metrics, folder))
+    folder.write_text("report.md", markdown_report(metrics, folder, command))
     folder.write_json(METRICS, metrics)
 
 

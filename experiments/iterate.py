@@ -102,7 +102,7 @@ def iterate(inputs: Inputs, config: DictConfig, folder: RunFolder, terminal: Ter
     metrics = metrics_of(networks, task.splits, layer_records(job, state, config), shared, seconds)
     metrics |= save_result(networks, state.kept, task.splits, shared, folder, {"base_sha256": hash_state(dense)})
     tracker.close()
-    write_results(metrics, folder)
+    write_results(metrics, folder, "iterate")
     return metrics
 
 
@@ -264,7 +264,8 @@ def layer_records(job: Iteration, state: State, config: DictConfig) -> list[Laye
     """What became of every layer, for the tables."""
     accuracy = job.records[-1]["accuracy"]
     seconds = sum(record["seconds"] for record in job.records) / len(job.task.groups)
-    within = job.task.base.accuracy - accuracy <= config.drop_bound + 1e-9
+    bound = goal(config).drop_bound
+    within = bound is None or job.task.base.accuracy - accuracy <= bound + 1e-9
     found = []
     for group in job.task.groups:
         keep = [number in set(state.left[group.name]) for number in range(group.n_filters)]
