@@ -107,7 +107,7 @@ def test_networks_of_others(folder, capsys, torchvision_beside_any_torch):
 
 def test_own_metric(folder):
     write_files("own-metric.md", folder)
-    result, before, after = importlib.import_module("regression").main(steps=150, updates=2)
+    result, before, after = importlib.import_module("regression").main(steps=100, updates=1)
     assert result.macs < result.base_macs and result.base_accuracy > 0.5
     assert after < before + 0.03
 
@@ -130,7 +130,8 @@ def test_own_policy(folder):
     assert agent.policy.kwargs["bias"] == 1.5
 
 
-@pytest.mark.parametrize("launcher", [None, *(pytest.param(name, marks=pytest.mark.slow) for name in LAUNCHERS)])
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [None, *LAUNCHERS])
 def test_sweeps(launcher, folder):
     if launcher and importlib.util.find_spec(f"hydra_plugins.hydra_{launcher}_launcher") is None:
         pytest.skip(f"hydra-{launcher}-launcher is not installed (extra 'sweeps')")
