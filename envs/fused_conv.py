@@ -36,7 +36,8 @@ class FusedConv(nn.Module):
     def __init__(self, conv: nn.Conv2d, relu: bool) -> None:
         super().__init__()
         # No buffers: the dense weights stay in full precision whatever the network is cast to.
-        self.weight, self.bias = conv.weight.detach(), None if conv.bias is None else conv.bias.detach()
+        self.weight: Tensor = conv.weight.detach()
+        self.bias: Tensor | None = None if conv.bias is None else conv.bias.detach()
         self.n_groups, self.relu = conv.groups, relu
         self._how = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
         self.cast(conv.weight.dtype)
@@ -66,7 +67,8 @@ class FusedConv(nn.Module):
             writes: output channels to compute, (K',) int64; None means all.
             narrow: the input comes with the channels of `reads` only; otherwise they are picked out of it.
         """
-        weight, bias = self.weight if weight is None else weight, self.bias
+        bias: Tensor | None = self.bias
+        weight = self.weight if weight is None else weight
         if writes is not None:
             weight, bias = weight[writes], None if bias is None else bias[writes]
         weight = weight if reads is None else weight[:, reads]
@@ -74,7 +76,8 @@ class FusedConv(nn.Module):
 
     def _packed(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         dense = weight.to(self.dtype).contiguous(memory_format=torch.channels_last)
-        packed = torch._C._nn.mkldnn_reorder_conv2d_weight(dense.to_mkldnn(), *self._how, None)
+        reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
+        packed = reorder(dense.to_mkldnn(), *self._how, None)
         return packed, None if bias is None else bias.to(self.dtype)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -83,8 +86,8 @@ class FusedConv(nn.Module):
             x = picked(x, self._reads)
         weight, bias = self._now
         if residual is None:
-            activation = "relu" if self.relu else "none"
-            return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *self._how, activation, [], "")
+            alone = "relu" if self.relu else "none"
+            return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *self._how, alone, [], "")
         activation = "relu" if self.relu else None
         return torch.ops.mkldnn._convolution_pointwise_.binary(
             residual, x, weight, bias, *self._how, "add", None, activation, [], ""

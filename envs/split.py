@@ -143,14 +143,13 @@ class MaskedNetwork:
         decided = self._folded(masks, 0, mixes or {})
         rest = [group for group in self.groups if group.name not in masks]
         source = self._halves.behind if from_frontier else self._halves.source
-        halves, traced = copy.deepcopy((self._halves if source is None else None, source))
+        traced, whole_halves = copy.deepcopy(source), copy.deepcopy(self._halves) if source is None else self._halves
         with torch.no_grad():
             for name, (weight, _) in decided.items():
-                _weight(halves.masked if traced is None else traced, name).copy_(weight)
+                _weight(whole_halves.masked if traced is None else traced, name).copy_(weight)
         network = copy.copy(self)
-        if traced is not None:
-            halves = cut_again(traced, rest, example, fusing=not self.compile)
-        network._adopt(rest, halves)
+        fusing = not self.compile
+        network._adopt(rest, whole_halves if traced is None else cut_again(traced, rest, example, fusing=fusing))
         # In full precision, which the copy of a network that was cast has lost.
         kept = {name: decided[name][0] if name in decided else self._weights[name] for name in network._weights}
         network._weights = {name: weight.clone() for name, weight in kept.items()}
