@@ -50,7 +50,8 @@ class FusedConv(nn.Module):
 
     def reset(self) -> None:
         """Back to the weights and channels it was made with."""
-        self._now, self._reads = self._whole, None
+        self._now = self._whole
+        self._reads: Tensor | None = None
 
     def load(
         self,
