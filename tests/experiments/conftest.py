@@ -52,6 +52,8 @@ def run_main(*arguments):
 def keepdrop(tmp_path, monkeypatch, capsys):
     """Runs a command line in an empty folder; the result has code, out and err."""
     monkeypatch.chdir(tmp_path)
+    # Whatever runs the tests may say how wide its own terminal is.
+    monkeypatch.delenv("COLUMNS", raising=False)
 
     def command(*arguments):
         capsys.readouterr()
