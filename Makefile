@@ -33,7 +33,7 @@ coverage: install
 
 # Static analysis does not follow the folder mapping, so the built package is what gets checked and documented.
 build-package: install
-	rm -rf build/typecheck
+	rm -rf build/typecheck build/lib
 	$(PIP) install --quiet --no-deps --target build/typecheck .
 
 typecheck: build-package

@@ -5,7 +5,7 @@ Shapes: M masks, N filters of all groups together, D weights a filter (of the wi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -44,18 +44,21 @@ class JointTask(LayerTask):
     Args:
         task: the network, its images and its groups.
         repair: how cut networks are repaired; None leaves them as cut.
+        layers: the groups one by one, where some are known (with what was seen of them) already.
     """
 
-    def __init__(self, task: PruningTask, repair: ReconstructionSettings | None) -> None:
+    def __init__(
+        self, task: PruningTask, repair: ReconstructionSettings | None, layers: Sequence[LayerTask] | None = None
+    ) -> None:
         groups = task.groups
         super().__init__(task, FilterGroup(GROUP_NAME, sum(group.n_filters for group in groups), ()))
         self.groups = groups
         self.repair = repair
+        self.layers = layers or [LayerTask(task, group) for group in groups]
 
-    @cached_property
-    def layers(self) -> list[LayerTask]:
-        """The groups one by one."""
-        return [LayerTask(self.task, group) for group in self.groups]
+    def with_repair(self, repair: ReconstructionSettings | None) -> JointTask:
+        """The same decision, judged under another repair."""
+        return self if repair == self.repair else JointTask(self.task, repair, self.layers)
 
     @cached_property
     def observation(self) -> JointObservation:
@@ -80,6 +83,10 @@ class JointTask(LayerTask):
         """One mask (N,) as a mask for each group."""
         return dict(zip(self.groups, keep.split([group.n_filters for group in self.groups]), strict=True))
 
+    def named(self, keep: Tensor) -> dict[str, Tensor]:
+        """One mask (N,) as a mask by group name; `joined` takes it back."""
+        return {group.name: part for group, part in self.choices(keep).items()}
+
     def joined(self, masks: Mapping[str, Tensor]) -> Tensor:
         """Masks by group name as one mask (N,)."""
         return torch.cat([masks[group.name] for group in self.groups])
@@ -100,7 +107,7 @@ class JointTask(LayerTask):
         for keep in torch.as_tensor(masks_MN, dtype=torch.bool):
             correct = int(correct_flags(_fast(self.cut(keep)), images, labels).sum())
             counts = {group: int(each.sum()) for group, each in self.choices(keep).items()}
-            outcomes.append(self.task._outcome(int(base.sum()) / len(base), correct / len(base), counts))
+            outcomes.append(self.task.outcome(int(base.sum()) / len(base), correct / len(base), counts))
         return outcomes
 
 

@@ -28,7 +28,7 @@ def adaptive_outcomes(
     masks = layer.allowed(masks_MN)
     mixes, name = layer.mixes(masks), layer.group.name
     base, counts = layer.task.base.correct[order], masks.sum(1).tolist()
-    outcomes = [layer.task._outcome(1.0, 1.0, {layer.group: kept}) for kept in counts]
+    outcomes = [layer.task.outcome(1.0, 1.0, {layer.group: kept}) for kept in counts]
 
     def answers(rows: Tensor, images: Tensor) -> Tensor:
         chosen = {key: mix[rows] for key, mix in mixes.items()}

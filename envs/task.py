@@ -156,13 +156,14 @@ class PruningTask:
         base = self.base.correct if image_indices is None else self.base.correct[image_indices]
         n_kept = {group: by_name[group.name].sum(1).tolist() for group in masks}
         return [
-            self._outcome(
+            self.outcome(
                 int(base.sum()) / len(base), int(count) / len(base), {group: kept[i] for group, kept in n_kept.items()}
             )
             for i, count in enumerate(correct)
         ]
 
-    def _outcome(self, base_accuracy: float, accuracy: float, n_kept: Mapping[FilterGroup, int]) -> Outcome:
+    def outcome(self, base_accuracy: float, accuracy: float, n_kept: Mapping[FilterGroup, int]) -> Outcome:
+        """What a cut to these counts costs, beside accuracies (fractions) measured elsewhere."""
         macs, params = pruned_cost(self.model, self.cost, n_kept)
         return Outcome(
             base_accuracy=base_accuracy,

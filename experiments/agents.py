@@ -10,25 +10,22 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from ..agent.criteria import CRITERIA, CriterionAgent
+from ..agent.criteria import CRITERIA
 from ..agent.saved_agent import WEIGHTS, AgentMismatch, SavedAgent, check_agent, load_agent, save_agent
 from ..agent.trainer import AgentSettings, Trainer
 from ..envs.adaptive import AdaptiveSettings
-from ..envs.observation import STATISTIC_NAMES
 from ..envs.task import LayerTask
 from ..rewards.errors import UserError
 from ..rewards.outcome import RewardFunction
 from .build import build_policy
 from .console import Terminal
-from .decide import Decision, observation_tensors
+from .decide import AGENT, Decision, observation_tensors
 from .doors import plain, settings
 from .facts import command_line
 from .run_folder import RunFolder
 from .search import agent_facts, fit_facts, train_on_layer
 from .seeds import derive_seed
 from .tracking import Tracker
-
-AGENT = "agent"
 
 
 class TrainAgents:
@@ -108,25 +105,6 @@ class AskAgents:
         with torch.no_grad():
             keep = agent.policy(observation_tensors(layer)).greedy()
         return Decision(keep, "trained agent")
-
-
-class AskCriterion:
-    """Asks a criterion, at given counts: the control beside an agent.
-
-    Args:
-        criterion: one of `keepdrop.agent.criteria.CRITERIA`.
-        counts: filters to keep, by layer name.
-    """
-
-    def __init__(self, criterion: str, counts: Mapping[str, int]) -> None:
-        self.criterion = criterion
-        self.counts = counts
-
-    def __call__(self, layer: LayerTask, working: Path, seed: int) -> Decision:
-        """The criterion's mask."""
-        agent = CriterionAgent(self.criterion, torch.Generator().manual_seed(derive_seed(seed, self.criterion)))
-        keep = agent.keep(observation_tensors(layer), STATISTIC_NAMES, self.counts[layer.group.name])
-        return Decision(keep, self.criterion)
 
 
 def check_controls(names: Sequence[str]) -> None:

@@ -24,6 +24,7 @@ from ..envs.cost import count_cost
 from ..envs.evaluate import count_correct
 from ..envs.latency import Latency, measure_latency
 from ..envs.pruned_file import KeptChannels, save_pruned
+from ..envs.reconstruction import ReconstructionSettings
 from ..envs.splits import Source, Splits
 from ..envs.target import Target
 from ..envs.task import JudgeSettings, PruningTask
@@ -32,12 +33,14 @@ from ..envs.training import fit_network
 from ..rewards.errors import UserError
 from ..rewards.outcome import RewardFunction
 from ..rewards.try_and_learn import TryAndLearn, check_drop_bound
+from .api_agents import LayerAgents
 from .api_data import labelled_data, three_splits
 from .api_folder import open_folder
 from .api_progress import Callback, Reporter
-from .api_search import LayerAgents, prune_to_target
 from .api_training import OwnLoop, OwnRecovery, retrained
 from .checks import PolicyFactory, resolve_device, try_network
+from .network_decide import TrainNetworkAgent
+from .network_schedule import NetworkSchedule
 from .network_search import NetworkSearchSettings
 from .recover import Recover, RecoverySettings
 from .schedule import LayerRecord, Recovery, Schedule
@@ -191,26 +194,30 @@ def prune(
         dense, splits, settings=settings.judge, layers=layers, seed=derive_seed(seed, "task"), device=where
     )
     reporter = Reporter(progress)
-    target = None if macs_removed is None else Target(macs_removed, "network")
     recovery = _recovery(recover, settings, dense, augment, reporter)
-    schedule = _schedule(settings, drop_bound, recovery, reporter, seed)
+    schedule = _schedule(settings, macs_removed, drop_bound, recovery, reporter, seed)
     with ExitStack() as stack:
         path = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
         asked = {"drop_bound": drop_bound, "layers": layers, "recover": recover, "seed": seed, "settings": settings}
         place = open_folder(path, task, asked | {"macs_removed": macs_removed})
-        if target is None:
-            pruned, kept, records = schedule.run(task, place, reporter)
-        else:
-            state = place / "search.pt"
-            found = prune_to_target(task, target, drop_bound, settings.network, recovery, reporter, seed, state)
-            pruned, kept, records = found
+        pruned, kept, records = schedule.run(task, place, reporter)
     tuned = _finetuned(pruned.model, finetune, dense, splits, augment, reporter, derive_seed(seed, "finetune"))
     return _result(dense, pruned.model, tuned, splits, kept, records)
 
 
 def _schedule(
-    settings: Settings, drop_bound: float, recovery: Recovery | None, reporter: Reporter, seed: int
-) -> Schedule:
+    settings: Settings,
+    macs_removed: float | None,
+    drop_bound: float,
+    recovery: Recovery | None,
+    reporter: Reporter,
+    seed: int,
+) -> Schedule | NetworkSchedule:
+    """Layer by layer within the drop bound, or all layers at once at a MACs target."""
+    if macs_removed is not None:
+        agent = TrainNetworkAgent(settings.network, Target(macs_removed, "network"), reporter.network)
+        repair = ReconstructionSettings() if settings.judge.compensate else None
+        return NetworkSchedule(agent, repair, drop_bound, seed, recovery)
     reward = settings.reward or TryAndLearn(drop_bound)
     agents = LayerAgents(settings.policy, reward, settings.agent, settings.masks, settings.images, reporter)
     return Schedule(agents, reward, drop_bound, recovery, settings.order, seed)

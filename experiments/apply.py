@@ -20,9 +20,9 @@ from ..envs.target import Target
 from ..envs.task import PruningTask
 from ..envs.training import TrainSettings
 from ..rewards.errors import UserError
-from .agents import AskAgents, AskCriterion, agents_config, check_controls, check_fit, load_agents
+from .agents import AskAgents, agents_config, check_controls, check_fit, load_agents
 from .console import Terminal
-from .decide import Decider
+from .decide import AskCriterion, Decider
 from .doors import hydra_door, interruptible, open_run, plain, settings
 from .facts import keep_facts
 from .finish import Networks, finetune, group_facts, remarks, report_accuracy, save_result

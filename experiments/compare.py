@@ -6,13 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from ..envs.cost import count_cost
-from ..envs.reconstruction import Reconstruction, ReconstructionSettings
-from ..envs.target import MacsMeter, Target
+from ..envs.reconstruction import ReconstructionSettings
+from ..envs.target import Target
 from ..envs.task import PruningTask
 from ..envs.training import TrainProgress, TrainSettings
 from .base import WEIGHTS, base_network
@@ -28,7 +26,7 @@ from .console import Terminal
 from .doors import hydra_door, interruptible, open_run, settings
 from .facts import keep_facts
 from .network_search import NetworkSearchSettings
-from .prepare import Inputs, prepare
+from .prepare import Inputs, check_targets, prepare
 from .run_folder import METRICS, RunFolder
 from .tracking import Tracker
 from .widened import as_prune
@@ -62,12 +60,7 @@ def check(config: DictConfig) -> Inputs:
     settings(config.network_search, NetworkSearchSettings)
     repair = settings(config.repair, ReconstructionSettings)
     inputs = prepare(as_prune(config))
-    dense = inputs.construct().eval().to(inputs.device) if inputs.dense is None else inputs.dense
-    example = inputs.splits.fit.batch(torch.arange(1))[0].to(inputs.device)
-    for target in targets:
-        MacsMeter(dense, count_cost(dense, example), inputs.groups, target.of).check(target)
-    if any(config.compensate):
-        Reconstruction(dense, example, repair)  # refuses what it cannot follow
+    check_targets(inputs, targets, repair if any(config.compensate) else None)
     return inputs
 
 

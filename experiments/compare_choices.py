@@ -84,7 +84,7 @@ class Choices:
         """A fresh agent for one job; what it has learned is on disk after every update."""
         state = self._state(job)
         state.parent.mkdir(parents=True, exist_ok=True)
-        return NetworkAgent(self.search, self.repair if job.compensate else None, self._learned, state)
+        return NetworkAgent(self.search, self.judge_of(job), self._learned, state)
 
     def _state(self, job: Job) -> Path:
         return self.folder / f"choices/{job.key}.state"
@@ -121,15 +121,13 @@ class Choices:
     def _judges(self, task: PruningTask) -> tuple[JointTask, JointTask]:
         """What searched masks, and the best of them, are judged by."""
         exact = next(judge for judge in self._exact.values() if judge.task is task)
-        rough = self.search.rough(exact.repair)
-        return (exact if rough == exact.repair else JointTask(task, rough)), exact
+        return exact.with_repair(self.search.rough(exact.repair)), exact
 
     def _choose(self, job: Job) -> dict[str, Any]:
         target, task = Target(job.removed, self.config.targets.of), self.judge_of(job).task
-        method: Method = self._agent(job) if job.method == AGENT else self.methods[job.method]
         started = time.perf_counter()
         try:
-            masks = method.choose(task, target, job.seed)
+            masks, facts = self._asked(job, task, target)
         except Exception as error:
             if job.method not in PEERS:
                 raise
@@ -146,8 +144,15 @@ class Choices:
             "network_macs": macs,
             "network_params": params,
             "seconds": seconds,
-            "facts": dict(getattr(method, "facts", {})),
+            "facts": facts,
         }
+
+    def _asked(self, job: Job, task: PruningTask, target: Target) -> tuple[Masks, dict[str, Any]]:
+        if job.method == AGENT:
+            agent = self._agent(job)
+            return agent.choose(target, job.seed), agent.facts
+        method = self.methods[job.method]
+        return method.choose(task, target, job.seed), dict(getattr(method, "facts", {}))
 
     def _followed(self, task: PruningTask, target: Target, seed: int) -> dict[str, Any]:
         return self.record(Job(AGENT, target.removed, task.settings.compensate, seed))

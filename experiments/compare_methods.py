@@ -19,6 +19,7 @@ from ..envs.target import MacsMeter, Target, keep_best, spread_evenly
 from ..envs.task import PruningTask
 from ..rewards.errors import UserError
 from .decide import observation_tensors
+from .network_search import best_of
 from .seeds import derive_seed
 
 Masks = dict[str, Tensor]
@@ -148,11 +149,10 @@ class RandomBest:
             keep = quick.joined(self._draw(task, meter, target, generator))
             found.append((quick.outcomes(keep[None], some)[0].pruned_accuracy, keep))
         found.sort(key=lambda pair: -pair[0])
-        finalists = torch.stack([keep for _, keep in found[:n_finalists]])
-        judged = [outcome.pruned_accuracy for outcome in exact.outcomes(finalists)]
-        best = max(range(len(judged)), key=judged.__getitem__)
+        finalists = [keep for _, keep in found[:n_finalists]]
+        best, judged = best_of(exact, finalists)
         self.facts = {"mask_evaluations": len(found) + len(judged), "judged_accuracy": judged[best]}
-        return {group.name: keep for group, keep in exact.choices(finalists[best]).items()}
+        return exact.named(finalists[best])
 
     def _draw(self, task: PruningTask, meter: MacsMeter, target: Target, generator: torch.Generator) -> Masks:
         ranking = {}

@@ -10,7 +10,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..agent.criteria import CriterionAgent
+from ..envs.observation import STATISTIC_NAMES
 from ..envs.task import LayerTask
+from .seeds import derive_seed
+
+AGENT = "agent"  # the folder that a decision's agent is saved in
 
 
 @dataclass(frozen=True)
@@ -41,3 +46,22 @@ class Decider(Protocol):
 def observation_tensors(layer: LayerTask) -> dict[str, Tensor]:
     """What an agent sees of a layer, as tensors."""
     return {key: torch.from_numpy(value) for key, value in layer.observation.as_dict().items()}
+
+
+class AskCriterion:
+    """Asks a criterion, at given counts: the control beside an agent.
+
+    Args:
+        criterion: one of `keepdrop.agent.criteria.CRITERIA`.
+        counts: filters to keep, by layer name.
+    """
+
+    def __init__(self, criterion: str, counts: Mapping[str, int]) -> None:
+        self.criterion = criterion
+        self.counts = counts
+
+    def __call__(self, layer: LayerTask, working: Path, seed: int) -> Decision:
+        """The criterion's mask."""
+        agent = CriterionAgent(self.criterion, torch.Generator().manual_seed(derive_seed(seed, self.criterion)))
+        keep = agent.keep(observation_tensors(layer), STATISTIC_NAMES, self.counts[layer.group.name])
+        return Decision(keep, self.criterion)

@@ -7,19 +7,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
-from ..agent.distributions import top_mask
 from ..agent.network_policy import NetworkPolicy
 from ..agent.saved_agent import SavedAgent, check_agent, save_agent
 from ..envs.checkpoint import hash_state
 from ..envs.joint import GROUP_NAME, JointTask
 from ..envs.observation import STATISTIC_NAMES
-from ..envs.reconstruction import ReconstructionSettings
 from ..envs.target import Target
 from ..envs.task import PruningTask
-from .agents import AGENT, AskCriterion
+from .decide import AGENT, AskCriterion, observation_tensors
 from .network_search import NetworkAgent, NetworkSearchSettings, Report, projection
 from .seeds import derive_seed
 
@@ -36,8 +33,8 @@ class NetworkDecision:
 class NetworkDecider(Protocol):
     """Decides on a whole network; may write into the working folder, and keeps a long training in `state`."""
 
-    def __call__(self, task: PruningTask, working: Path, state: Path, seed: int) -> NetworkDecision:
-        """Return the decision for all groups of `task`."""
+    def __call__(self, judge: JointTask, working: Path, state: Path, seed: int) -> NetworkDecision:
+        """Return the decision for all groups of `judge`, which judges the final cut."""
         ...
 
 
@@ -46,7 +43,6 @@ class TrainNetworkAgent:
 
     Args:
         settings: of the search.
-        repair: of cut networks; None leaves them as cut.
         target: the MACs to remove.
         report: told about every update.
         facts: saved with the agent (command, configuration).
@@ -55,18 +51,18 @@ class TrainNetworkAgent:
     def __init__(
         self,
         settings: NetworkSearchSettings,
-        repair: ReconstructionSettings | None,
         target: Target,
         report: Report | None = None,
         facts: Mapping[str, Any] | None = None,
     ) -> None:
-        self.settings, self.repair, self.target = settings, repair, target
+        self.settings, self.target = settings, target
         self.report, self.facts = report, dict(facts or {})
 
-    def __call__(self, task: PruningTask, working: Path, state: Path, seed: int) -> NetworkDecision:
+    def __call__(self, judge: JointTask, working: Path, state: Path, seed: int) -> NetworkDecision:
         """Train, save, decide."""
-        agent = NetworkAgent(self.settings, self.repair, self.report, state)
-        masks = agent.choose(task, self.target, seed)
+        task = judge.task
+        agent = NetworkAgent(self.settings, judge, self.report, state)
+        masks = agent.choose(self.target, seed)
         assert agent.policy is not None
         facts = {**fit_facts(task), "target": asdict(self.target), "seed": seed, **agent.facts}
         known = {
@@ -91,15 +87,13 @@ class AskNetworkAgent:
         self.agent = agent
         self.target = target or Target(**agent.facts["target"])
 
-    def __call__(self, task: PruningTask, working: Path, state: Path, seed: int) -> NetworkDecision:
+    def __call__(self, judge: JointTask, working: Path, state: Path, seed: int) -> NetworkDecision:
         """The mask of the mean policy."""
-        check_network_fit(self.agent, task)
+        check_network_fit(self.agent, judge.task)
         policy = self.agent.policy
         assert isinstance(policy, NetworkPolicy)
-        joint = JointTask(task, None)
-        seen = {key: torch.from_numpy(value) for key, value in joint.observation.as_dict().items()}
-        keep = projection(joint, self.target)(policy.scores(policy.features(seen)))
-        return NetworkDecision(_named(joint, keep), "trained agent")
+        keep = projection(judge, self.target)(policy.scores(policy.features(observation_tensors(judge))))
+        return NetworkDecision(judge.named(keep), "trained agent")
 
 
 class AskNetworkCriterion:
@@ -113,16 +107,13 @@ class AskNetworkCriterion:
     def __init__(self, criterion: str, counts: Mapping[str, int]) -> None:
         self.criterion, self.counts = criterion, counts
 
-    def __call__(self, task: PruningTask, working: Path, state: Path, seed: int) -> NetworkDecision:
+    def __call__(self, judge: JointTask, working: Path, state: Path, seed: int) -> NetworkDecision:
         """The criterion's masks."""
         ask = AskCriterion(self.criterion, self.counts)
-        layers = JointTask(task, None).layers
-        masks = {
-            layer.group.name: ask(layer, working, derive_seed(seed, layer.group.name)).keep
-            if self.counts[layer.group.name] < layer.n_filters
-            else top_mask(torch.ones(layer.n_filters), layer.n_filters)
-            for layer in layers
-        }
+        masks = {}
+        for layer in judge.layers:
+            name = layer.group.name
+            masks[name] = ask(layer, working, derive_seed(seed, name)).keep
         return NetworkDecision(masks, self.criterion)
 
 
@@ -140,7 +131,3 @@ def check_network_fit(agent: SavedAgent, task: PruningTask) -> None:
     """Refuse an agent of other layers with an `AgentMismatch`; other widths of the same layers are fine."""
     expected = fit_facts(task)
     check_agent(agent, **{name: expected[name] for name in ("group", "groups", "statistic_names")})
-
-
-def _named(joint: JointTask, keep: Tensor) -> dict[str, Tensor]:
-    return {group.name: each for group, each in joint.choices(keep).items()}

@@ -21,7 +21,7 @@ from ..envs.surgery import prune
 from ..envs.task import PruningTask, replace_model
 from .network_decide import NetworkDecider
 from .run_folder import RunFolder
-from .schedule import NETWORK, LayerRecord, Watcher
+from .schedule import NETWORK, LayerRecord, Recovery, Watcher
 from .seeds import derive_seed
 
 STAGE = "network"
@@ -35,6 +35,7 @@ class NetworkSchedule:
     Args:
         decide: decides on all groups.
         repair: of the cut network; None leaves it as cut.
+        recover: brings the repaired network further back; None leaves it.
         drop_bound: the accuracy one may lose from the dense network, a fraction: only said to be held or not, since
             here the MACs are given; None holds always.
         seed: of the run.
@@ -46,8 +47,10 @@ class NetworkSchedule:
         repair: ReconstructionSettings | None,
         drop_bound: float | None,
         seed: int = 0,
+        recover: Recovery | None = None,
     ) -> None:
         self.decide, self.repair, self.drop_bound, self.seed = decide, repair, drop_bound, seed
+        self.recover = recover
 
     def run(
         self, task: PruningTask, folder: RunFolder, watcher: Watcher
@@ -63,12 +66,16 @@ class NetworkSchedule:
         return left, kept, records
 
     def _finish(self, task: PruningTask, working: Path, state: Path) -> None:
-        started = time.perf_counter()
-        decision = self.decide(task, working, state, derive_seed(self.seed, GROUP_NAME))
+        started, seed = time.perf_counter(), derive_seed(self.seed, GROUP_NAME)
         judge = JointTask(task, self.repair)
-        model = judge.cut(judge.joined(decision.masks))
-        accuracy = replace_model(task, model, KeptChannels().after(task.model, _choices(task, decision.masks))).accuracy
-        seconds = time.perf_counter() - started
+        decision = self.decide(judge, working, state, seed)
+        kept = KeptChannels().after(task.model, _choices(task, decision.masks))
+        cut = replace_model(task, judge.cut(judge.joined(decision.masks)), kept)
+        accuracy, searched = cut.accuracy, time.perf_counter()
+        left = cut
+        if self.recover is not None:
+            left = replace_model(cut, self.recover(cut, derive_seed(seed, "recovery"), working))
+        recovered, n_groups = left.accuracy, len(decision.masks)
         records = [
             LayerRecord(
                 name=name,
@@ -77,15 +84,15 @@ class NetworkSchedule:
                 keep=keep.tolist(),
                 decided_by=decision.source,
                 pruned_accuracy=accuracy,
-                recovered_accuracy=accuracy,
+                recovered_accuracy=recovered,
                 within_bound=self.drop_bound is None or task.base.accuracy - accuracy <= self.drop_bound + 1e-9,
-                search_seconds=seconds / len(decision.masks),
-                recovery_seconds=0.0,
+                search_seconds=(searched - started) / n_groups,
+                recovery_seconds=(time.perf_counter() - searched) / n_groups,
                 facts=dict(decision.facts),
             )
             for name, keep in decision.masks.items()
         ]
-        save_weights(model, working / NETWORK)
+        save_weights(left.model, working / NETWORK)
         text = json.dumps([asdict(record) for record in records], indent=2, allow_nan=False)
         (working / DECISIONS).write_text(text + "\n")
 

@@ -17,7 +17,6 @@ from ..envs.joint import JointTask
 from ..envs.observation import STATISTIC_NAMES
 from ..envs.reconstruction import ReconstructionSettings
 from ..envs.target import SLACK, MacsMeter, Target, keep_best
-from ..envs.task import PruningTask
 from ..rewards.errors import UserError
 from ..rewards.outcome import Outcome, Reward
 from .seeds import derive_seed
@@ -51,6 +50,10 @@ class NetworkSearchSettings:
     warm_start: str = "l1"
     agent: NetworkAgentSettings = field(default_factory=NetworkAgentSettings)
 
+    def __post_init__(self) -> None:
+        if self.masks < 4 or self.masks % 2:
+            raise UserError(f"network_search.masks is {self.masks}; expected an even number of 4 or more.")
+
     def rough(self, repair: ReconstructionSettings | None) -> ReconstructionSettings | None:
         """The repair of searched masks, never finer than that of the final cut."""
         if repair is None:
@@ -60,43 +63,41 @@ class NetworkSearchSettings:
 
 
 class NetworkAgent:
-    """Trains an agent that decides on all groups together; one of the methods that can be compared.
+    """Trains an agent that decides on all groups together.
 
     Args:
         settings: of the search.
-        repair: how the final cut is repaired (searched ones: `settings.rough`); None leaves all as cut.
+        judge: judges the final cut; searched ones are repaired as `settings.rough` says.
         report: told about every update.
         state: file that keeps the training after every update; an existing one is gone on with.
-    """
 
-    name = "agent"
+    After `choose`, `policy` is the trained one and `facts` says, JSON-able, how the search went.
+    """
 
     def __init__(
         self,
-        settings: NetworkSearchSettings | None = None,
-        repair: ReconstructionSettings | None = None,
+        settings: NetworkSearchSettings,
+        judge: JointTask,
         report: Report | None = None,
         state: Path | None = None,
     ) -> None:
-        self.settings = settings or NetworkSearchSettings()
-        self.repair = repair
+        self.settings, self.judge = settings, judge
         self.report = report
         self.state = state
         self.facts: dict[str, Any] = {}
         self.policy: NetworkPolicy | None = None
 
-    def choose(self, task: PruningTask, target: Target, seed: int) -> dict[str, Tensor]:
+    def choose(self, target: Target, seed: int) -> dict[str, Tensor]:
         """Masks (N,) bool by group name that meet `target`."""
         settings = self.settings
-        joint = JointTask(task, settings.rough(self.repair))
+        joint = self.judge.with_repair(settings.rough(self.judge.repair))
         env = FilterPruningVectorEnv(joint, kept_accuracy, settings.masks, settings.images)
         policy = NetworkPolicy(len(joint.groups), len(STATISTIC_NAMES), settings.warm_start, STATISTIC_NAMES)
         generator = torch.Generator().manual_seed(derive_seed(seed, "policies"))
         trainer = NetworkTrainer(env, policy, projection(joint, target), settings.agent, generator)
         self._train(trainer, env, seed)
-        keep = self._settle(trainer, JointTask(task, self.repair))
         self.policy = policy
-        return {group.name: each for group, each in joint.choices(keep).items()}
+        return joint.named(self._settle(trainer))
 
     def _train(self, trainer: NetworkTrainer, env: FilterPruningVectorEnv, seed: int) -> None:
         if self.state is not None and self.state.is_file():
@@ -110,9 +111,10 @@ class NetworkAgent:
             if self.report is not None:
                 self.report(trainer, metrics)
 
-    def _settle(self, trainer: NetworkTrainer, joint: JointTask) -> Tensor:
+    def _settle(self, trainer: NetworkTrainer) -> Tensor:
         """The mean policy's mask or one of the best sampled ones, whichever the whole reward split prefers."""
         candidates = [trainer.mask(), *(scored.mask for scored in trainer.best.masks)]
+        joint = self.judge
         best, accuracies = best_of(joint, candidates)
         evaluations = len(trainer.history) * self.settings.masks + len(candidates)
         images = self.settings.images or joint.n_images

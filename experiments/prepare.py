@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,6 @@ from ..envs.reconstruction import Reconstruction, ReconstructionSettings
 from ..envs.splits import Splits
 from ..envs.target import MacsMeter, Target
 from ..envs.task import Base, JudgeSettings, PruningTask, measure_base
-from ..rewards.errors import UserError
 from ..rewards.try_and_learn import check_drop_bound
 from .agents import load_agents
 from .build import (
@@ -110,13 +110,17 @@ def check_search(config: DictConfig, inputs: Inputs) -> None:
 
 def check_network_search(config: DictConfig, inputs: Inputs) -> None:
     """Check what the agent of a whole network is made of, and that its MACs target can be met; raises `UserError`."""
-    search = settings(config.network_search, NetworkSearchSettings)
-    if search.masks < 4 or search.masks % 2:
-        raise UserError(f"network_search.masks is {search.masks}; expected an even number of 4 or more.")
+    settings(config.network_search, NetworkSearchSettings)
     repair = settings(config.repair, ReconstructionSettings)
+    check_targets(inputs, [Target(**plain(config.target))], repair if config.judge.compensate else None)
+
+
+def check_targets(inputs: Inputs, targets: Sequence[Target], repair: ReconstructionSettings | None) -> None:
+    """Refuse MACs targets that cannot be met, and a network that cannot be repaired, with a `UserError`."""
     dense = inputs.construct().eval().to(inputs.device) if inputs.dense is None else inputs.dense
     example = inputs.splits.fit.batch(torch.arange(1))[0].to(inputs.device)
-    target = Target(config.target.removed, config.target.of)
-    MacsMeter(dense, count_cost(dense, example), inputs.groups, target.of).check(target)
-    if config.judge.compensate:
+    cost = count_cost(dense, example)
+    for target in targets:
+        MacsMeter(dense, cost, inputs.groups, target.of).check(target)
+    if repair is not None:
         Reconstruction(dense, example, repair)  # refuses what it cannot follow

@@ -116,7 +116,7 @@ def run_schedule(
 
     repair = settings(config.repair, ReconstructionSettings) if config.judge.compensate else None
     target, facts = Target(**plain(config.target)), {"command": command_line(), "config": plain(config)}
-    decide = TrainNetworkAgent(search, repair, target, report, facts)
+    decide = TrainNetworkAgent(search, target, report, facts)
     with terminal.progress("updates", search.agent.updates):
         return NetworkSchedule(decide, repair, config.drop_bound, config.seed).run(task, folder, log)
 

@@ -16,9 +16,8 @@ from ..envs.groups import FilterGroup
 from ..envs.images import LabelledImages
 from ..envs.pruned_file import KeptChannels
 from ..envs.task import LayerTask, PruningTask, replace_model
-from .agents import AskCriterion
 from .console import Terminal
-from .decide import Decider, Decision
+from .decide import AskCriterion, Decider, Decision
 from .report_data import CURVES
 from .run_folder import RunFolder
 from .schedule import LayerRecord

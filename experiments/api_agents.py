@@ -1,0 +1,56 @@
+"""The agents of a search from Python, one for each layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..agent.saved_agent import save_agent
+from ..agent.trainer import AgentSettings
+from ..envs.task import LayerTask
+from ..rewards.outcome import RewardFunction
+from .api_progress import Reporter
+from .checks import PolicyFactory, call_policy_factory
+from .decide import AGENT, Decision
+from .search import agent_facts, train_on_layer
+from .seeds import derive_seed
+
+
+class LayerAgents:
+    """Trains a fresh agent on each layer; saves it in the layer's folder.
+
+    Args:
+        make_policy: see `call_policy_factory`.
+        reward: what an agent is trained on.
+        settings: how it is trained.
+        masks, images: sampled an update, and reward images a mask (None: all).
+        reporter: told about every update.
+    """
+
+    def __init__(
+        self,
+        make_policy: PolicyFactory,
+        reward: RewardFunction,
+        settings: AgentSettings,
+        masks: int,
+        images: int | None,
+        reporter: Reporter,
+    ) -> None:
+        self.make_policy, self.reward, self.settings = make_policy, reward, settings
+        self.masks, self.images, self.reporter = masks, images, reporter
+
+    def __call__(self, layer: LayerTask, working: Path, seed: int) -> Decision:
+        """Train on `layer` and decide."""
+        n_filters, n_weights = layer.observation.weights.shape
+        policy = call_policy_factory(self.make_policy, n_filters, n_weights, derive_seed(seed, "policy"))
+        result, decision = train_on_layer(
+            layer,
+            policy,
+            self.reward,
+            self.settings,
+            masks=self.masks,
+            images=self.images,
+            seed=seed,
+            report=self.reporter.update,
+        )
+        save_agent(working / AGENT, policy, agent_facts(layer, seed, result))
+        return decision
