@@ -23,7 +23,7 @@ from ..rewards.errors import UserError
 from .agents import AskAgents, agents_config, check_controls, check_fit, load_agents
 from .console import Terminal
 from .decide import AskCriterion, Decider
-from .doors import hydra_door, interruptible, open_run, plain, settings
+from .doors import begin_or_resume, hydra_door, plain, settings
 from .facts import keep_facts
 from .finish import Networks, finetune, group_facts, remarks, report_accuracy, save_result
 from .network_decide import AskNetworkAgent, AskNetworkCriterion, NetworkDecider, check_network_fit
@@ -64,16 +64,8 @@ def door() -> None:
 
 def run(config: DictConfig) -> dict[str, Any]:
     """Decide, prune, fine-tune and compare; returns what `metrics.json` holds."""
-    inputs = None
-    if config.resume is None:
-        config = completed(config)
-        inputs = check(config)
-    folder, config = open_run(config)
-    terminal = Terminal(config.quiet)
-    metrics = folder.read_json(METRICS)
-    if metrics is None:
-        with interruptible(folder):
-            metrics = apply_agents(inputs or check(config), config, folder, terminal)
+    config = config if config.resume else completed(config)
+    metrics, folder, terminal = begin_or_resume(config, check, apply_agents)
     keep_report(folder, terminal)
     terminal.methods(metrics["methods"], metrics["base_accuracy"])
     for sentence in remarks(metrics):

@@ -9,16 +9,48 @@ from torch import nn
 
 from ..envs.checkpoint import save_weights
 from ..envs.splits import Splits
+from ..envs.task import PruningTask
 from ..envs.training import TrainProgress, TrainSettings, fit_network
 from .build import Constructor, build_augment, load_network
 from .checks import resolve_device
 from .console import Terminal
 from .doors import settings
+from .facts import keep_facts
+from .prepare import Inputs
 from .run_folder import RunFolder
 from .seeds import derive_seed
 from .tracking import Tracker
 
 WEIGHTS = "model.safetensors"
+
+
+def begin_task(
+    inputs: Inputs,
+    config: DictConfig,
+    folder: RunFolder,
+    terminal: Terminal,
+    tracker: Tracker | None = None,
+    pruning: DictConfig | None = None,
+) -> PruningTask:
+    """The task on the dense network, which is trained first where there is no checkpoint; the run's facts are kept.
+
+    Args:
+        inputs: checked.
+        config: root configuration.
+        folder: of the run.
+        terminal: shows progress.
+        tracker: gets the training's curve; None makes one for it, if there is a training.
+        pruning: the configuration as `keepdrop prune` knows it, where the command is another one (`as_prune`).
+    """
+    dense = inputs.dense
+    if dense is None:
+        own = tracker or Tracker(folder / "tensorboard")
+        dense = base_network(config, inputs.construct, inputs.splits, folder, terminal, own).to(inputs.device)
+        if tracker is None:
+            own.close()
+    task = inputs.task(dense, config if pruning is None else pruning)
+    keep_facts(task, config, folder)
+    return task
 
 
 def base_network(

@@ -13,7 +13,7 @@ from ..envs.reconstruction import ReconstructionSettings
 from ..envs.target import Target
 from ..envs.task import PruningTask
 from ..envs.training import TrainProgress, TrainSettings
-from .base import WEIGHTS, base_network
+from .base import WEIGHTS, begin_task
 from .build import build_augment, load_network
 from .compare_choices import Choices
 from .compare_measure import TRAINED, MeasureSettings, accuracy_on, reach, result_name
@@ -23,12 +23,10 @@ from .compare_plan import Job, check_plan, chosen_methods, planned
 from .compare_report import show, summary, write_all
 from .compare_workers import helpers, share_of
 from .console import Terminal
-from .doors import hydra_door, interruptible, open_run, settings
-from .facts import keep_facts
+from .doors import begin_or_resume, hydra_door, settings
 from .network_search import NetworkSearchSettings
 from .prepare import Inputs, check_targets, prepare
-from .run_folder import METRICS, RunFolder
-from .tracking import Tracker
+from .run_folder import RunFolder
 from .widened import as_prune
 
 
@@ -39,13 +37,7 @@ def door() -> None:
 
 def run(config: DictConfig) -> dict[str, Any]:
     """Compare, or go on comparing; returns what `metrics.json` holds."""
-    inputs = None if config.resume else check(config)
-    folder, config = open_run(config)
-    terminal = Terminal(config.quiet)
-    metrics = folder.read_json(METRICS)
-    if metrics is None:
-        with interruptible(folder):
-            metrics = compare(inputs or check(config), config, folder, terminal)
+    metrics, folder, terminal = begin_or_resume(config, check, compare)
     show(metrics, terminal)
     terminal.console.print(f"Run folder: {folder.path}", markup=False)
     return metrics
@@ -66,13 +58,7 @@ def check(config: DictConfig) -> Inputs:
 
 def compare(inputs: Inputs, config: DictConfig, folder: RunFolder, terminal: Terminal) -> dict[str, Any]:
     """Base, choices, measurements, tables; everything that is finished is found again by a resumed run."""
-    dense = inputs.dense
-    if dense is None:
-        tracker = Tracker(folder / "tensorboard")
-        dense = base_network(config, inputs.construct, inputs.splits, folder, terminal, tracker).to(inputs.device)
-        tracker.close()
-    task = inputs.task(dense, as_prune(config))
-    keep_facts(task, config, folder)
+    task = begin_task(inputs, config, folder, terminal, pruning=as_prune(config))
     if (why := unavailable()) and set(chosen_methods(config)) & set(PEERS):
         terminal.warn(why)
     choices, jobs = Choices(task, config, folder), planned(config)

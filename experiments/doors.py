@@ -16,10 +16,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from ..rewards.errors import UserError
-from .run_folder import CONFIG, FACTS, RunFolder
+from .console import Terminal
+from .run_folder import CONFIG, FACTS, METRICS, RunFolder
 from .schema import register_schemas, structured
 
 SettingsT = TypeVar("SettingsT")
+InputsT = TypeVar("InputsT")
 
 CONF = "pkg://keepdrop.conf"
 
@@ -137,6 +139,26 @@ def _run_path(config: DictConfig) -> Path:
 
 def _overrides() -> Sequence[str]:
     return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
+def begin_or_resume(
+    config: DictConfig, check: Callable[[DictConfig], InputsT], work: Callable[..., dict[str, Any]]
+) -> tuple[dict[str, Any], RunFolder, Terminal]:
+    """What every command does that can be gone on with: check, open the folder, work, or show what is finished.
+
+    Args:
+        config: root configuration.
+        check: finds every mistake of the user's before anything is written; a resumed run is checked as it began.
+        work: (inputs, config, folder, terminal) -> what `metrics.json` holds, which it writes last.
+    """
+    inputs = None if config.resume else check(config)
+    folder, config = open_run(config)
+    terminal = Terminal(config.quiet)
+    metrics = folder.read_json(METRICS)
+    if metrics is None:
+        with interruptible(folder):
+            metrics = work(inputs or check(config), config, folder, terminal)
+    return metrics, folder, terminal
 
 
 @contextmanager

@@ -22,17 +22,16 @@ from ..envs.runtimes import check_runtimes
 from ..envs.surgery import prune
 from ..envs.task import PruningTask, replace_model
 from ..envs.training import TrainSettings
-from .base import base_network
+from .base import begin_task
 from .build import build_augment
 from .console import Terminal
-from .doors import hydra_door, interruptible, open_run, settings
-from .facts import keep_facts
+from .doors import begin_or_resume, hydra_door, settings
 from .finish import Networks, finetune, metrics_of, save_result, show_results, write_results
 from .iterate_curve import write_curve
 from .iterate_steps import Goal, IterateSettings, from_lists, removal, train_and_score
 from .prepare import Inputs, prepare
 from .report import keep_report
-from .run_folder import METRICS, RunFolder
+from .run_folder import RunFolder
 from .schedule import LayerRecord
 from .schema import LatencyConfig
 from .seeds import derive_seed
@@ -49,13 +48,7 @@ def door() -> None:
 
 def run(config: DictConfig) -> dict[str, Any]:
     """Run the whole job, or go on with an interrupted one; returns what `metrics.json` holds."""
-    inputs = None if config.resume else check(config)
-    folder, config = open_run(config)
-    terminal = Terminal(config.quiet)
-    metrics = folder.read_json(METRICS)
-    if metrics is None:
-        with interruptible(folder):
-            metrics = iterate(inputs or check(config), config, folder, terminal)
+    metrics, folder, terminal = begin_or_resume(config, check, iterate)
     keep_report(folder, terminal)
     show_results(metrics, folder, terminal)
     return metrics
@@ -88,12 +81,9 @@ def goal(config: DictConfig) -> Goal:
 def iterate(inputs: Inputs, config: DictConfig, folder: RunFolder, terminal: Terminal) -> dict[str, Any]:
     """Base, steps, fine-tuning, report; every finished part is found again by a resumed run."""
     tracker = Tracker(folder / "tensorboard")
-    dense = inputs.dense
-    if dense is None:
-        dense = base_network(config, inputs.construct, inputs.splits, folder, terminal, tracker).to(inputs.device)
     shared = as_prune(config, "target")
-    task = inputs.task(dense, shared)
-    keep_facts(task, config, folder)
+    task = begin_task(inputs, config, folder, terminal, tracker, shared)
+    dense = task.model
     job = Iteration(task, config, folder, terminal, tracker)
     state = job.run()
     write_curve(job.records, task, folder, terminal, config)

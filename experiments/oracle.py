@@ -18,17 +18,15 @@ from ..envs.task import PruningTask
 from ..envs.training import TrainSettings
 from ..rewards.errors import UserError
 from .agents import check_fit, load_agents
-from .base import base_network
+from .base import begin_task
 from .console import Terminal
 from .decide import observation_tensors
-from .doors import hydra_door, interruptible, open_run, settings
-from .facts import keep_facts
+from .doors import begin_or_resume, hydra_door, settings
 from .mistakes import nearest
 from .oracle_report import correlation_rows, show, write_all
 from .prepare import Inputs, prepare
-from .run_folder import METRICS, RunFolder
+from .run_folder import RunFolder
 from .seeds import derive_seed
-from .tracking import Tracker
 from .widened import as_prune
 
 AGENT = "agent"
@@ -41,13 +39,7 @@ def door() -> None:
 
 def run(config: DictConfig) -> dict[str, Any]:
     """Measure, or go on measuring; returns what `metrics.json` holds."""
-    inputs = None if config.resume else check(config)
-    folder, config = open_run(config)
-    terminal = Terminal(config.quiet)
-    metrics = folder.read_json(METRICS)
-    if metrics is None:
-        with interruptible(folder):
-            metrics = oracle(inputs or check(config), config, folder, terminal)
+    metrics, folder, terminal = begin_or_resume(config, check, oracle)
     show(metrics, terminal)
     terminal.console.print(f"Run folder: {folder.path}", markup=False)
     return metrics
@@ -80,13 +72,7 @@ def check(config: DictConfig) -> Inputs:
 
 def oracle(inputs: Inputs, config: DictConfig, folder: RunFolder, terminal: Terminal) -> dict[str, Any]:
     """Base, every layer's oracle and scores, correlations; finished layers are found again by a resumed run."""
-    dense = inputs.dense
-    if dense is None:
-        tracker = Tracker(folder / "tensorboard")
-        dense = base_network(config, inputs.construct, inputs.splits, folder, terminal, tracker).to(inputs.device)
-        tracker.close()
-    task = inputs.task(dense, as_prune(config))
-    keep_facts(task, config, folder)
+    task = begin_task(inputs, config, folder, terminal, pruning=as_prune(config))
     agents = load_agents(config.agents) if config.agents is not None else {}
     total = sum(group.n_filters for group in task.groups)
     layers, done = {}, 0

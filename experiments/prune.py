@@ -20,11 +20,11 @@ from ..envs.target import Target
 from ..envs.task import LayerTask, PruningTask
 from ..envs.training import TrainProgress, TrainSettings
 from .agents import TrainAgents, check_controls
-from .base import base_network
+from .base import begin_task
 from .build import build_augment, build_reward
 from .console import Terminal
-from .doors import hydra_door, interruptible, open_run, plain, settings
-from .facts import command_line, keep_facts
+from .doors import begin_or_resume, hydra_door, plain, settings
+from .facts import command_line
 from .finish import Networks, finetune, metrics_of, save_result, show_results, write_results
 from .network_decide import TrainNetworkAgent
 from .network_schedule import NetworkSchedule, show_update
@@ -33,7 +33,7 @@ from .prepare import Inputs, check_network_search, check_search, prepare
 from .recover import Recover, RecoverySettings
 from .report import keep_report
 from .report_curves import write_curves
-from .run_folder import METRICS, RunFolder
+from .run_folder import RunFolder
 from .schedule import LayerRecord, Recovery, Schedule, check_order
 from .schema import LatencyConfig
 from .tracking import Tracker
@@ -46,13 +46,7 @@ def door() -> None:
 
 def run(config: DictConfig) -> dict[str, Any]:
     """Run the whole job, or go on with an interrupted one; returns what `metrics.json` holds."""
-    inputs = None if config.resume else check(config)
-    folder, config = open_run(config)
-    terminal = Terminal(config.quiet)
-    metrics = folder.read_json(METRICS)
-    if metrics is None:
-        with interruptible(folder):
-            metrics = prune_network(inputs or check(config), config, folder, terminal)
+    metrics, folder, terminal = begin_or_resume(config, check, prune_network)
     keep_report(folder, terminal)
     show_results(metrics, folder, terminal)
     return metrics
@@ -79,11 +73,8 @@ def check(config: DictConfig) -> Inputs:
 def prune_network(inputs: Inputs, config: DictConfig, folder: RunFolder, terminal: Terminal) -> dict[str, Any]:
     """Base, schedule, fine-tuning, report; every finished part is found again by a resumed run."""
     tracker = Tracker(folder / "tensorboard")
-    dense = inputs.dense
-    if dense is None:
-        dense = base_network(config, inputs.construct, inputs.splits, folder, terminal, tracker).to(inputs.device)
-    task = inputs.task(dense, config)
-    keep_facts(task, config, folder)
+    task = begin_task(inputs, config, folder, terminal, tracker)
+    dense = task.model
     terminal.say(f"Base accuracy on {len(inputs.splits.reward)} reward images: {100 * task.base.accuracy:.2f} %")
     pruned_task, kept, records = run_schedule(task, config, folder, terminal, tracker)
     write_curves(task, records, folder, terminal, config.controls, config.seed)

@@ -9,14 +9,13 @@ from omegaconf import DictConfig
 from ..envs.training import TrainSettings
 from ..rewards.errors import UserError
 from .agents import TrainAgents
-from .base import base_network
+from .base import begin_task
 from .build import build_reward
 from .console import Terminal
 from .doors import hydra_door, open_run, settings
-from .facts import run_facts
 from .prepare import Inputs, check_search, prepare
 from .report import keep_report
-from .run_folder import FACTS, METRICS, RunFolder
+from .run_folder import METRICS, RunFolder
 from .schedule import Schedule
 from .tracking import Tracker
 
@@ -56,11 +55,7 @@ def check(config: DictConfig) -> Inputs:
 def train_layer(inputs: Inputs, config: DictConfig, folder: RunFolder, terminal: Terminal) -> dict[str, Any]:
     """Train, verify and save the agent of `layer`."""
     tracker = Tracker(folder / "tensorboard")
-    dense = inputs.dense
-    if dense is None:
-        dense = base_network(config, inputs.construct, inputs.splits, folder, terminal, tracker).to(inputs.device)
-    task = inputs.task(dense, config)
-    folder.write_json(FACTS, run_facts(task, config))
+    task = begin_task(inputs, config, folder, terminal, tracker)
     reward = build_reward(config.reward)
     schedule = Schedule(TrainAgents(config, reward, terminal, tracker), reward, config.drop_bound, seed=config.seed)
     _, _, (record,) = schedule.run(task, folder, _Silent())
