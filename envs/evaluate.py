@@ -282,3 +282,9 @@ def count_correct(model: nn.Module, data: LabelledImages, batch: int = 500) -> t
         images, labels = data.batch(torch.arange(start, min(start + batch, len(data))))
         correct += int(correct_flags(model, images.to(device), labels.to(device), batch).sum())
     return correct, len(data)
+
+
+def accuracy_on(model: nn.Module, data: LabelledImages) -> float:
+    """Accuracy on a data set, a fraction; see `count_correct`."""
+    correct, total = count_correct(model, data)
+    return correct / total

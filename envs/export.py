@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..rewards.errors import UserError
+from ..rewards.errors import UserError, summarised
 from .inputs import as_call, batch_size, is_batch, mapped, resized, tensors_of
 from .leaves import Inputs, run
 
@@ -138,7 +138,7 @@ def export_onnx(model: nn.Module, example: Inputs, path: str | Path) -> None:
                 verbose=False,
             )
     except Exception as error:
-        raise UserError(f"The network cannot be written as ONNX ({_first_line(error)}).") from error
+        raise UserError(f"The network cannot be written as ONNX ({summarised(error)}).") from error
     assert converted is not None
     _whole(path, lambda temporary: converted.save(temporary, external_data=False))
 
@@ -174,7 +174,7 @@ def _exported(model: nn.Module, example: Inputs) -> torch.export.ExportedProgram
             warnings.simplefilter("ignore")
             return torch.export.export(copy.deepcopy(model).cpu().eval(), args, kwargs, dynamic_shapes=shapes)
     except Exception as error:
-        raise UserError(f"The network cannot be exported ({_first_line(error)}).") from error
+        raise UserError(f"The network cannot be exported ({summarised(error)}).") from error
 
 
 def _difference(model: nn.Module, inputs: Inputs, path: Path, kind: str) -> float:
@@ -201,8 +201,3 @@ def _whole(path: Path, save: Callable[[str], object]) -> None:
 def _made(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:160]}"

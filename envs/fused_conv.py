@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from .graph_passes import is_relu
+from .graph_passes import is_relu, only_user
 from .leaves import is_leaf
 
 _PER_CHANNEL = (nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Dropout, nn.Identity)
@@ -135,12 +135,12 @@ def _is_plain(conv: nn.Conv2d) -> bool:
 
 def _fuse_one(graph: fx.GraphModule, node: fx.Node, conv: nn.Conv2d) -> FusedConv:
     last, residual = node, None
-    follower = _only_user(node)
+    follower = only_user(node)
     if follower is not None and follower.op == "call_method" and follower.target == "add_":
         target, other = follower.args
         if target is node and _may_overwrite(graph, other, follower):
             last, residual = follower, other
-    after = _only_user(last)
+    after = only_user(last)
     relu = after is not None and (is_relu(graph, after) or after.target is torch.relu_) and after.args[0] is last
     made = FusedConv(conv, relu)
     place = f"fused_{str(node.target).replace('.', '_')}"
@@ -153,10 +153,6 @@ def _fuse_one(graph: fx.GraphModule, node: fx.Node, conv: nn.Conv2d) -> FusedCon
     for old in dict.fromkeys((end, last, node)):
         graph.graph.erase_node(old)
     return made
-
-
-def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 def _may_overwrite(graph: fx.GraphModule, value: Any, reader: fx.Node) -> bool:

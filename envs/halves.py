@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .fused_conv import FusedConv, can_fuse, feeders, fuse
-from .graph_passes import fold_batch_norms, functionalise, reuse_memory
+from .graph_passes import fold_batch_norms, functionalise, order_weights, reuse_memory
 from .groups import FilterGroup
 from .leaves import LeafTracer
 
@@ -53,9 +53,7 @@ def whole(model: nn.Module) -> Halves:
 def prepared(model: nn.Module) -> nn.Module:
     """A copy for evaluation: no gradients, channels_last weights where they are images'."""
     ready = copy.deepcopy(model).eval().requires_grad_(False)
-    for module in ready.modules():
-        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) and "weight" in module._parameters:
-            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+    order_weights(ready)
     return ready
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..rewards.outcome import Outcome
 from .evaluate import correct_flags
+from .graph_passes import order_weights
 from .groups import FilterGroup
 from .observation import Observation
 from .reconstruction import Reconstruction, ReconstructionSettings
@@ -105,15 +106,9 @@ class JointTask(LayerTask):
             images, labels, base = images[image_indices], labels[image_indices], base[image_indices]
         outcomes = []
         for keep in torch.as_tensor(masks_MN, dtype=torch.bool):
-            correct = int(correct_flags(_fast(self.cut(keep)), images, labels).sum())
+            model = self.cut(keep)
+            order_weights(model)
+            correct = int(correct_flags(model, images, labels).sum())
             counts = {group: int(each.sum()) for group, each in self.choices(keep).items()}
             outcomes.append(self.task.outcome(int(base.sum()) / len(base), correct / len(base), counts))
         return outcomes
-
-
-def _fast(model: nn.Module) -> nn.Module:
-    """With weights in the order that convolutions on a CPU like best."""
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
-    return model

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..rewards.errors import UserError
+from ..rewards.errors import UserError, first_line
 
 LARGEST_INPUT, TOLERANCE = 10**7, 1e-2
 
@@ -33,8 +33,9 @@ def check_probe(model: nn.Module, probe: Any) -> None:
     try:
         got = _answer(model, shape)
     except Exception as error:
-        first = (str(error).splitlines() or [""])[0]
-        raise UserError(f"The constructor's network does not run on the file's probe {shape} ({first}).") from error
+        raise UserError(
+            f"The constructor's network does not run on the file's probe {shape} ({first_line(error)})."
+        ) from error
     largest = max(map(abs, expected), default=0.0)
     apart = max((abs(a - b) for a, b in zip(got, expected, strict=False)), default=0.0)
     if len(got) != len(expected) or not apart <= TOLERANCE * largest:

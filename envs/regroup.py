@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from .groups import Cut, FilterGroup
@@ -39,8 +38,3 @@ def _shrunk(group: FilterGroup, keep: Tensor | None, kept: Mapping[str, Mapping[
             channels = np.searchsorted(left, channels).astype(np.int64)
         cuts.append(Cut(cut.module, cut.axis, channels, cut.kind))
     return FilterGroup(group.name, len(rows), tuple(cuts))
-
-
-def everything(groups: Sequence[FilterGroup]) -> dict[FilterGroup, Tensor]:
-    """Masks (N,) that keep all filters."""
-    return {group: torch.ones(group.n_filters, dtype=torch.bool) for group in groups}

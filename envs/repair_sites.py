@@ -12,6 +12,7 @@ import torch
 from torch import fx
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .graph_passes import only_user
 from .leaves import is_leaf
 from .patches import obstacle
 
@@ -74,7 +75,7 @@ def _is_layer(traced: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _norm_behind(traced: fx.GraphModule, node: fx.Node, calls: Counter[Any]) -> fx.Node | None:
-    user = _only_user(node)
+    user = only_user(node)
     if user is None or user.op != "call_module" or calls[user.target] > 1:
         return None
     module = traced.get_submodule(str(user.target))
@@ -83,14 +84,10 @@ def _norm_behind(traced: fx.GraphModule, node: fx.Node, calls: Counter[Any]) -> 
 
 def _partner(tail: fx.Node) -> fx.Node | None:
     """What is added to the value of `tail`, if that is all that happens to it."""
-    total = _only_user(tail)
+    total = only_user(tail)
     if total is None or total.target not in _SUMS or total.kwargs or len(total.all_input_nodes) != 2:
         return None
     return next(each for each in total.all_input_nodes if each is not tail)
-
-
-def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 def _move_before(node: fx.Node, wanted: fx.Node) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..rewards.errors import UserError
+from ..rewards.errors import UserError, summarised
 from .export import RUNTIME, export_onnx, onnx_session, require_onnx
 from .inputs import as_call, mapped
 from .leaves import Inputs, run
@@ -69,8 +69,7 @@ def _compiled(model: nn.Module, example: Inputs) -> Runner:
             warnings.simplefilter("ignore")
             call(example)
     except Exception as error:
-        first = (str(error).strip().splitlines() or [""])[0][:160]
-        raise UserError(f"torch.compile cannot take the network ({type(error).__name__}: {first}).") from error
+        raise UserError(f"torch.compile cannot take the network ({summarised(error)}).") from error
     return call
 
 

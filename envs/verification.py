@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ..rewards.errors import summarised
 from .groups import FilterGroup
 from .leaves import Inputs, run
 from .masking import masked_inputs
@@ -68,7 +69,7 @@ class Verifier:
             try:
                 worst = difference(self._probe, {group: self._keep(group, share) for group in groups}, inputs)
             except Exception as error:
-                return f"the network does not run without some of its filters ({_first_line(error)})"
+                return f"the network does not run without some of its filters ({summarised(error)})"
             if not worst <= self._tolerance:
                 return f"cutting it does not equal masking it (relative difference {worst:.1e})"
         return None
@@ -127,8 +128,3 @@ def _runs(model: nn.Module, inputs: Inputs) -> bool:
 
 def _tensors(outputs: Any) -> list[Tensor]:
     return [value for value in tree_leaves(outputs) if isinstance(value, Tensor)]
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__

@@ -21,7 +21,7 @@ from ..agent.policy import SetPolicy
 from ..agent.trainer import AgentSettings
 from ..envs.augment import Augment
 from ..envs.cost import count_cost
-from ..envs.evaluate import count_correct
+from ..envs.evaluate import accuracy_on
 from ..envs.latency import Latency, measure_latency
 from ..envs.pruned_file import KeptChannels, save_pruned
 from ..envs.reconstruction import ReconstructionSettings
@@ -266,7 +266,7 @@ def _result(
 ) -> PruningResult:
     example = splits.reward.batch(torch.arange(1))[0].to(next(dense.parameters()).device)
     before, after = count_cost(dense, example), count_cost(tuned, example)
-    base, cut, final = (count_correct(model, splits.report)[0] / len(splits.report) for model in (dense, pruned, tuned))
+    base, cut, final = (accuracy_on(model, splits.report) for model in (dense, pruned, tuned))
     return PruningResult(
         model=tuned,
         dense=dense,

@@ -12,7 +12,7 @@ from torch import nn
 from ..envs.modes import evaluating
 from ..envs.observation import STATISTIC_NAMES
 from ..envs.splits import Splits
-from ..rewards.errors import UserError
+from ..rewards.errors import UserError, first_line
 
 PolicyFactory = Callable[..., Any]
 
@@ -46,7 +46,7 @@ def try_network(model: nn.Module, splits: Splits) -> None:
             logits = model(images.to(device))
     except Exception as error:
         raise UserError(
-            f"The network fails on images of shape {shape} ({type(error).__name__}: {_first_line(error)}); give one "
+            f"The network fails on images of shape {shape} ({type(error).__name__}: {first_line(error)}); give one "
             "that takes them: network=NAME, or its arguments."
         ) from error
     expected = (len(images), splits.fit.n_classes)
@@ -56,10 +56,6 @@ def try_network(model: nn.Module, splits: Splits) -> None:
             f"The network returns {got} for images of shape {shape}; expected logits of shape {expected}: one row "
             "an image, one column a class."
         )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0]
 
 
 def resolve_device(name: str) -> torch.device:

@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig
 from torch import nn
 
+from ..envs.evaluate import accuracy_on
 from ..envs.reconstruction import ReconstructionSettings
 from ..envs.target import Target
 from ..envs.task import PruningTask
@@ -16,7 +17,7 @@ from ..envs.training import TrainProgress, TrainSettings
 from .base import WEIGHTS, begin_task
 from .build import build_augment, load_network
 from .compare_choices import Choices
-from .compare_measure import TRAINED, MeasureSettings, accuracy_on, reach, result_name
+from .compare_measure import TRAINED, MeasureSettings, reach, result_name
 from .compare_methods import AGENT, PEERS
 from .compare_peer import unavailable
 from .compare_plan import Job, check_plan, chosen_methods, planned

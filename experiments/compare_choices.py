@@ -22,6 +22,7 @@ from ..envs.joint import JointTask
 from ..envs.reconstruction import ReconstructionSettings
 from ..envs.target import Target
 from ..envs.task import PruningTask
+from ..rewards.errors import first_line
 from .compare_methods import (
     AGENT,
     MEAN_RANKED,
@@ -132,7 +133,7 @@ class Choices:
             if job.method not in PEERS:
                 raise
             # What another library cannot do is a fact about it, and no reason to stop the comparison.
-            return {"skipped": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
+            return {"skipped": f"{type(error).__name__}: {first_line(error)}"}
         seconds = time.perf_counter() - started
         removed = check_masks(job.method, task, target, masks)
         counts = {group: int(masks[group.name].sum()) for group in task.groups}

@@ -10,8 +10,6 @@ from pathlib import Path
 from torch import nn
 
 from ..envs.augment import Augment
-from ..envs.evaluate import count_correct
-from ..envs.images import LabelledImages
 from ..envs.task import PruningTask
 from ..envs.training import TrainProgress, TrainSettings, fit_network, recalibrate_bn
 from .compare_plan import STAGES, Job
@@ -72,12 +70,6 @@ def reach(
         device=task.device,
     )
     return model.eval()
-
-
-def accuracy_on(model: nn.Module, images: LabelledImages) -> float:
-    """Accuracy on a split, a fraction."""
-    correct, total = count_correct(model, images)
-    return correct / total
 
 
 def result_name(job: Job, stage: str) -> str:

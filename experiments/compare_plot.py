@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from .compare_methods import AGENT, FOLLOWS, PEERS
@@ -26,22 +27,29 @@ def plot(metrics: Mapping[str, Any], folder: RunFolder, terminal: Terminal, titl
 
 def picture(metrics: Mapping[str, Any], stage: str, title: str) -> str:
     """The SVG of one stage: a panel without and one with compensation, a line for each method."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
     settings = list(dict.fromkeys(row["compensate"] for row in metrics["rows"]))
-    # Neither the date nor random ids: the same results give the same file.
-    with matplotlib.rc_context({"svg.hashsalt": "keepdrop"}):
-        figure = Figure(figsize=(5.5 * len(settings) + 2, 5), layout="constrained")
+    with svg_figure(5.5 * len(settings) + 2, 5) as (figure, text):
         panels = figure.subplots(1, len(settings), sharey=True, squeeze=False)[0]
         for panel, compensate in zip(panels, settings, strict=True):
             _draw(panel, [row for row in metrics["rows"] if row["compensate"] == compensate], stage, metrics)
             panel.set_title(f"{title}, {'with' if compensate else 'without'} compensation")
         panels[0].set_ylabel("accuracy on the report split (%)")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue()
+
+
+@contextmanager
+def svg_figure(width: float, height: float) -> Iterator[tuple[Any, io.StringIO]]:
+    """A figure to draw on, in inches, and the text that holds it as SVG afterwards."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    text = io.StringIO()
+    # Neither the date nor random ids: the same results give the same file.
+    with matplotlib.rc_context({"svg.hashsalt": "keepdrop"}):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure, text
+        figure.savefig(text, format="svg", metadata={"Date": None})
 
 
 def _draw(panel: Any, rows: Sequence[Mapping[str, Any]], stage: str, metrics: Mapping[str, Any]) -> None:

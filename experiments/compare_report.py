@@ -12,8 +12,9 @@ from typing import Any
 from omegaconf import DictConfig
 from rich.table import Table
 
+from ..envs.evaluate import accuracy_on
 from .compare_choices import Choices
-from .compare_measure import accuracy_on, result_name
+from .compare_measure import result_name
 from .compare_methods import AGENT
 from .compare_plan import Job
 from .compare_plot import plot

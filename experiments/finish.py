@@ -14,7 +14,7 @@ from torch import nn
 
 from ..envs.checkpoint import load_checkpoint, save_weights
 from ..envs.cost import count_cost
-from ..envs.evaluate import count_correct
+from ..envs.evaluate import accuracy_on
 from ..envs.export import export_all
 from ..envs.latency import measure_latency, speed_advice
 from ..envs.pruned_file import KeptChannels, save_pruned
@@ -81,8 +81,7 @@ def finetune(
 
 def report_accuracy(model: nn.Module, splits: Splits) -> float:
     """Accuracy on the report split, a fraction. Called at the end only; nothing is ever chosen on it."""
-    correct, total = count_correct(model, splits.report)
-    return correct / total
+    return accuracy_on(model, splits.report)
 
 
 def metrics_of(

@@ -19,7 +19,7 @@ from ..envs.groups import FilterGroup, GroupPlan
 from ..envs.inputs import resized, tensors_of
 from ..envs.leaves import Inputs
 from ..envs.split import MaskedNetwork
-from ..rewards.errors import UserError
+from ..rewards.errors import UserError, first_line
 from .build import build, network_constructor
 from .console import Terminal
 from .doors import hydra_door, plain
@@ -76,7 +76,7 @@ def describe(model: nn.Module, example: Inputs) -> dict[str, Any]:
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         shapes = ", ".join(str(tuple(each.shape)) for each in tensors_of(example))
         raise UserError(
-            f"The network does not run on an input {shapes} ({(str(error).splitlines() or [''])[0]}); give the shape "
+            f"The network does not run on an input {shapes} ({first_line(error)}); give the shape "
             "of your images, input_shape=[channels,height,width], or example_inputs=mine.example, a function that "
             "returns what your forward takes."
         ) from error

@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from ..envs.task import PruningTask
-from .compare_plot import MISSING
+from .compare_plot import MISSING, svg_figure
 from .console import Terminal
 from .run_folder import RunFolder
 
@@ -46,12 +46,7 @@ def as_csv(records: Sequence[Mapping[str, Any]]) -> str:
 
 def picture(points: Sequence[Mapping[str, Any]], base: Mapping[str, Any], criterion: str) -> str:
     """An SVG of accuracy against MACs."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    # Neither the date nor random ids: the same results give the same file.
-    with matplotlib.rc_context({"svg.hashsalt": "keepdrop"}):
-        figure = Figure(figsize=(6, 4), layout="constrained")
+    with svg_figure(6, 4) as (figure, text):
         axes = figure.subplots()
         axes.plot([p["macs"] / 1e6 for p in points], [100 * p["accuracy"] for p in points], marker="o", markersize=3)
         axes.axhline(100 * base["accuracy"], color="grey", linewidth=0.8)
@@ -59,6 +54,4 @@ def picture(points: Sequence[Mapping[str, Any]], base: Mapping[str, Any], criter
         axes.set_ylabel("accuracy on the reward split (%)")
         axes.set_title(f"iterate, {criterion}")
         axes.grid(alpha=0.3)
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue()

@@ -174,13 +174,8 @@ def removal(
     return masks
 
 
-def as_lists(masks: Mapping[FilterGroup, Tensor]) -> dict[str, list[int]]:
-    """What goes, by group: the JSON form of masks."""
-    return {group.name: (~keep).nonzero().flatten().tolist() for group, keep in masks.items()}
-
-
 def from_lists(groups: Sequence[FilterGroup], gone: Mapping[str, Any]) -> dict[FilterGroup, Tensor]:
-    """The inverse of `as_lists`."""
+    """Masks (N,) of the groups that lose something, from the numbers of what goes, by group name."""
     masks = {}
     for group in groups:
         if group.name in gone:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ..agent.network_policy import NetworkPolicy
 from ..agent.parameter_search import NetworkAgentSettings, NetworkTrainer, Project
+from ..envs.checkpoint import write_atomic
 from ..envs.filter_pruning import FilterPruningVectorEnv
 from ..envs.joint import JointTask
 from ..envs.observation import STATISTIC_NAMES
@@ -162,6 +164,6 @@ def projection(joint: JointTask, target: Target) -> Project:
 
 
 def _keep(state: dict[str, Any], path: Path) -> None:
-    working = path.with_name(path.name + ".partial")
-    torch.save(state, working)
-    working.replace(path)
+    content = io.BytesIO()
+    torch.save(state, content)
+    write_atomic(path, content.getvalue())

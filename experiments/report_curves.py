@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from ..envs.evaluate import count_correct
+from ..envs.evaluate import accuracy_on
 from ..envs.group_cost import pruned_cost
 from ..envs.groups import FilterGroup
 from ..envs.images import LabelledImages
@@ -111,8 +111,7 @@ def _accuracies(
         keep = layer.allowed(decide(layer, Path(), derive_seed(seed, name)).keep[None])[0]
         kept = kept.after(task.model, {layer.group: keep})
         task = replace_model(task, layer.cut(keep), kept)
-        correct, total = count_correct(task.model, images)
-        found.append(correct / total)
+        found.append(accuracy_on(task.model, images))
         bar.advance_by(1, f"{what}, {name}")
     return found
 

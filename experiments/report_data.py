@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from ..rewards.errors import UserError
+from ..rewards.errors import UserError, first_line
 from .run_folder import CONFIG, FACTS, METRICS, RunFolder
 
 CURVES = "curves.json"
@@ -145,8 +145,8 @@ def _config(path: Path) -> dict[str, Any]:
     try:
         content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except Exception as error:  # YAML has its own zoo of errors, and a file that is none is a user's affair
-        reason = (str(error).splitlines() or [""])[0]
-        raise UserError(f"{str(path)!r} is damaged ({reason[:100]}); restore it or run the command anew.") from error
+        reason = first_line(error)[:100]
+        raise UserError(f"{str(path)!r} is damaged ({reason}); restore it or run the command anew.") from error
     if not isinstance(content, dict):
         raise UserError(f"{str(path)!r} holds no settings; restore it or run the command anew.")
     return {str(key): value for key, value in content.items()}

@@ -18,7 +18,7 @@ from ..envs.pruned_file import KeptChannels
 from ..envs.surgery import prune
 from ..envs.task import LayerTask, PruningTask, replace_model
 from ..envs.verification import difference
-from ..rewards.errors import UserError
+from ..rewards.errors import UserError, first_line
 from ..rewards.outcome import Outcome, RewardFunction
 from .decide import Decider, Decision
 from .run_folder import RunFolder
@@ -219,7 +219,7 @@ def _measured(layer: LayerTask, keep: Tensor, model: nn.Module, masked_accuracy:
         with evaluating(task.model):
             apart = difference(task.model, {layer.group: keep}, images)
     except (RuntimeError, IndexError, ValueError, TypeError) as error:
-        return 0.0, f"the cut network does not run ({(str(error).splitlines() or [''])[0]})"
+        return 0.0, f"the cut network does not run ({first_line(error)})"
     agree = abs(accuracy - masked_accuracy) <= TOLERANCE and apart <= LOGITS_TOLERANCE
     return accuracy, None if agree else "masked and cut network disagree"
 

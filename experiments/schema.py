@@ -82,15 +82,21 @@ class TrainCnnConfig(RootConfig):
 
 
 @dataclass
-class PruningConfig(RootConfig):
-    """What every command that prunes has."""
+class CheckpointConfig(RootConfig):
+    """What every command has that looks at a trained network: its weights, or how to train it, and its layers."""
 
     checkpoint: str | None = None
     base: TrainSettings = field(default_factory=TrainSettings)
+    layers: list[str] | None = None
+
+
+@dataclass
+class PruningConfig(CheckpointConfig):
+    """What every command that prunes has."""
+
     judge: JudgeSettings = field(default_factory=JudgeSettings)
     surgery: Limits = field(default_factory=Limits)
     drop_bound: float = 0.02
-    layers: list[str] | None = None
 
 
 @dataclass
@@ -179,13 +185,10 @@ class RandomBestConfig:
 
 
 @dataclass
-class CompareConfig(RootConfig):
+class CompareConfig(CheckpointConfig):
     """`keepdrop compare`."""
 
-    checkpoint: str | None = None
-    base: TrainSettings = field(default_factory=TrainSettings)
     judge: JudgeSettings = field(default_factory=JudgeSettings)
-    layers: list[str] | None = None
     targets: TargetsConfig = field(default_factory=TargetsConfig)
     methods: list[str] = field(default_factory=lambda: ["*"])
     compensate: list[bool] = field(default_factory=lambda: [False, True])
@@ -211,13 +214,10 @@ class IterateTargetConfig:
 
 
 @dataclass
-class IterateConfig(RootConfig):
+class IterateConfig(CheckpointConfig):
     """`keepdrop iterate`."""
 
-    checkpoint: str | None = None
-    base: TrainSettings = field(default_factory=TrainSettings)
     drop_bound: float = 0.02
-    layers: list[str] | None = None
     criterion: str = "taylor"
     step: int = 1
     minibatches: int = 30
@@ -230,13 +230,10 @@ class IterateConfig(RootConfig):
 
 
 @dataclass
-class OracleConfig(RootConfig):
+class OracleConfig(CheckpointConfig):
     """`keepdrop oracle`."""
 
-    checkpoint: str | None = None
-    base: TrainSettings = field(default_factory=TrainSettings)
     judge: JudgeSettings = field(default_factory=JudgeSettings)
-    layers: list[str] | None = None
     criteria: list[str] = field(default_factory=lambda: ["*"])
     random_seeds: int = 5
     agents: str | None = None

@@ -7,3 +7,14 @@ class UserError(ValueError):
     Its text is one clear sentence: what came, what was expected, what to do. Commands print it without
     a traceback and exit with code 2.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message, to stand inside a sentence; "" where it has none."""
+    return (str(error).strip().splitlines() or [""])[0]
+
+
+def summarised(error: BaseException) -> str:
+    """Its type and, cut to 160 characters, its first line."""
+    line = first_line(error)[:160]
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
