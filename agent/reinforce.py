@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .control_variate import LinearControl
 from .distributions import MaskDistribution, MaskSample
 from .policy import Policy
 from .rollout import Rollout
@@ -87,6 +88,7 @@ class ReinforceSettings:
         baseline: "leave_one_out" (unbiased), "rank" (robust, biased) or "none".
         clip: bound of the advantages, or None.
         max_grad_norm: the gradient is scaled down to this norm, or None.
+        control_variate: take out of the rewards what `LinearControl` predicts, and add its gradient exactly.
     """
 
     lr: float = 0.07
@@ -94,6 +96,36 @@ class ReinforceSettings:
     baseline: str = "leave_one_out"
     clip: float | None = None
     max_grad_norm: float | None = 1.0
+    control_variate: bool = False
+
+    def __post_init__(self) -> None:
+        if self.control_variate and (self.baseline == "rank" or self.clip is not None):
+            raise ValueError(
+                "control_variate is on, but so is a rank baseline or a clip, under which its gradient would not be the "
+                "one that is added; use leave_one_out or none, and clip=null"
+            )
+
+
+def policy_loss(
+    distribution: MaskDistribution,
+    sample: MaskSample,
+    rewards_M: Tensor,
+    settings: ReinforceSettings,
+    weights_N: Tensor | None = None,
+) -> Tensor:
+    """`reinforce_loss` of these rewards, with a linear control variate if its weights (N,) are given.
+
+    The rewards lose raw mask @ weights, and the loss gets the gradient of its expectation: unbiased for any weights
+    that do not depend on this sample.
+    """
+    if weights_N is not None:
+        rewards_M = rewards_M - (sample.raw.to(weights_N) @ weights_N).to(rewards_M)
+    advantages_M = advantages(rewards_M, settings.baseline, settings.clip)
+    loss = reinforce_loss(distribution, sample, advantages_M, settings.entropy_weight)
+    if weights_N is None:
+        return loss
+    keep_N = distribution.keep_probability()
+    return loss - weights_N.to(keep_N) @ keep_N
 
 
 class Reinforce:
@@ -115,6 +147,7 @@ class Reinforce:
             for group in policy.parameter_groups()
         ]
         self.optimizer = torch.optim.Adam(groups, lr=self.settings.lr)
+        self.control = LinearControl() if self.settings.control_variate else None
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         """Learn from one rollout.
@@ -124,13 +157,15 @@ class Reinforce:
             `reward_std`, `reward_max`, `kept_mean` and `kept_std` (fractions).
         """
         settings = self.settings
-        advantages_M = advantages(rollout.rewards, settings.baseline, settings.clip)
         distribution = self.policy(rollout.observation)
-        loss = reinforce_loss(distribution, rollout.sample, advantages_M, settings.entropy_weight)
+        weights_N = None if self.control is None else self.control.weights(rollout.observation)
+        loss = policy_loss(distribution, rollout.sample, rollout.rewards, settings, weights_N)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = self._clip_gradient()
         self.optimizer.step()
+        if self.control is not None:
+            self.control.add(rollout.observation, rollout.sample.raw, rollout.rewards)
         entropy = distribution.entropy().item() / rollout.sample.raw.shape[1]
         return {"loss": loss.item(), "entropy": entropy, "gradient_norm": norm, **_reward_metrics(rollout)}
 
@@ -141,11 +176,14 @@ class Reinforce:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the learner needs to go on exactly, the policy's weights apart."""
-        return {"optimizer": self.optimizer.state_dict()}
+        control = {} if self.control is None else {"control": self.control.state_dict()}
+        return {"optimizer": self.optimizer.state_dict(), **control}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict`."""
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.control is not None:
+            self.control.load_state_dict(state["control"])
 
 
 def _reward_metrics(rollout: Rollout) -> dict[str, float]:

@@ -30,6 +30,7 @@ class AgentSettings:
             without a lower bound) or "none".
         clip: bound of the advantages, or None.
         max_grad_norm: the gradient is scaled down to this norm, or None.
+        control_variate: quieter gradients by a linear prediction of the reward (`LinearControl`).
         patience: stop once the smoothed mean reward has not risen by min_gain for so many updates; None
             makes all updates.
         min_gain: what counts as risen.
@@ -44,6 +45,7 @@ class AgentSettings:
     baseline: str = "leave_one_out"
     clip: float | None = None
     max_grad_norm: float | None = 1.0
+    control_variate: bool = False
     patience: int | None = 20
     min_gain: float = 1e-3
     smoothing: float = 0.8
@@ -59,10 +61,13 @@ class AgentSettings:
             raise ValueError(f"patience is {self.patience}, but it must be at least 1, or None for all updates")
         if not 0.0 <= self.smoothing < 1.0:
             raise ValueError(f"smoothing is {self.smoothing}, but it must lie in [0, 1)")
+        self.reinforce()
 
     def reinforce(self) -> ReinforceSettings:
         """The part that the learner reads."""
-        return ReinforceSettings(self.lr, self.entropy_weight, self.baseline, self.clip, self.max_grad_norm)
+        return ReinforceSettings(
+            self.lr, self.entropy_weight, self.baseline, self.clip, self.max_grad_norm, self.control_variate
+        )
 
 
 @dataclass(frozen=True)

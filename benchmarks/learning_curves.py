@@ -4,7 +4,8 @@
 
 Paper's policy against the set policy, Bernoulli against the budget latent, with and without a baseline; the best of
 equally many random masks stands beside them. The greedy decision is judged on the whole reward split, which costs
-nothing of the budget. Writes docs/learning_curves.json and .svg (matplotlib, extra `plots`).
+nothing of the budget. Writes benchmarks/results/learning_curves.json after every curve, goes on with what it finds
+there, and draws docs/assets/learning_curves.svg (matplotlib, extra `plots`).
 """
 
 from __future__ import annotations
@@ -28,13 +29,15 @@ from keepdrop.envs.splits import split
 from keepdrop.envs.task import LayerTask, PruningTask
 from keepdrop.rewards.try_and_learn import TryAndLearn
 
-OUT = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+RESULTS, PLOT = ROOT / "benchmarks/results/learning_curves.json", ROOT / "docs/assets/learning_curves.svg"
 MASKS, IMAGES = 16, 250
 AGENTS: dict[str, dict[str, Any]] = {
     "set, budget latent": {},
     "set, Bernoulli": {"exploration": "bernoulli"},
     "set, no warm start": {"warm_start": None},
     "set, no baseline": {"baseline": "none"},
+    "set, control variate": {"control_variate": True},
     "paper's policy (layer matrix)": {"policy": "layer_matrix", "exploration": "bernoulli"},
 }
 
@@ -64,7 +67,8 @@ def learn(layer: LayerTask, options: dict[str, Any], updates: int, seed: int, bo
     reward = TryAndLearn(bound)
     venv = FilterPruningVectorEnv(layer, reward, MASKS, IMAGES)
     venv.reset(seed=seed)
-    settings = AgentSettings(updates=updates, patience=None, baseline=options.get("baseline", "leave_one_out"))
+    how = {"baseline": options.get("baseline", "leave_one_out"), "control_variate": "control_variate" in options}
+    settings = AgentSettings(updates=updates, patience=None, **how)
     policy = make_policy(layer, options, seed)
     trainer = Trainer(venv, policy, settings, torch.Generator().manual_seed(seed))
     seen = {key: torch.from_numpy(value) for key, value in layer.observation.as_dict().items()}
@@ -117,6 +121,14 @@ def plot(found: dict[str, Any], path: Path) -> None:
     figure.savefig(path)
 
 
+def opened(path: Path, about: dict[str, Any]) -> dict[str, Any]:
+    """The curves found in a file of the same experiment, or none yet."""
+    found = json.loads(path.read_text()) if path.is_file() else {**about, "curves": {}}
+    if {key: found.get(key) for key in about} != about:
+        raise SystemExit(f"{path} holds another experiment; move it away first")
+    return dict(found)
+
+
 def main() -> None:
     """Run and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -126,22 +138,24 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--drop-bound", type=float, default=0.02)
+    parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument("--plot", type=Path, default=PLOT)
     options = parser.parse_args()
-    layer = make_task(options.data, options.checkpoint, options.layer)
-    curves: dict[str, list[list[float]]] = {}
-    for name, agent in {**AGENTS, "best of random masks": None}.items():
-        for seed in range(options.seeds):
-            if agent is None:
-                curve = best_of_random(layer, options.updates, seed, options.drop_bound)
-            else:
-                curve = learn(layer, agent, options.updates, seed, options.drop_bound)
-            curves.setdefault(name, []).append(curve)
-        ends = [curve[-1] for curve in curves[name]]
-        print(f"{name}: {statistics.mean(ends):.3f} +- {statistics.pstdev(ends):.3f}", flush=True)
     steps = [2 * MASKS * IMAGES * i for i in range(options.updates // 2 + 1)]
-    found = {"layer": options.layer, "drop_bound": options.drop_bound, "mask_images": steps, "curves": curves}
-    (OUT / "learning_curves.json").write_text(json.dumps(found) + "\n")
-    plot(found, OUT / "learning_curves.svg")
+    about = {"layer": options.layer, "drop_bound": options.drop_bound, "mask_images": steps}
+    found = opened(options.json, about)
+    layer = make_task(options.data, options.checkpoint, options.layer)
+    for name, agent in {**AGENTS, "best of random masks": None}.items():
+        curves = found["curves"].setdefault(name, [])
+        for seed in range(len(curves), options.seeds):
+            if agent is None:
+                curves.append(best_of_random(layer, options.updates, seed, options.drop_bound))
+            else:
+                curves.append(learn(layer, agent, options.updates, seed, options.drop_bound))
+            options.json.write_text(json.dumps(found) + "\n")
+        ends = [curve[-1] for curve in curves]
+        print(f"{name}: {statistics.mean(ends):.3f} +- {statistics.stdev(ends):.3f}", flush=True)
+    plot(found, options.plot)
 
 
 if __name__ == "__main__":
