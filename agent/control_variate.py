@@ -19,7 +19,8 @@ class LinearControl:
     weights @ keep_probability, is added in closed form (Grathwohl et al. 2018, "Backpropagation through the Void",
     eq. 2, with a linear surrogate). The first-order (Taylor) effect of each filter is among the features, so this is
     gradient information wherever it predicts anything. The weights are fitted, with a ridge, to the masks of EARLIER
-    updates alone: whatever they are, they do not depend on the masks they are used for, and the estimator stays unbiased.
+    updates alone: whatever they are, they do not depend on the masks they are used for, so the estimator stays
+    unbiased.
 
     Args:
         ridge: relative to the mean energy of a feature.
