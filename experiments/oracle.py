@@ -11,7 +11,9 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from ..agent.criteria import CRITERIA, normalised, scores
+from ..agent.network_policy import NetworkPolicy
 from ..agent.saved_agent import SavedAgent
+from ..envs.joint import GROUP_NAME, JointTask
 from ..envs.observation import STATISTIC_NAMES
 from ..envs.oracle import filter_oracle
 from ..envs.task import PruningTask
@@ -23,13 +25,15 @@ from .console import Terminal
 from .decide import observation_tensors
 from .doors import begin_or_resume, hydra_door, settings
 from .mistakes import nearest
+from .network_decide import check_network_fit
 from .oracle_report import correlation_rows, show, write_all
 from .prepare import Inputs, prepare
+from .report import keep_report
 from .run_folder import RunFolder
 from .seeds import derive_seed
 from .widened import as_prune
 
-AGENT = "agent"
+AGENT, NETWORK_AGENT = "agent", "network agent"
 
 
 def door() -> None:
@@ -40,6 +44,7 @@ def door() -> None:
 def run(config: DictConfig) -> dict[str, Any]:
     """Measure, or go on measuring; returns what `metrics.json` holds."""
     metrics, folder, terminal = begin_or_resume(config, check, oracle)
+    keep_report(folder, terminal)
     show(metrics, terminal)
     terminal.console.print(f"Run folder: {folder.path}", markup=False)
     return metrics
@@ -58,27 +63,45 @@ def check(config: DictConfig) -> Inputs:
         raise UserError("There is nothing to compare the oracle with; give criteria or agents.")
     known = load_agents(config.agents) if config.agents is not None else {}
     inputs = prepare(as_prune(config))
-    if known and not set(known) & {group.name for group in inputs.groups}:
+    check_agents(known, inputs, config)
+    return inputs
+
+
+def check_agents(known: Mapping[str, SavedAgent], inputs: Inputs, config: DictConfig) -> None:
+    """UserError for agents of other layers, or of other observations."""
+    mine = set(known) & {GROUP_NAME, *(group.name for group in inputs.groups)}
+    if known and not mine:
         raise UserError(
             f"The agents in {config.agents!r} were trained for {', '.join(known)}, but the layers are "
             f"{', '.join(group.name for group in inputs.groups)}; choose a matching run or leave agents out."
         )
-    if known and inputs.dense is not None:
+    if mine and inputs.dense is not None:
         task = inputs.task(inputs.dense, as_prune(config))
-        for name in set(known) & {group.name for group in inputs.groups}:
-            check_fit(known[name], task.layer(name))
-    return inputs
+        for name in mine:
+            if name == GROUP_NAME:
+                check_network_fit(known[name], task)
+            else:
+                check_fit(known[name], task.layer(name))
+
+
+def network_scores(agent: SavedAgent, task: PruningTask) -> dict[str, Tensor]:
+    """An agent of all layers: its scores (N,) by layer, comparable between layers."""
+    check_network_fit(agent, task)
+    joint, policy = JointTask(task, None), agent.policy
+    assert isinstance(policy, NetworkPolicy)
+    return joint.named(policy.scores(policy.features(observation_tensors(joint))))
 
 
 def oracle(inputs: Inputs, config: DictConfig, folder: RunFolder, terminal: Terminal) -> dict[str, Any]:
     """Base, every layer's oracle and scores, correlations; finished layers are found again by a resumed run."""
     task = begin_task(inputs, config, folder, terminal, pruning=as_prune(config))
     agents = load_agents(config.agents) if config.agents is not None else {}
+    everywhere = network_scores(agents[GROUP_NAME], task) if GROUP_NAME in agents else {}
     total = sum(group.n_filters for group in task.groups)
     layers, done = {}, 0
     with terminal.progress("filters", total) as bar:
         for group in task.groups:
-            layers[group.name] = layer_facts(task, group.name, agents, config, folder, bar, done)
+            layers[group.name] = layer_facts(task, group.name, agents, everywhere, config, folder, bar, done)
             done += group.n_filters
             if not terminal.console.is_terminal:
                 terminal.say(f"{group.name}: {group.n_filters} filters removed, one at a time")
@@ -96,6 +119,7 @@ def layer_facts(
     task: PruningTask,
     name: str,
     agents: Mapping[str, SavedAgent],
+    everywhere: Mapping[str, Tensor],
     config: DictConfig,
     folder: RunFolder,
     bar: Terminal,
@@ -119,6 +143,8 @@ def layer_facts(
         check_fit(agents[name], layer)
         with torch.no_grad():
             given[AGENT] = agents[name].policy(seen).keep_probability().double()
+    if name in everywhere:
+        given[NETWORK_AGENT] = everywhere[name]
     facts = {
         "loss_change": found.loss_change.tolist(),
         "accuracy_change": found.accuracy_change.tolist(),

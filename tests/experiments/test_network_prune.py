@@ -99,6 +99,15 @@ def test_a_trained_agent_prunes_a_checkpoint_it_has_never_seen(keepdrop, checkpo
     assert 0.3 < rows["agent"]["pruned_macs"] / base <= 0.4
     assert [group["decided_by"] for group in rows["agent"]["groups"]] == ["trained agent"] * 5
 
+    # The same agent stands beside the criteria in front of the oracle, and is refused for other layers.
+    ask = ["oracle", "checkpoint=other/model.safetensors", "agents=run", "criteria=[taylor]", "run_dir=oracle"]
+    assert keepdrop(*ask).code == 0
+    found = read(tmp_path / "oracle/metrics.json")["correlations"]
+    row = next(row for row in found if row["method"] == "network agent")
+    assert list(row["layers"]) == [f"conv{i}" for i in range(1, 6)] and row["all"] is not None
+    refusal = keepdrop(*ask, "layers=[conv2]", "run_dir=refused")
+    assert refusal.code == 2 and "conv2" in refusal.err and not (tmp_path / "refused").exists()
+
 
 @pytest.mark.parametrize(
     ("setting", "sentence"),
