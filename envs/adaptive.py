@@ -8,7 +8,8 @@ drawing without replacement. The pair is
 - settled, when |R_i - R_j| > z s. z is the two-sided normal quantile for `error` divided by the number of looks before
   the last (Bonferroni), so that a pair is settled in the wrong order, against all B images, with a probability of at
   most `error`. Normality is an approximation; one imagined contrary image a mask keeps s honest when few differ
-  (after Agresti and Coull 1998). A test measures the rate by simulation;
+  (after Agresti and Coull 1998). A test measures the rate by simulation. All of it holds for scores between 0 and 1 as
+  for right and wrong: a mean of n of them has the variance the sample shows, and no contrary image counts more than 1;
 - too close to matter, when s is below `resolution` times the spread of all rewards.
 
 A mask stops when each of its pairs is one of the two. At the last look all B images are known and nothing is guessed.
@@ -28,7 +29,7 @@ from torch import Tensor
 from ..rewards.errors import UserError
 
 Answers = Callable[[Tensor, Tensor], Tensor]
-"""Masks (M',) and images (B',), both by index -> right or wrong, (M', B') bool."""
+"""Masks (M',) and images (B',), both by index -> right or wrong, (M', B') bool, or points of scores in [0, 1]."""
 
 Worth = Callable[[int, float, float], float]
 """Mask, base accuracy, its accuracy -> reward."""
@@ -73,8 +74,8 @@ class Verdict:
 
     Attributes:
         n_images: images spent on each mask, (M,) int64.
-        correct: of these the mask got right, (M,) int64.
-        base_correct: of these the dense network got right, (M,) int64.
+        correct: of these the mask got right, or its points on them, (M,) int64.
+        base_correct: of these the dense network got right, or its points, (M,) int64.
         order: sign of R_i - R_j for pairs that were settled before the last look, 0 for others, (M, M) int8.
     """
 
@@ -85,21 +86,28 @@ class Verdict:
 
 
 def judge_in_turn(
-    answers: Answers, worth: Worth, base: Tensor, same: Tensor, order: Tensor, settings: AdaptiveSettings
+    answers: Answers,
+    worth: Worth,
+    base: Tensor,
+    same: Tensor,
+    order: Tensor,
+    settings: AdaptiveSettings,
+    unit: int = 1,
 ) -> Verdict:
     """Spend images on M masks until their order is settled.
 
     Args:
         answers: evaluates masks on images.
         worth: reward of a mask at given accuracies; may bend, as the delta method's slopes are taken where it stands.
-        base: what the dense network gets right of the images in `order`, (B,) bool.
+        base: what the dense network gets right of the images in `order`, (B,) bool, or its points.
         same: pairs of masks that are one and the same, (M, M) bool.
         order: images in the order in which they are spent, (B,) int64; it must be random.
         settings: when to stop.
+        unit: points of a perfect answer.
     """
     n_masks, looks = len(same), settings.looks(len(order))
     z = NormalDist().inv_cdf(1 - settings.error / max(1, len(looks) - 1) / 2)
-    flags = torch.zeros(n_masks, len(order), dtype=torch.bool)
+    flags, base_scores = torch.zeros(n_masks, len(order), dtype=base.dtype), base.float() / unit
     n_images, values = torch.zeros(n_masks, dtype=torch.int64), torch.zeros(n_masks, dtype=torch.float64)
     called, closed = torch.zeros_like(same, dtype=torch.int8), same.clone()
     active, seen = torch.arange(n_masks), 0
@@ -108,8 +116,8 @@ def judge_in_turn(
         n_images[active], seen = n, n
         if n == len(order):
             break
-        rows = flags[active, :n]
-        values[active], contributions = _contributions(active, rows, base[:n], worth)
+        rows = flags[active, :n].double() / unit
+        values[active], contributions = _contributions(active, rows, base_scores[:n], worth)
         error = _standard_errors(contributions, 1 - n / len(order))
         difference = values[active, None] - values[None, active]
         apart = difference.abs() > z * error
@@ -119,16 +127,19 @@ def judge_in_turn(
         active = active[~closed[pairs].all(1)]
         if not len(active):
             break
-    # What a mask did not see is False in its flags.
+    # What a mask did not see is 0 in its flags.
     base_correct = torch.stack([base[:n].sum() for n in n_images])
     return Verdict(n_images, flags.sum(1), base_correct, called)
 
 
-def _contributions(masks: Tensor, flags: Tensor, base: Tensor, worth: Worth) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Rewards (M,), and what each image adds to them (M, n) with the slope of each reward in the accuracy (M,)."""
-    n, p = flags.shape[1], float(base.double().mean())
+def _contributions(masks: Tensor, scores: Tensor, base: Tensor, worth: Worth) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Rewards (M,), and what each image adds to them (M, n) with the slope of each reward in the accuracy (M,).
+
+    Scores (M, n) float64 and the dense network's (n,) lie in [0, 1].
+    """
+    n, p = scores.shape[1], float(base.double().mean())
     values, rows, slopes = [], [], []
-    for mask, row in zip(masks.tolist(), flags.double(), strict=True):
+    for mask, row in zip(masks.tolist(), scores, strict=True):
         q, step = float(row.mean()), 1 / n
         values.append(worth(mask, p, q))
         up, down = min(q + step, 1.0), max(q - step, 0.0)

@@ -75,6 +75,26 @@ def checked_labels(array: np.ndarray, key: str, n_images: int, n_classes: int, n
     return torch.from_numpy(array.astype(np.int64))
 
 
+def holds_labels(array: np.ndarray) -> bool:
+    """Whether an array of targets is one integer an image, a label; anything else is for other measures than top-1."""
+    return array.ndim == 1 and array.dtype.kind in "iu"
+
+
+def checked_targets(array: np.ndarray, key: str, n_images: int, name: str) -> Tensor:
+    """An array of targets that are no labels, (n, ...), in its own type; UserError for other types, lengths and NaN."""
+    if array.dtype.kind not in "iufb":
+        raise UserError(f"'{name}': {key} has type {array.dtype}; expected numbers.")
+    if array.ndim == 0 or len(array) != n_images:
+        raise UserError(f"'{name}': {key} has shape {array.shape}; expected {n_images} targets, one an image.")
+    if array.dtype.kind == "f":
+        if not np.isfinite(array).all():
+            raise UserError(f"'{name}': {key} has NaN or infinite values; mend or remove them.")
+        array = array.astype(np.float32)
+    # torch has no arithmetic for the wider unsigned types.
+    kept = array if array.dtype.kind == "f" or array.dtype == np.uint8 else array.astype(np.int64)
+    return torch.from_numpy(np.ascontiguousarray(kept))
+
+
 def refuse_copies(x_train: np.ndarray, x_test: np.ndarray, name: str) -> None:
     """UserError where more than 1 % of the test images are training images too, byte for byte."""
     seen = {_fingerprint(image) for image in x_train}

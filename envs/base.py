@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..rewards.errors import UserError
 from .cost import Cost, count_cost
 from .evaluate import correct_flags
+from .measure import TOP1, Measure
 from .splits import Splits
 
 
@@ -20,24 +21,33 @@ from .splits import Splits
 class Base:
     """The network before any pruning: measured once, never again.
 
-    `correct` (B,) bool says image by image what it got right on the reward split, so that the base accuracy of any
-    subset of these images is exact and free.
+    `correct` (B,) says image by image what it got right on the reward split, or the points it got under another measure
+    than top-1, so that the base accuracy of any subset of these images is exact and free.
     """
 
     correct: Tensor
     cost: Cost
+    measure: Measure = TOP1
 
     @property
     def accuracy(self) -> float:
         """Fraction in [0, 1] on the whole reward split."""
-        return int(self.correct.sum()) / len(self.correct)
+        return self.measure.fraction(self.correct)
 
 
 def measure_base(model: nn.Module, splits: Splits, device: torch.device | str = "cpu") -> Base:
     """Measure the dense network on the reward split; a network that guesses is refused with a `UserError`."""
-    images, labels = splits.reward.batch(torch.arange(len(splits.reward)))
-    correct = correct_flags(model, images.to(device), labels.to(device)).cpu()
-    base = Base(correct, count_cost(model, images[:1].to(device)))
+    images, labels = (value.to(device) for value in splits.reward.batch(torch.arange(len(splits.reward))))
+    measure = splits.measure
+    base = Base(correct_flags(model, images, labels, measure=measure).cpu(), count_cost(model, images[:1]), measure)
+    if measure.is_top1:
+        _refuse_chance(base, labels.cpu())
+    else:
+        _refuse_guessing(base, correct_flags(model, images, labels.roll(1, 0), measure=measure))
+    return base
+
+
+def _refuse_chance(base: Base, labels: Tensor) -> None:
     chance = float(torch.bincount(labels).max()) / len(labels)
     margin = 3 * (chance * (1 - chance) / len(labels)) ** 0.5
     if base.accuracy <= chance + margin:
@@ -46,4 +56,16 @@ def measure_base(model: nn.Module, splits: Splits, device: torch.device | str = 
             f"level (the most frequent class gives {chance:.4f}); expected a trained network: check the checkpoint, "
             "the normalisation (mean and std) and the order of the classes."
         )
-    return base
+
+
+def _refuse_guessing(base: Base, elsewhere: Tensor) -> None:
+    """Refuse a network whose answers fit other images' targets, `elsewhere` (B,) in points, as well as their own."""
+    gain = (base.correct.double() - elsewhere.double()) / base.measure.unit
+    # No difference at all: targets that are all alike, or a metric that does not look at them.
+    guesses = bool(gain.any()) and float(gain.mean()) <= 3 * float(gain.std(correction=0)) / len(gain) ** 0.5
+    if guesses or base.accuracy == 0:
+        raise UserError(
+            f"The base network's {base.measure.name} on the {len(gain)} reward images is {base.accuracy:.4f}, and "
+            f"{base.measure.fraction(elsewhere):.4f} against other images' targets, which is guessing; expected a "
+            "trained network: check the checkpoint, the normalisation (mean and std) and the targets."
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from ..rewards.errors import UserError
-from .arrays import Arrays, checked_images, checked_labels, read_npz, refuse_copies
+from .arrays import (
+    Arrays,
+    checked_images,
+    checked_labels,
+    checked_targets,
+    holds_labels,
+    read_npz,
+    refuse_copies,
+)
 from .images import ArrayImages, DatasetImages, LabelledData, LabelledImages
 
 __all__ = [
@@ -59,7 +67,8 @@ def npz(
 
     Images are uint8 (n, height, width, channels), scaled to [0, 1], or floating (n, channels, height, width), taken as
     they are; then normalised with `mean` and `std` a channel (default: those of the training images). Labels are
-    integers (n,) in [0, n_classes); `n_classes` defaults to the number of labels in y_train. Nothing is unpickled.
+    integers (n,) in [0, n_classes); `n_classes` defaults to the number of labels in y_train. Anything else, (n, ...), and
+    with `n_classes` 0 integers too, are targets for another metric than top-1. Nothing is unpickled.
 
     Raises UserError for a missing, damaged or pickled file, missing arrays, wrong shapes or types, NaN, labels out of
     range, and test images that are copies of training images.
@@ -76,11 +85,7 @@ def from_arrays(
 ) -> LabelledData:
     """The four arrays as `npz` describes them, already in memory; `name` stands in the errors."""
     images = {part: checked_images(arrays[f"x_{part}"], f"x_{part}", name) for part in ("train", "test")}
-    n_classes = n_classes or len(np.unique(arrays["y_train"]))
-    labels = {
-        part: checked_labels(arrays[f"y_{part}"], f"y_{part}", len(images[part]), n_classes, name)
-        for part in ("train", "test")
-    }
+    n_classes, labels = _targets(arrays, {part: len(each) for part, each in images.items()}, n_classes, name)
     if images["train"].dtype != images["test"].dtype:
         kinds = f"{images['train'].dtype} and {images['test'].dtype}"
         raise UserError(f"'{name}': x_train and x_test must have one type, got {kinds}.")
@@ -92,10 +97,26 @@ def from_arrays(
     return LabelledData(train, test)
 
 
-def from_datasets(train: Any, test: Any, n_classes: int | None = None) -> LabelledData:
-    """Two map-style datasets of (floating image tensor (C, H, W), integer label), e.g. torch Datasets of the user's.
+def _targets(
+    arrays: Arrays, n_images: Mapping[str, int], n_classes: int | None, name: str
+) -> tuple[int, dict[str, Tensor]]:
+    """The number of classes and the checked labels of both parts; 0 and the targets where they are no labels."""
+    given = {part: arrays[f"y_{part}"] for part in n_images}
+    if n_classes == 0 or not holds_labels(given["train"]):
+        if given["train"].dtype != given["test"].dtype:
+            kinds = f"{given['train'].dtype} and {given['test'].dtype}"
+            raise UserError(f"'{name}': y_train and y_test must have one type, got {kinds}.")
+        return 0, {part: checked_targets(array, f"y_{part}", n_images[part], name) for part, array in given.items()}
+    classes = n_classes or len(np.unique(given["train"]))
+    return classes, {
+        part: checked_labels(array, f"y_{part}", n_images[part], classes, name) for part, array in given.items()
+    }
 
-    `n_classes` is read from the training labels when not given. Raises UserError for items of another form.
+
+def from_datasets(train: Any, test: Any, n_classes: int | None = None) -> LabelledData:
+    """Two map-style datasets of (floating image tensor (C, H, W), integer label or target), e.g. torch Datasets.
+
+    `n_classes` is read from the training labels when not given, and 0 for targets that are no labels. Raises UserError for items of another form.
     """
     ours = DatasetImages(train, n_classes)
     return LabelledData(ours, DatasetImages(test, ours.n_classes))

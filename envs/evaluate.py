@@ -1,4 +1,6 @@
-"""How many images a network gets right, masked or not. Counts are integers; accuracy is made of them elsewhere.
+"""How well a network answers on images, masked or not: points image by image (`measure`), right or wrong for top-1.
+
+Points are integers, so that sums of them do not depend on batches or order; accuracy is made of them elsewhere.
 
 Shapes: M masks, N filters, B images.
 """
@@ -17,6 +19,7 @@ from ..rewards.errors import UserError
 from .groups import FilterGroup
 from .mask_memory import MaskMemory, mask_key
 from .masking import MixKey
+from .measure import TOP1, Measure, measure_of
 from .modes import evaluating
 from .split import Frontier, MaskedNetwork
 
@@ -30,19 +33,20 @@ CALIBRATION_SECONDS = 0.4
 
 
 class MaskEvaluator:
-    """Counts right answers under keep masks, on images that stay in memory.
+    """Counts right answers, or points, under keep masks, on images that stay in memory.
 
     Args:
         model: the network, never changed.
         groups: the groups whose masks will vary.
         images: (B, C, H, W) float, where they are to be evaluated.
-        labels: (B,) int64.
+        labels: (B,) int64, or other targets (B, ...).
         cache_gib: memory for the frontier; if it needs more, it is computed again chunk by chunk.
         method: "auto", "split" or "whole" (`MaskedNetwork`).
         batch: images a pass; None measures which of `BATCHES` is the fastest, in half a second at most.
         dtype: "float32" or "bfloat16" (`MaskedNetwork`).
         compile: run the suffix through `torch.compile`.
-        memory: answers (one byte an image) of so many masks are remembered, and not computed again.
+        memory: answers (one byte an image for top-1, else four) of so many masks are remembered, and not computed again.
+        measure: what answers are judged by.
 
     A mask's count does not depend on the other masks, their number or order, nor on `batch`, `cache_gib` or `memory`:
     on a CPU an image's logits are bitwise the same in every chunk of two images or more, and no chunk is smaller.
@@ -61,6 +65,7 @@ class MaskEvaluator:
         dtype: str = "float32",
         compile: bool = False,
         memory: int = 1024,
+        measure: Measure = TOP1,
     ) -> None:
         if len(images) != len(labels) or len(images) == 0 or (batch is not None and batch < 1):
             raise UserError(
@@ -68,13 +73,13 @@ class MaskEvaluator:
                 f"{len(labels)} labels, batch={batch}."
             )
         images = channels_last(images)
-        self._budget_bytes, self._memory_size = int(cache_gib * GIB), memory
+        self._budget_bytes, self._memory_size, self._measure = int(cache_gib * GIB), memory, measure
         network = MaskedNetwork(model, groups, images[:3], method=method, dtype=dtype, compile=compile)
         self._adopt(network, (images,), labels, batch)
 
     def _adopt(self, network: MaskedNetwork, inputs: Frontier, labels: Tensor, batch: int | None) -> None:
         self.network, self._inputs, self._labels = network, inputs, labels
-        self._memory = MaskMemory(len(labels), self._memory_size)
+        self._memory = MaskMemory(len(labels), self._memory_size, self._measure.dtype)
         self.batch = batch or DEFAULT_BATCH
         self._frontier = self._cache()
         if batch is None:
@@ -121,7 +126,7 @@ class MaskEvaluator:
         image_indices: Tensor | None = None,
         mixes: Mapping[MixKey, Tensor] | None = None,
     ) -> Tensor:
-        """Right answers under each of M masks: (M,) int64.
+        """Right answers, or points, under each of M masks: (M,) int64.
 
         Args:
             masks: group name -> (M, N) bool; a group that is not named keeps everything.
@@ -137,7 +142,7 @@ class MaskEvaluator:
         image_indices: Tensor | None = None,
         mixes: Mapping[MixKey, Tensor] | None = None,
     ) -> Tensor:
-        """Which images are right under each mask: (M, B) bool, or (M, B') with `image_indices`."""
+        """Points under each mask, (M, B) or (M, B') with `image_indices`: bool, right or wrong, for top-1, else int32."""
         n_masks = self._checked(masks)
         indices = torch.arange(len(self._labels)) if image_indices is None else image_indices.cpu()
         keys = [mask_key(masks, mixes, index) for index in range(n_masks)]
@@ -147,11 +152,11 @@ class MaskEvaluator:
             mixed = {key: mix[rows] for key, mix in (mixes or {}).items()}
             flags = self._computed(chosen, images, mixed)
             for row, each in zip(rows, flags, strict=True):
-                known[keys[row]][images] = each.to(torch.int8)
-        return torch.stack([known[key][indices] == 1 for key in keys])
+                known[keys[row]][images] = each.to(self._memory.dtype)
+        return torch.stack([known[key][indices] for key in keys]).to(self._measure.dtype)
 
     def _computed(self, masks: Mapping[str, Tensor], images: Tensor, mixes: Mapping[MixKey, Tensor]) -> Tensor:
-        """Which of the images, (B',) int64, are right under each mask: (M, B') bool."""
+        """Points of the images, (B',) int64, under each mask: (M, B')."""
         if len(images) == 1:  # never alone: see the class
             return self._computed(masks, images.repeat(2), mixes)[:, :1]
         everything = len(images) == len(self._labels) and torch.equal(images, torch.arange(len(images)))
@@ -161,7 +166,7 @@ class MaskEvaluator:
             values = tuple(value[images] for value in values)
         labels = self._labels[images]
         n_masks = len(next(iter(masks.values())))
-        flags = torch.empty(n_masks, len(labels), dtype=torch.bool)
+        flags = torch.empty(n_masks, len(labels), dtype=self._measure.dtype)
         whole_run = [slice(0, len(labels))]
         # Without a cache every chunk goes through the prefix once and then through all masks.
         for outer in whole_run if self._frontier is not None else self._chunks(len(labels)):
@@ -171,8 +176,8 @@ class MaskEvaluator:
             for index in range(n_masks):
                 with self.network.masked(masks, index, mixes) as run:
                     for rows in self._chunks(len(labels[outer])):
-                        logits = run(tuple(value[rows] for value in frontier))
-                        flags[index, outer][rows] = (logits.argmax(1) == labels[outer][rows]).cpu()
+                        outputs = run(tuple(value[rows] for value in frontier))
+                        flags[index, outer][rows] = self._measure.points(outputs, labels[outer][rows]).cpu()
         return flags
 
     def _cache(self) -> Frontier | None:
@@ -264,27 +269,32 @@ def is_channels_last(value: Tensor) -> bool:
 
 
 @torch.inference_mode()
-def correct_flags(model: nn.Module, images: Tensor, labels: Tensor, batch: int = 256) -> Tensor:
-    """Which of the images (B, C, H, W) the network gets right in evaluation mode: (B,) bool on the CPU."""
+def correct_flags(
+    model: nn.Module, images: Tensor, labels: Tensor, batch: int = 256, measure: Measure = TOP1
+) -> Tensor:
+    """Points of the images (B, C, H, W) in evaluation mode, (B,) on the CPU: bool, right or wrong, for top-1."""
     with evaluating(model):
-        right = [
-            model(channels_last(images[start : start + batch])).argmax(1) == labels[start : start + batch]
+        points = [
+            measure.points(model(channels_last(images[start : start + batch])), labels[start : start + batch])
             for start in range(0, len(images), batch)
         ]
-    return torch.cat(right).cpu().clone()
+    return torch.cat(points).cpu().clone()
 
 
 def count_correct(model: nn.Module, data: LabelledImages, batch: int = 500) -> tuple[int, int]:
-    """Right answers and images of a data set, in evaluation mode; the model is left in the mode it had."""
+    """Right answers and images of a data set (points and points of perfect answers under another measure than top-1).
+
+    In evaluation mode; the model is left in the mode it had.
+    """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    correct = 0
+    measure, correct = measure_of(data), 0
     for start in range(0, len(data), batch):
         images, labels = data.batch(torch.arange(start, min(start + batch, len(data))))
-        correct += int(correct_flags(model, images.to(device), labels.to(device), batch).sum())
-    return correct, len(data)
+        correct += int(correct_flags(model, images.to(device), labels.to(device), batch, measure).sum())
+    return correct, measure.unit * len(data)
 
 
 def accuracy_on(model: nn.Module, data: LabelledImages) -> float:
-    """Accuracy on a data set, a fraction; see `count_correct`."""
+    """Accuracy, or the mean score under the data's measure, a fraction; see `count_correct`."""
     correct, total = count_correct(model, data)
     return correct / total

@@ -100,7 +100,7 @@ class JointTask(LayerTask):
 
     def outcomes(self, masks_MN: Tensor, image_indices: Tensor | None = None) -> list[Outcome]:
         """What each mask does, on the whole reward split or on the images named; UserError for an emptied group."""
-        images, labels = self.task.reward_images
+        (images, labels), measure = self.task.reward_images, self.task.measure
         base = self.task.base.correct
         if image_indices is not None:
             images, labels, base = images[image_indices], labels[image_indices], base[image_indices]
@@ -108,7 +108,7 @@ class JointTask(LayerTask):
         for keep in torch.as_tensor(masks_MN, dtype=torch.bool):
             model = self.cut(keep)
             order_weights(model)
-            correct = int(correct_flags(model, images, labels).sum())
+            accuracy = measure.fraction(correct_flags(model, images, labels, measure=measure))
             counts = {group: int(each.sum()) for group, each in self.choices(keep).items()}
-            outcomes.append(self.task.outcome(int(base.sum()) / len(base), correct / len(base), counts))
+            outcomes.append(self.task.outcome(measure.fraction(base), accuracy, counts))
         return outcomes

@@ -16,25 +16,27 @@ from .masking import MixKey
 
 
 class MaskMemory:
-    """Right, wrong or unknown for every image, for the masks used last.
+    """Points (right, wrong) or unknown for every image, for the masks used last.
 
     Args:
-        n_images: B; an entry takes so many bytes.
+        n_images: B; an entry takes so many bytes, or four times as many.
         size: entries kept; the one used longest ago goes first.
+        dtype: of an image's points.
     """
 
-    def __init__(self, n_images: int, size: int) -> None:
+    def __init__(self, n_images: int, size: int, dtype: torch.dtype = torch.bool) -> None:
         self.n_images, self.size = n_images, size
+        self.dtype = torch.int8 if dtype == torch.bool else dtype
         self._entries: OrderedDict[bytes, Tensor] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def entry(self, key: bytes) -> Tensor:
-        """(B,) int8 to read and fill: 1 right, 0 wrong, -1 unknown. It outlives its place in here."""
+        """(B,) to read and fill: 1 right, 0 wrong (or points), -1 unknown. It outlives its place in here."""
         found = self._entries.pop(key, None)
         if found is None:
-            found = torch.full((self.n_images,), -1, dtype=torch.int8)
+            found = torch.full((self.n_images,), -1, dtype=self.dtype)
         self._entries[key] = found
         while len(self._entries) > self.size:
             self._entries.popitem(last=False)

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
@@ -23,6 +22,7 @@ from .folding import by_input
 from .groups import Cut, FilterGroup
 from .leaves import is_transposed
 from .masking import channel_dim
+from .measure import TOP1, Measure
 from .modes import evaluating
 
 STATISTIC_NAMES: tuple[str, ...] = (
@@ -53,15 +53,23 @@ class Observation:
         return {"weights": self.weights, "statistics": self.statistics}
 
 
-def observe(model: nn.Module, group: FilterGroup, images: Tensor, labels: Tensor, batch: int = 128) -> Observation:
+def observe(
+    model: nn.Module,
+    group: FilterGroup,
+    images: Tensor,
+    labels: Tensor,
+    batch: int = 128,
+    measure: Measure = TOP1,
+) -> Observation:
     """Read one filter group of `model` (evaluation mode, left as it was found).
 
     Args:
         model: the network; its state and mode are not changed.
         group: the filter group.
         images: (B, C, H, W) float images that may be looked at freely (the fit split).
-        labels: (B,) int64.
+        labels: (B,) int64, or other targets (B, ...).
         batch: images a pass; it does not change the result beyond rounding.
+        measure: whose loss Taylor is about.
 
     `l1` and `l2` are means over a filter's weights (mean absolute value, root mean square), so that they do not grow
     with D. Raises UserError for a network whose activations or gradients are not finite.
@@ -73,7 +81,7 @@ def observe(model: nn.Module, group: FilterGroup, images: Tensor, labels: Tensor
         "weight_mean": weights.mean(1),
         "weight_std": weights.std(1, correction=0),
         **_batch_norm_columns(model, group),
-        **_activation_columns(model, group, images, labels, batch),
+        **_activation_columns(model, group, images, labels, batch, measure),
         **_consumer_columns(model, group),
     }
     statistics = torch.stack([columns[name].float().cpu() for name in STATISTIC_NAMES], dim=1)
@@ -134,7 +142,7 @@ def _consumer_columns(model: nn.Module, group: FilterGroup) -> dict[str, Tensor]
 
 
 def _activation_columns(
-    model: nn.Module, group: FilterGroup, images: Tensor, labels: Tensor, batch: int
+    model: nn.Module, group: FilterGroup, images: Tensor, labels: Tensor, batch: int, measure: Measure
 ) -> dict[str, Tensor]:
     """What the consumers read of each filter: mean activation, APoZ, Taylor and redundancy.
 
@@ -145,7 +153,7 @@ def _activation_columns(
     sums, taylor = _Sums(group.n_filters), torch.zeros(group.n_filters, dtype=torch.float64)
     for start in range(0, len(images), batch):
         rows, before = slice(start, start + batch), sums.n_samples
-        slope = _slope(model, group, images[rows], labels[rows], sums)
+        slope = _slope(model, group, images[rows], labels[rows], sums, measure)
         an_image = (sums.n_samples - before) / len(slope)
         taylor += (slope / max(an_image, 1)).abs().sum(0)
     n_samples = max(sums.n_samples, 1)
@@ -174,7 +182,9 @@ class _Sums:
         self.n_samples += samples.shape[1]
 
 
-def _slope(model: nn.Module, group: FilterGroup, images: Tensor, labels: Tensor, sums: _Sums) -> Tensor:
+def _slope(
+    model: nn.Module, group: FilterGroup, images: Tensor, labels: Tensor, sums: _Sums, measure: Measure
+) -> Tensor:
     """Each image's loss slope along a gate on each filter, (B, N) float64; what the consumers read goes into `sums`.
 
     The gate multiplies a filter wherever it is read: its slope at 1 is the sum of activation x gradient over all
@@ -187,7 +197,7 @@ def _slope(model: nn.Module, group: FilterGroup, images: Tensor, labels: Tensor,
     try:
         with evaluating(model), _frozen(model), torch.enable_grad():
             # Summed, not averaged: then an image's slope does not depend on the others in its batch.
-            loss = functional.cross_entropy(model(images), labels, reduction="sum")
+            loss = measure.summed_loss(model(images), labels)
             (slope,) = torch.autograd.grad(loss, gate, materialize_grads=True)
     finally:
         for handle in handles:

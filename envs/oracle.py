@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from .evaluate import channels_last
 from .groups import FilterGroup
+from .measure import TOP1, Measure, output_of
 from .split import MaskedNetwork
 
 
@@ -22,8 +22,8 @@ class FilterOracle:
     """Of one group, each filter removed alone: all (N,) float64.
 
     Args:
-        loss_change: cross-entropy without the filter minus with it (nats, mean over images).
-        accuracy_change: accuracy without the filter minus with it, a fraction.
+        loss_change: the measure's loss without the filter minus with it (cross-entropy: nats), mean over images.
+        accuracy_change: accuracy (or score) without the filter minus with it, a fraction.
     """
 
     loss_change: Tensor
@@ -36,6 +36,7 @@ def filter_oracle(
     images: Tensor,
     labels: Tensor,
     *,
+    measure: Measure = TOP1,
     method: str = "auto",
     batch: int = 256,
     progress: Callable[[int, int], None] | None = None,
@@ -48,7 +49,8 @@ def filter_oracle(
     Args:
         model: the network, never changed.
         group: found in it.
-        images: (B, ...) of the reward split; labels: (B,) int64.
+        images: (B, ...) of the reward split; labels: (B,) int64, or other targets.
+        measure: what answers are judged by.
         method: "auto", "split" or "whole".
         batch: images a pass.
         progress: told how many images of all are done.
@@ -62,10 +64,10 @@ def filter_oracle(
         frontier = network.prefix(channels_last(images[rows]))
         for index in range(len(masks)):
             with network.masked({group.name: masks}, index) as run:
-                logits = run(frontier)
-            losses[index] += float(functional.cross_entropy(logits.double(), labels[rows], reduction="sum"))
-            correct[index] += int((logits.argmax(1) == labels[rows]).sum())
+                outputs = output_of(run(frontier))
+            losses[index] += float(measure.summed_loss(outputs.double(), labels[rows]))
+            correct[index] += int(measure.points(outputs, labels[rows]).sum())
         if progress is not None:
             progress(min(start + batch, len(images)), len(images))
-    losses, correct = losses / len(images), correct / len(images)
+    losses, correct = losses / len(images), correct / (measure.unit * len(images))
     return FilterOracle(losses[1:] - losses[0], correct[1:] - correct[0])

@@ -39,10 +39,11 @@ def adaptive_outcomes(
         return reward(outcome).value
 
     same = (masks[:, None] == masks[None, :]).all(2)
-    verdict = judge_in_turn(answers, worth, base, same, order, settings)
+    unit = layer.task.measure.unit
+    verdict = judge_in_turn(answers, worth, base, same, order, settings, unit)
     n_images = verdict.n_images.tolist()
     found = [
-        replace(outcome, base_accuracy=int(dense) / n, pruned_accuracy=int(right) / n)
+        replace(outcome, base_accuracy=int(dense) / (unit * n), pruned_accuracy=int(right) / (unit * n))
         for outcome, dense, right, n in zip(outcomes, verdict.base_correct, verdict.correct, n_images, strict=True)
     ]
     return found, n_images
@@ -51,12 +52,12 @@ def adaptive_outcomes(
 def disagreement(layer: LayerTask, masks_MN: Tensor) -> dict[str, float]:
     """How a search's precision differs from float32 on the whole reward split, under M masks.
 
-    Returns `answers` (fraction of all answers that are right in one and wrong in the other) and `accuracy` (the largest
-    difference of a mask's accuracy).
+    Returns `answers` (fraction of all answers that are right in one and wrong in the other, or have other scores) and
+    `accuracy` (the largest difference of a mask's accuracy).
     """
     masks = {layer.group.name: layer.allowed(masks_MN)}
     mixes = layer.mixes(masks[layer.group.name])
     exact = layer.evaluator.correct_per_image(masks, mixes=mixes)
     quick = layer.search_evaluator.correct_per_image(masks, mixes=mixes)
-    apart = (exact.double().mean(1) - quick.double().mean(1)).abs()
+    apart = (exact.double().mean(1) - quick.double().mean(1)).abs() / layer.task.measure.unit
     return {"answers": float((exact != quick).double().mean()), "accuracy": float(apart.max())}

@@ -13,6 +13,7 @@ import torch
 
 from ..rewards.errors import UserError
 from .images import LabelledData, LabelledImages
+from .measure import TOP1, Measure, measure_of, measured
 
 Source = Literal["train", "test"]
 ROLES = ("fit", "reward", "report")
@@ -33,6 +34,11 @@ class Splits:
     sources: Mapping[str, str]
     hashes: Mapping[str, str]
 
+    @property
+    def measure(self) -> Measure:
+        """What answers are judged by, and what is minimised in training."""
+        return measure_of(self.reward)
+
     def summary(self) -> dict[str, dict[str, Any]]:
         """Source, number of images and hash of each role; only JSON types."""
         return {
@@ -41,13 +47,13 @@ class Splits:
         }
 
 
-def split(data: LabelledData, *, reward_from: Source, reward_size: int, seed: int) -> Splits:
+def split(data: LabelledData, *, reward_from: Source, reward_size: int, seed: int, measure: Measure = TOP1) -> Splits:
     """Draw the three splits at random with a generator of their own, so that sorted data is shuffled first.
 
     `reward_from="train"` (base trained here): the reward split is held out of the training images, report is the whole
     test set. `reward_from="test"` (checkpoint trained elsewhere on all training images, on which any reward would
-    mislead): fit is all training images, reward `reward_size` of the test images and report the rest of them. Raises
-    UserError when a split would be empty.
+    mislead): fit is all training images, reward `reward_size` of the test images and report the rest of them. `measure`
+    goes with all three. Raises UserError when a split would be empty, or the targets are not what the measure needs.
     """
     if reward_from not in ("train", "test"):
         raise UserError(f"reward_from must be 'train' or 'test', got '{reward_from}'.")
@@ -64,12 +70,14 @@ def split(data: LabelledData, *, reward_from: Source, reward_size: int, seed: in
     reward, rest = order[:reward_size], order[reward_size:]
     if reward_from == "train":
         indices = {"fit": rest, "reward": reward, "report": np.arange(len(data.test))}
-        return splits_at(data, indices, {"fit": "train", "reward": "train", "report": "test"})
+        return splits_at(data, indices, {"fit": "train", "reward": "train", "report": "test"}, measure)
     indices = {"fit": np.arange(len(data.train)), "reward": reward, "report": rest}
-    return splits_at(data, indices, {"fit": "train", "reward": "test", "report": "test"})
+    return splits_at(data, indices, {"fit": "train", "reward": "test", "report": "test"}, measure)
 
 
-def splits_at(data: LabelledData, indices: Mapping[str, np.ndarray], sources: Mapping[str, str]) -> Splits:
+def splits_at(
+    data: LabelledData, indices: Mapping[str, np.ndarray], sources: Mapping[str, str], measure: Measure = TOP1
+) -> Splits:
     """The splits at given positions (stored ones, or the user's own).
 
     Raises UserError for a split that is empty, lies outside its source, repeats an image or shares one with another.
@@ -84,7 +92,7 @@ def splits_at(data: LabelledData, indices: Mapping[str, np.ndarray], sources: Ma
         source: LabelledImages = getattr(data, sources[role])
         positions = np.ascontiguousarray(indices[role], dtype=np.int64)
         whole = len(positions) == len(source) and bool((positions == np.arange(len(source))).all())
-        parts[role] = source if whole else source.select(torch.from_numpy(positions))
+        parts[role] = measured(source if whole else source.select(torch.from_numpy(positions)), measure)
         hashes[role] = hashlib.sha256(positions.tobytes() + parts[role].digest().encode()).hexdigest()
     return Splits(parts["fit"], parts["reward"], parts["report"], dict(indices), dict(sources), hashes)
 

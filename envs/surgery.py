@@ -74,6 +74,18 @@ def cut_channels(model: nn.Module, kept: KeptRows) -> nn.Module:
     return smaller
 
 
+def checked_masks(group: FilterGroup, masks: Tensor) -> Tensor:
+    """Masks (M, N) as bool; ValueError for another shape and for a mask that keeps nothing."""
+    masks_MN = torch.as_tensor(masks, dtype=torch.bool)
+    if masks_MN.dim() != 2 or masks_MN.shape[1] != group.n_filters:
+        raise ValueError(
+            f"masks of {group.name!r} have shape {tuple(masks_MN.shape)}, expected (M, {group.n_filters})."
+        )
+    if not bool(masks_MN.any(1).all()):
+        raise ValueError(f"a mask of {group.name!r} keeps no filter at all; keep at least one.")
+    return masks_MN
+
+
 def checked_keep(group: FilterGroup, keep: Tensor) -> Tensor:
     """`keep` on the CPU, if it is a (N,) bool mask of `group` that keeps something; UserError otherwise."""
     if not isinstance(keep, Tensor) or keep.dtype != torch.bool or tuple(keep.shape) != (group.n_filters,):

@@ -24,10 +24,11 @@ from .judge import JudgeSettings
 from .limits import Limits
 from .lineage import dense_rows, named_as, restricted
 from .masking import MixKey
+from .measure import Measure
 from .observation import STATISTIC_NAMES, Observation, observe
 from .pruned_file import KeptChannels
 from .splits import Splits
-from .surgery import checked_keep, prune
+from .surgery import checked_keep, checked_masks, prune
 
 
 class PruningTask:
@@ -94,6 +95,11 @@ class PruningTask:
         found = None if self.kept is None else dense_rows(group, self.origin.plan, self.kept)
         return self.limits if found is None else self.limits.renumbered(group.name, found[1])
 
+    @property
+    def measure(self) -> Measure:
+        """What answers are judged by."""
+        return self.splits.measure
+
     @cached_property
     def groups(self) -> tuple[FilterGroup, ...]:
         """The groups that may be pruned, in execution order."""
@@ -106,7 +112,7 @@ class PruningTask:
 
     @cached_property
     def reward_images(self) -> tuple[Tensor, Tensor]:
-        """The whole reward split: images (B, C, H, W) and labels (B,)."""
+        """The whole reward split: images (B, C, H, W) and labels (B,), or other targets (B, ...)."""
         images, labels = self.splits.reward.batch(torch.arange(len(self.splits.reward)))
         return images.to(self.device), labels.to(self.device)
 
@@ -118,7 +124,7 @@ class PruningTask:
     @cached_property
     def accuracy(self) -> float:
         """Accuracy of the network as it is now on the whole reward split."""
-        return int(correct_flags(self.model, *self.reward_images).sum()) / len(self.splits.reward)
+        return self.measure.fraction(correct_flags(self.model, *self.reward_images, measure=self.measure))
 
     def fit_images(self, count: int) -> tuple[Tensor, Tensor]:
         """`count` images of the fit split, always the same ones for one seed."""
@@ -138,7 +144,7 @@ class PruningTask:
     def evaluator(self, groups: Sequence[FilterGroup], dtype: str = "float32") -> MaskEvaluator:
         """Counts the right answers under masks of `groups` on the reward split."""
         how = {name: getattr(self.settings, name) for name in ("cache_gib", "method", "compile", "memory")}
-        return MaskEvaluator(self.model, groups, *self.reward_images, dtype=dtype, **how)
+        return MaskEvaluator(self.model, groups, *self.reward_images, dtype=dtype, measure=self.measure, **how)
 
     def outcomes(
         self,
@@ -151,14 +157,13 @@ class PruningTask:
 
         `image_indices` (B,) int64 names the reward images to look at, for the base as well; None means all.
         """
-        by_name = {group.name: _checked_masks(group, each) for group, each in masks.items()}
+        by_name = {group.name: checked_masks(group, each) for group, each in masks.items()}
         correct = evaluator.correct(by_name, image_indices=image_indices, mixes=mixes or None)
         base = self.base.correct if image_indices is None else self.base.correct[image_indices]
         n_kept = {group: by_name[group.name].sum(1).tolist() for group in masks}
+        before, full = self.measure.fraction(base), self.measure.unit * len(base)
         return [
-            self.outcome(
-                int(base.sum()) / len(base), int(count) / len(base), {group: kept[i] for group, kept in n_kept.items()}
-            )
+            self.outcome(before, int(count) / full, {group: kept[i] for group, kept in n_kept.items()})
             for i, count in enumerate(correct)
         ]
 
@@ -175,17 +180,6 @@ class PruningTask:
             base_params=self.base.cost.params,
             pruned_params=params,
         )
-
-
-def _checked_masks(group: FilterGroup, masks: Tensor) -> Tensor:
-    masks_MN = torch.as_tensor(masks, dtype=torch.bool)
-    if masks_MN.dim() != 2 or masks_MN.shape[1] != group.n_filters:
-        raise ValueError(
-            f"masks of {group.name!r} have shape {tuple(masks_MN.shape)}, expected (M, {group.n_filters})."
-        )
-    if not bool(masks_MN.any(1).all()):
-        raise ValueError(f"a mask of {group.name!r} keeps no filter at all; keep at least one.")
-    return masks_MN
 
 
 def replace_model(task: PruningTask, model: nn.Module, kept: KeptChannels | None = None) -> PruningTask:
@@ -235,7 +229,7 @@ class LayerTask:
     def observation(self) -> Observation:
         """Weights (N, D) and statistics (N, F)."""
         images, labels = self.task.fit_images(self.task.settings.statistics_images)
-        return observe(self.task.model, self.group, images, labels)
+        return observe(self.task.model, self.group, images, labels, measure=self.task.measure)
 
     @cached_property
     def evaluator(self) -> MaskEvaluator:
@@ -286,7 +280,7 @@ class LayerTask:
 
         A mask that keeps nothing is refused with a ValueError.
         """
-        masks_MN = self.allowed(_checked_masks(self.group, masks_MN))
+        masks_MN = self.allowed(checked_masks(self.group, masks_MN))
         evaluator = self.evaluator if image_indices is None else self.search_evaluator
         return self.task.outcomes(evaluator, {self.group: masks_MN}, self.mixes(masks_MN), image_indices)
 

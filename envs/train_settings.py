@@ -13,7 +13,9 @@ class TrainSettings:
     """How to train. Raises UserError for impossible values.
 
     Loss: (1 - distill_weight) * cross-entropy with `label_smoothing` + distill_weight * temperature^2 * KL(teacher ||
-    network) at `temperature` (Hinton et al. 2015, arXiv 1503.02531, section 2).
+    network) at `temperature` (Hinton et al. 2015, arXiv 1503.02531, section 2). Images with another measure
+    (`measure.Measure`) bring their own loss, and on floating targets the second part is the mean squared difference of
+    the two outputs.
 
     Args:
         epochs: passes over the fit images, fractions allowed; 0 trains nothing.
@@ -24,7 +26,7 @@ class TrainSettings:
         schedule: "cosine", "linear" or "constant", from `lr` down to `final_lr` times `lr`.
         warmup: fraction of all steps over which the rate rises linearly to `lr`.
         final_lr: last learning rate, as a fraction of `lr`.
-        label_smoothing: in [0, 1].
+        label_smoothing: in [0, 1]; of cross-entropy only.
         distill_weight: share of the teacher (the dense network) in the loss, in [0, 1].
         temperature: of the distillation.
         bf16: compute in bfloat16 where that is safe (autocast): 1.5 times faster on processors that have it, not

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..rewards.errors import UserError
 from .augment import Augment
 from .images import LabelledImages
+from .measure import TOP1, Measure, measure_of, output_of
 from .modes import modes_restored
 from .train_settings import TrainSettings
 from .training_snapshot import TrainingState, load_snapshot, save_snapshot
@@ -28,7 +28,7 @@ __all__ = ["Progress", "TrainProgress", "TrainResult", "TrainSettings", "fit_net
 
 @dataclass(frozen=True)
 class TrainProgress:
-    """Where training stands: steps done of all, and mean loss and accuracy (fraction) since the last report."""
+    """Where training stands: steps done of all, and mean loss and accuracy (or score) since the last report."""
 
     step: int
     n_steps: int
@@ -61,7 +61,7 @@ def fit_network(
     snapshot: Path | None = None,
     device: torch.device | str | None = None,
 ) -> TrainResult:
-    """Train `model` in place on `data`; its train/eval mode and frozen parameters come back as they were.
+    """Train `model` in place on `data`, with the loss of its measure; mode and frozen parameters come back as they were.
 
     Same seed, same weights, bitwise, on a CPU with the same number of threads. `teacher` (untouched) is needed when
     `distill_weight` > 0. `progress` is called after every epoch. With `snapshot`, weights and momentum are written
@@ -69,7 +69,8 @@ def fit_network(
     file stays, so that a finished training is not repeated. `device` defaults to the model's.
 
     Raises UserError when the loss stops being finite, nothing is trainable, the data holds fewer than 2 images, the
-    teacher is missing, or the snapshot belongs to another training.
+    teacher is missing, `augment` would move images away from their target maps, or the snapshot belongs to another
+    training.
     """
     run = _Run.build(model, data, settings, seed, augment, teacher, device)
     state = TrainingState(model, run.optimizer, run.identity() if snapshot is not None else "")
@@ -105,6 +106,7 @@ class _Run:
     optimizer: torch.optim.SGD
     steps_per_epoch: int
     n_steps: int
+    measure: Measure = TOP1
     totals: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
 
     @classmethod
@@ -125,17 +127,22 @@ class _Run:
             )
         if len(data) < 2:
             raise UserError(f"Training needs at least 2 images, got {len(data)}.")
+        check_augment(augment, data)
+        measure = measure_of(data)
+        measure.check_smoothing(settings.label_smoothing, data.batch(torch.arange(1))[1])
         # Batch normalisation cannot train on one image, so only a ragged last batch of one is dropped.
         steps_per_epoch = math.ceil(len(data) / settings.batch_size) - (len(data) % settings.batch_size == 1)
         optimizer = _optimizer(model, settings)
         where = torch.device(device) if device is not None else next(model.parameters()).device
         n_steps = round(settings.epochs * steps_per_epoch)
-        return cls(model, data, settings, seed, augment, teacher, where, optimizer, max(1, steps_per_epoch), n_steps)
+        return cls(
+            model, data, settings, seed, augment, teacher, where, optimizer, max(1, steps_per_epoch), n_steps, measure
+        )
 
     def identity(self) -> str:
         """What must be equal for a snapshot to be this training's."""
         names = [f"{name} {tuple(tensor.shape)}" for name, tensor in self.model.state_dict().items()]
-        facts = f"{self.settings} {self.seed} {self.data.digest()} {names}"
+        facts = f"{self.settings} {self.seed} {self.data.digest()} {names}{self.measure.identity}"
         return hashlib.sha256(facts.encode()).hexdigest()
 
     def epoch(self, first_step: int) -> TrainProgress:
@@ -152,7 +159,8 @@ class _Run:
         loss, correct, total = self.totals.tolist()
         self._refuse_divergence(epoch, loss)
         lr = self.settings.lr_at(last_step - 1, self.n_steps)
-        return TrainProgress(last_step, self.n_steps, epoch + 1, lr, loss / total, correct / total)
+        accuracy = correct / (self.measure.unit * total)
+        return TrainProgress(last_step, self.n_steps, epoch + 1, lr, loss / total, accuracy)
 
     def _refuse_divergence(self, epoch: int, loss: float) -> None:
         finite = all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters())
@@ -170,25 +178,35 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr_at(step, self.n_steps)
         self.optimizer.zero_grad()
-        loss, logits = self._loss(images, labels)
+        loss, outputs = self._loss(images, labels)
         loss.backward()
         self.optimizer.step()
-        n_correct = (logits.argmax(1) == labels).sum()
+        n_correct = self.measure.points(outputs, labels).sum()
         self.totals += torch.stack([loss.detach() * len(labels), n_correct, torch.tensor(len(labels))]).cpu().double()
 
     def _loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        weight, temperature = self.settings.distill_weight, self.settings.temperature
+        weight, measure = self.settings.distill_weight, self.measure
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.bf16):
-            logits = self.model(images)
+            outputs = output_of(self.model(images))
             with torch.no_grad():
                 dense = self.teacher(images) if self.teacher is not None and weight > 0 else None
-        logits = logits.float()
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.settings.label_smoothing)
+        outputs = outputs.float()
+        loss = measure.mean_loss(outputs, labels, self.settings.label_smoothing)
         if dense is not None:
-            ours, theirs = (F.log_softmax(values.float() / temperature, dim=1) for values in (logits, dense))
-            divergence = F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
-            loss = (1 - weight) * loss + weight * temperature**2 * divergence
-        return loss, logits.detach()
+            loss = measure.distilled(loss, outputs, dense, labels, weight, self.settings.temperature)
+        return loss, outputs.detach()
+
+
+def check_augment(augment: Augment | None, data: LabelledImages) -> None:
+    """UserError where an augmentation would move images, but not the maps that are their targets."""
+    if augment is None or data.n_classes > 0:
+        return
+    targets = data.batch(torch.arange(1))[1]
+    if targets.shape[-2:] == data.image_shape[-2:]:
+        raise UserError(
+            f"Targets of shape {tuple(targets.shape[1:])} are maps of the images, and augmentation moves the images "
+            "only; leave it out (augment=null) and augment in your own data set."
+        )
 
 
 @torch.no_grad()

@@ -112,7 +112,7 @@ BAD_ARRAYS = {
     "integers": ("x_train", lambda a: a.astype(np.int64), "x_train has type int64; expected uint8 (n, height, width"),
     "nan": ("x_train", with_nan, "x_train has NaN or infinite values in 1 of 12 images; remove them."),
     "no_images": ("x_test", lambda a: a[:0], "x_test has shape (0, 5, 6, 3); expected uint8"),
-    "float_labels": ("y_train", lambda a: a / 2, "y_train has type float64; expected integer labels 0..2."),
+    "float_labels": ("y_train", lambda a: a / 2, "y_train and y_test must have one type, got float64 and int64."),
     "few_labels": ("y_train", lambda a: a[:-1], "y_train has shape (11,); expected (12,), one label an image."),
     "one_hot": ("y_test", lambda a: np.eye(3, dtype=int)[a], "y_test has shape (6, 3); expected (6,)"),
     "from_one": ("y_train", lambda a: a + 1, "y_train has labels 1..3; expected 0..2 for 3 classes, numbered from 0"),

@@ -1,0 +1,249 @@
+"""What a network is judged by and trained on: a metric for scores and a loss for gradients, carried by the images.
+
+Scores are kept as whole numbers of points, so that sums of them do not depend on batches, chunks or order: one point for
+a right answer under `top1`; for any other metric an image's score is rounded to multiples of 2^-24, which is finer than
+float32 near 1, and counted in these.
+
+Shapes: B images, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..rewards.errors import UserError, first_line
+from .images import LabelledImages
+from .metrics import Metric, top1
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""Outputs (B, ...) and targets (B, ...) -> a scalar, the mean over the batch."""
+
+GRID = 2**24
+SLACK = 1e-6  # by which rounding may carry a score out of [0, 1]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A metric and a loss.
+
+    Args:
+        metric: (outputs, targets) -> a score an image, (B,), in [0, 1], higher is better.
+        loss: (outputs, targets) -> their mean loss. None: cross-entropy for integer targets, without the pixels that
+            the metric ignores (its `ignore_index`), and the mean squared error for floating ones.
+
+    Both get the network's output, of a dictionary its entry `out` (torchvision's segmentation networks). An output that
+    differs from floating targets by sides of 1 only, such as (B, 1) and (B,), is given their shape.
+    """
+
+    metric: Metric = top1
+    loss: Loss | None = None
+
+    @property
+    def is_top1(self) -> bool:
+        """Whether scores are right or wrong by the largest logit, and targets labels."""
+        return self.metric is top1
+
+    @property
+    def name(self) -> str:
+        """The metric's name, for people."""
+        return _name(self.metric)
+
+    @property
+    def unit(self) -> int:
+        """Points of a perfect answer."""
+        return 1 if self.is_top1 else GRID
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of an image's points."""
+        return torch.bool if self.is_top1 else torch.int32
+
+    def points(self, outputs: Any, targets: Tensor) -> Tensor:
+        """Each image's score in points, (B,) bool for `top1`, else int32; UserError for what is no score."""
+        if self.is_top1:
+            return top1(output_of(outputs), targets)
+        scores = self.metric(_fitted(output_of(outputs).float(), targets), targets)
+        return (self._checked(scores, len(targets)).clamp(0, 1) * GRID).round().to(torch.int32)
+
+    def fraction(self, points: Tensor) -> float:
+        """Mean score of the images with these points (B,)."""
+        return int(points.sum()) / (self.unit * len(points))
+
+    def mean_loss(self, outputs: Any, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+        """The loss, averaged over the batch."""
+        outputs = _fitted(output_of(outputs), targets)
+        if self.loss is not None:
+            return self.loss(outputs, targets.to(outputs.dtype) if targets.is_floating_point() else targets)
+        if targets.is_floating_point():
+            return functional.mse_loss(outputs, targets.to(outputs.dtype))
+        return functional.cross_entropy(outputs, targets, ignore_index=self._ignored, label_smoothing=smoothing)
+
+    def summed_loss(self, outputs: Any, targets: Tensor) -> Tensor:
+        """The loss summed over images, so that an image's part in it does not depend on how many there are."""
+        outputs = output_of(outputs)
+        if self.loss is None and targets.dim() == 1 and not targets.is_floating_point():
+            return functional.cross_entropy(outputs, targets, reduction="sum")
+        return self.mean_loss(outputs, targets) * len(targets)
+
+    def distilled(
+        self, loss: Tensor, outputs: Any, dense: Any, targets: Tensor, weight: float, temperature: float
+    ) -> Tensor:
+        """(1 - weight) * loss + weight * the distance from a teacher's outputs, averaged over the batch.
+
+        For integer targets it is temperature^2 * KL(teacher || network) over classes, averaged over images and pixels
+        (Hinton et al. 2015, arXiv 1503.02531, section 2); for floating ones the mean squared difference of the outputs.
+        """
+        ours, theirs = output_of(outputs).float(), output_of(dense).float()
+        if targets.is_floating_point():
+            return (1 - weight) * loss + weight * functional.mse_loss(ours, theirs)
+        ours, theirs = (functional.log_softmax(values / temperature, dim=1) for values in (ours, theirs))
+        divergence = functional.kl_div(ours, theirs, reduction="batchmean", log_target=True) / targets[0].numel()
+        return (1 - weight) * loss + weight * temperature**2 * divergence
+
+    def check_smoothing(self, smoothing: float, targets: Tensor) -> None:
+        """UserError for label smoothing beside a loss that knows none."""
+        if smoothing > 0 and (self.loss is not None or targets.is_floating_point()):
+            raise UserError(
+                f"label_smoothing is {smoothing:g}, which goes with cross-entropy only; set it to 0, or put it into "
+                "your own loss."
+            )
+
+    def try_out(self, outputs: Any, targets: Tensor) -> None:
+        """UserError where the metric or the loss cannot work with such outputs and targets."""
+        shapes = f"outputs {_shown(outputs)} and targets {_shown(targets)}"
+        try:
+            self.points(outputs, targets)
+            what = "loss"
+            value = self.mean_loss(outputs, targets)
+        except UserError:
+            raise
+        except Exception as error:
+            what, name = ("loss", _name(self.loss)) if "what" in locals() else ("metric", self.name)
+            raise UserError(
+                f"The {what} {name} fails on {shapes} ({type(error).__name__}: {first_line(error)}); expected a "
+                f"{what} that takes them."
+            ) from error
+        if not isinstance(value, Tensor) or value.numel() != 1 or not bool(torch.isfinite(value).all()):
+            raise UserError(
+                f"The loss {_name(self.loss)} returns {_shown(value)} for {shapes}; expected one finite number, the "
+                "mean over the batch."
+            )
+
+    @property
+    def identity(self) -> str:
+        """What tells this measure from others in the digest of a training; "" for the default."""
+        return "" if self == TOP1 else f" {self.name} {_name(self.loss)}"
+
+    @property
+    def _ignored(self) -> int:
+        found = getattr(self.metric, "ignore_index", None)
+        return -100 if found is None else int(found)  # torch's own default
+
+    def _checked(self, scores: Any, n_images: int) -> Tensor:
+        if not isinstance(scores, Tensor) or scores.shape != (n_images,):
+            raise UserError(
+                f"The metric {self.name} returns {_shown(scores)} for {n_images} images; expected a tensor of shape "
+                f"({n_images},), a score an image."
+            )
+        scores = scores.double()
+        if not bool(((scores >= -SLACK) & (scores <= 1 + SLACK)).all()):
+            raise UserError(
+                f"The metric {self.name} returns scores from {float(scores.min()):g} to {float(scores.max()):g}; "
+                "expected fractions from 0 to 1, higher is better."
+            )
+        return scores
+
+
+TOP1 = Measure()
+
+
+class MeasuredImages:
+    """Images with what answers to them are judged by; everything else is the images' own (`LabelledImages`)."""
+
+    def __init__(self, images: LabelledImages, measure: Measure) -> None:
+        self.images, self.measure = images, measure
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of every image."""
+        return self.images.image_shape
+
+    @property
+    def n_classes(self) -> int:
+        """Labels lie in [0, n_classes); 0 for targets of another kind."""
+        return self.images.n_classes
+
+    @property
+    def labels(self) -> Tensor:
+        """All targets."""
+        return self.images.labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Indices int64 (B,) -> images float32 (B, C, H, W), normalised, and targets (B, ...)."""
+        return self.images.batch(indices)
+
+    def select(self, indices: Tensor) -> MeasuredImages:
+        """Only the images at `indices` int64, in that order."""
+        return MeasuredImages(self.images.select(indices), self.measure)
+
+    def digest(self) -> str:
+        """sha256 of the images and targets."""
+        return self.images.digest()
+
+
+def measured(images: LabelledImages, measure: Measure) -> LabelledImages:
+    """The images, judged by `measure` from now on. UserError for `top1` where the targets are no labels."""
+    if measure.is_top1 and images.n_classes < 1:
+        _, targets = images.batch(torch.arange(1))
+        raise UserError(
+            f"The targets are {targets.dtype} {tuple(targets.shape[1:])} an image, but top-1 accuracy needs one integer "
+            "label an image; choose another metric, e.g. metric=mean_iou for class maps or metric=within for numbers."
+        )
+    bare = images.images if isinstance(images, MeasuredImages) else images
+    return bare if measure == TOP1 else MeasuredImages(bare, measure)
+
+
+def measure_of(images: LabelledImages) -> Measure:
+    """What answers to these images are judged by: top-1 accuracy and cross-entropy unless said otherwise."""
+    return getattr(images, "measure", TOP1)
+
+
+def output_of(value: Any) -> Tensor:
+    """The network's output: a tensor as it is, of a dictionary its entry `out`; UserError for anything else."""
+    found = value.get("out") if isinstance(value, Mapping) else value
+    if not isinstance(found, Tensor):
+        raise UserError(
+            f"The network returns {_shown(value)}; expected a tensor, or a dictionary with a tensor under 'out'."
+        )
+    return found
+
+
+def _fitted(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Outputs in the shape of floating targets where the two differ by sides of 1 only: (B, 1) against (B,)."""
+    if not targets.is_floating_point() or outputs.shape == targets.shape:
+        return outputs
+    ours, theirs = ([side for side in value.shape[1:] if side != 1] for value in (outputs, targets))
+    if len(outputs) != len(targets) or ours != theirs:
+        raise UserError(
+            f"The network returns {tuple(outputs.shape)} for targets of shape {tuple(targets.shape)}; expected one "
+            "number for each of the targets'."
+        )
+    return outputs.reshape(targets.shape)
+
+
+def _name(function: Any) -> str:
+    function = getattr(function, "func", function)  # of a partial
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
+def _shown(value: Any) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
