@@ -27,6 +27,7 @@ from .console import Terminal
 from .doors import begin_or_resume, hydra_door, settings
 from .network_search import NetworkSearchSettings
 from .prepare import Inputs, check_targets, prepare
+from .report import keep_report
 from .run_folder import RunFolder
 from .widened import as_prune
 
@@ -39,6 +40,7 @@ def door() -> None:
 def run(config: DictConfig) -> dict[str, Any]:
     """Compare, or go on comparing; returns what `metrics.json` holds."""
     metrics, folder, terminal = begin_or_resume(config, check, compare)
+    keep_report(folder, terminal)
     show(metrics, terminal)
     terminal.console.print(f"Run folder: {folder.path}", markup=False)
     return metrics

@@ -44,6 +44,7 @@ def summary(choices: Choices, jobs: Sequence[Job], config: DictConfig, folder: R
         "base_reward_accuracy": task.base.accuracy,
         "base_macs": task.base.cost.macs,
         "base_params": task.base.cost.params,
+        "layers": {group.name: group.n_filters for group in task.groups},
         "targets_of": config.targets.of,
         "stages": list(config.stages),
         "rows": rows,

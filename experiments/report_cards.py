@@ -52,7 +52,8 @@ def cards(run: Run) -> Markup | None:
     return tag("div", *shown, class_="cards") if shown else None
 
 
-def _card(title: str, value: str, *below: str) -> Markup:
+def card(title: str, value: str, *below: str) -> Markup:
+    """A figure under its name, with lines below it."""
     lines = [tag("p", line) for line in below if line]
     return tag("div", tag("h3", title), tag("div", value, class_="value"), *lines, class_="card")
 
@@ -62,13 +63,13 @@ def _accuracy(run: Run) -> Markup | None:
     last, base = final_accuracy(metrics), metrics.get("base_accuracy")
     if last is None:
         known = (run.facts.get("base") or {}).get("reward_split_accuracy")
-        return None if known is None else _card("Base accuracy", percent(known), "on the reward split")
+        return None if known is None else card("Base accuracy", percent(known), "on the reward split")
     if base is None:
-        return _card("Accuracy", percent(last), "on the report split")
+        return card("Accuracy", percent(last), "on the report split")
     tuned = metrics.get("finetuned_accuracy") is not None
     states = f"base {percent(base)}" + (f", pruned {percent(metrics['pruned_accuracy'])}" if tuned else "")
     title = "Accuracy, fine-tuned" if tuned else "Accuracy, pruned"
-    return _card(title, percent(last), f"{points(last - base)} to the base", states)
+    return card(title, percent(last), f"{points(last - base)} to the base", states)
 
 
 def _amounts(metrics: Mapping[str, Any]) -> list[Markup]:
@@ -76,9 +77,9 @@ def _amounts(metrics: Mapping[str, Any]) -> list[Markup]:
     for title, key in (("MACs an image", "macs"), ("Parameters", "params")):
         before, after = metrics.get(f"base_{key}"), metrics.get(f"pruned_{key}")
         if before and after is not None:
-            made.append(_card(title, change(before, after), f"{before:,} {ARROW} {after:,}"))
+            made.append(card(title, change(before, after), f"{before:,} {ARROW} {after:,}"))
         elif metrics.get(key) is not None:
-            made.append(_card(title, f"{metrics[key]:,}"))
+            made.append(card(title, f"{metrics[key]:,}"))
     return made
 
 
@@ -87,8 +88,8 @@ def _size(run: Run) -> Markup | None:
     if after is None:
         return None
     if not before:
-        return _card("File size", size(after))
-    return _card("File size", change(before, after), f"{size(before)} {ARROW} {size(after)}")
+        return card("File size", size(after))
+    return card("File size", change(before, after), f"{size(before)} {ARROW} {size(after)}")
 
 
 def _latencies(metrics: Mapping[str, Any]) -> list[Markup]:
@@ -109,7 +110,7 @@ def _latency(kind: tuple[Any, ...], base: Mapping[str, Any], pruned: Mapping[str
     where = [str(each) for each in (runtime, device) if each]
     if threads:
         where.append(f"{threads} thread" + "s" * (threads != 1))
-    return _card(f"Latency, batch {batch}", speed(before, after), times, _quartiles(base, pruned), ", ".join(where))
+    return card(f"Latency, batch {batch}", speed(before, after), times, _quartiles(base, pruned), ", ".join(where))
 
 
 def _quartiles(base: Mapping[str, Any], pruned: Mapping[str, Any]) -> str:

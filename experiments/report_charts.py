@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, zip_longest
 
 from .report_markup import Markup, join, tag
 
@@ -18,12 +18,16 @@ _ids = count(1)
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a plot; `style` names a colour and a marker of the style sheet."""
+    """One line of a plot; the first of several lies on top.
+
+    `style` names a colour and a marker of the style sheet, `spread` is half the height of each point's whiskers.
+    """
 
     name: str
     points: Points
     style: str
     line: bool = True
+    spread: Sequence[float | None] = ()
 
 
 @dataclass(frozen=True)
@@ -45,13 +49,15 @@ def image(title: str, description: str, size: tuple[float, float], *content: obj
     return tag("svg", *names, *content, viewBox=box, role="img", aria_labelledby=labels, **attributes)
 
 
-def line_chart(title: str, description: str, series: Sequence[Series], x: Axis, y: Axis) -> Markup:
-    """A legend and the plot, drawn twice: once for wide screens and once for phones."""
+def line_chart(
+    title: str, description: str, series: Sequence[Series], x: Axis, y: Axis, key: Sequence[Series] | None = None
+) -> Markup:
+    """A legend (of `key`; None: of all series) and the plot, drawn twice: for wide screens and for phones."""
     plots = [
         image(title, description, size, _plot(series, x, y, size), class_=f"chart {name}")
         for name, size in (("wide", WIDE), ("narrow", NARROW))
     ]
-    return join((legend(series), *plots))
+    return join((legend(series if key is None else key), *plots))
 
 
 def legend(series: Iterable[Series]) -> Markup:
@@ -66,15 +72,39 @@ def mini_chart(title: str, description: str, series: Sequence[Series], x: Axis, 
     return image(title, description, size, _plot(series, x, y, size, small=True), class_="mini")
 
 
-def bar(title: str, kept: int, total: int, longest: int) -> Markup:
+def bar(title: str, kept: float, total: int, longest: int) -> Markup:
     """Kept and dropped filters of one layer; bars of one list share the scale `longest`."""
     scale = 100 / max(longest, 1)
     rects = (
         tag("rect", x=0, y=0, width=round(total * scale, 2), height=12, class_="dropped"),
         tag("rect", x=0, y=0, width=round(kept * scale, 2), height=12, class_="kept"),
     )
-    words = f"{kept} kept, {total - kept} dropped, of {total} filters."
+    words = f"{kept:g} kept, {total - kept:g} dropped, of {total} filters."
     return image(title, words, (100, 12), *rects, class_="bar", preserveAspectRatio="none")
+
+
+def gauge(title: str, value: float, ends: tuple[float, float], spread: float = 0.0, style: str = "other") -> Markup:
+    """A value on a scale from `ends[0]` to `ends[1]`: a mark, and how far the measurements spread around it."""
+    scale = 100 / ((ends[1] - ends[0]) or 1.0)
+    low, high = ((each - ends[0]) * scale for each in (value - spread, value + spread))
+    parts = (
+        tag("rect", x=0, y=5.5, width=100, height=1, class_="track"),
+        tag("rect", x=round(low, 2), y=4, width=round(high - low, 2), height=4, class_=f"spread {style}"),
+        tag("rect", x=round((low + high) / 2 - 0.75, 2), y=0, width=1.5, height=12, class_=f"mark {style}"),
+    )
+    words = f"{value:.2f}" + (f" ± {spread:.2f}" if spread else "")
+    return image(title, words, (100, 12), *parts, class_="bar", preserveAspectRatio="none")
+
+
+def signed_bar(title: str, value: float, ends: tuple[float, float], style: str = "other") -> Markup:
+    """A bar from 0 to `value` on a scale that reaches from `ends[0]` to `ends[1]`."""
+    scale = 100 / ((ends[1] - ends[0]) or 1.0)
+    zero, at = -ends[0] * scale, (value - ends[0]) * scale
+    parts = (
+        tag("rect", x=round(min(zero, at), 2), y=1, width=round(abs(at - zero), 2), height=10, class_=f"mark {style}"),
+        tag("rect", x=round(min(zero, 99.7), 2), y=0, width=0.3, height=12, class_="zero"),
+    )
+    return image(title, f"{value:.2f}", (100, 12), *parts, class_="bar", preserveAspectRatio="none")
 
 
 def strip(title: str, keep: Sequence[bool]) -> Markup:
@@ -133,7 +163,7 @@ def _plot(series: Sequence[Series], x: Axis, y: Axis, size: tuple[int, int], sma
     """Grid, numbers, lines and points in a frame of `size`."""
     left, bottom = (44, 20) if small else (LEFT, BOTTOM)
     x_low, x_high = x.ends or span((point[0] for each in series for point in each.points), 0.04)
-    y_low, y_high = y.ends or span(point[1] for each in series for point in each.points)
+    y_low, y_high = y.ends or span(heights(series))
     right, floor = size[0] - RIGHT, size[1] - bottom
 
     def across(value: float) -> float:
@@ -147,8 +177,26 @@ def _plot(series: Sequence[Series], x: Axis, y: Axis, size: tuple[int, int], sma
     numbers = [_x_tick(across(tick), x.write(tick), floor) for tick in ticks(x_low, x_high, 3 if small else 5)]
     axis = tag("line", x1=left, x2=right, y1=floor, y2=floor, class_="axis")
     titles = () if small else _titles(x, y, (left + right) / 2, size[1])
-    lines = [_series(each, [(across(a), up(b)) for a, b in each.points], small, (left + right) / 2) for each in series]
-    return join((*grid, axis, *numbers, *titles, *lines))
+    lines = []
+    for each in reversed(series):
+        drawn = _series(each, [(across(a), up(b)) for a, b in each.points], small, (left + right) / 2)
+        lines.append(tag("g", tag("title", each.name), _whiskers(each, across, up), drawn))
+    shown = join(lines) if y.ends is None else _clipped(lines, left, right, floor)
+    return join((*grid, axis, *numbers, *titles, shown))
+
+
+def _clipped(lines: Sequence[Markup], left: float, right: float, floor: float) -> Markup:
+    """Lines that end where the plot does: an axis with fixed ends may not reach all of them."""
+    name = f"c{next(_ids)}"
+    frame = tag("rect", x=left - RIGHT, y=0, width=right - left + 2 * RIGHT, height=floor)
+    return join((tag("clipPath", frame, id=name), tag("g", *lines, clip_path=f"url(#{name})")))
+
+
+def heights(series: Sequence[Series]) -> Iterator[float]:
+    """All values, and the ends of their whiskers."""
+    for each in series:
+        for (_, value), spread in zip_longest(each.points, each.spread):
+            yield from (value - (spread or 0.0), value + (spread or 0.0))
 
 
 def _y_tick(at: float, text: str, left: float, right: float) -> Markup:
@@ -173,6 +221,14 @@ def _series(series: Series, points: Points, small: bool, middle: float) -> Marku
     dots = [] if small and len(points) > 1 else [_marker(series.style, a, b) for a, b in points]
     names = [] if series.line else [_name(series.name, x, y, x > middle) for x, y in points]
     return join((line, *dots, *names))
+
+
+def _whiskers(series: Series, across: Callable[[float], float], up: Callable[[float], float]) -> Markup | None:
+    """How far values spread around each point."""
+    known = [(point, spread) for point, spread in zip(series.points, series.spread, strict=False) if spread]
+    ends = [(across(x), up(y + spread), up(y - spread)) for (x, y), spread in known]
+    lines = [tag("line", x1=x, x2=x, y1=top, y2=end, class_=f"line {series.style}") for x, top, end in ends]
+    return join(lines) if lines else None
 
 
 def _name(name: str, x: float, y: float, before: bool) -> Markup:

@@ -8,9 +8,8 @@ from typing import Any
 from .report_cards import change, final_accuracy, percent, points, speed
 from .report_charts import Axis, Series, line_chart
 from .report_data import Run, original_masks
+from .report_frame import page, section
 from .report_markup import Markup, fold, table, tag
-from .report_page import page
-from .report_sections import section
 
 STYLES = ("first", "second", "third", "fourth")
 IGNORED = {"run_dir", "resume", "quiet"}

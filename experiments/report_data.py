@@ -16,7 +16,15 @@ from .run_folder import CONFIG, FACTS, METRICS, RunFolder
 CURVES = "curves.json"
 STEPS = "curve.json"  # of `keepdrop iterate`
 JOINT = "network/decisions.json"  # of one agent for the whole network
-COMMANDS_BY_KEY = {"agents": "apply", "layer": "train-agent", "order": "prune"}
+SEARCHES = "choices/agent/*.json"  # of `keepdrop compare`
+COMMANDS_BY_KEY = {  # the first that is in the configuration
+    "methods": "compare",
+    "criteria": "oracle",
+    "criterion": "iterate",
+    "agents": "apply",
+    "layer": "train-agent",
+    "order": "prune",
+}
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,8 @@ class Run:
     """A run folder's content.
 
     `metrics` is None while the run is unfinished; `methods` are the layers by decider. `joint` says that one agent
-    decided all layers at once, `network_curve` how its reward rose; `steps` is the curve of `keepdrop iterate`.
+    decided all layers at once, `network_curve` how its reward rose; `steps` is the curve of `keepdrop iterate`,
+    `searches` how the reward of each agent of `keepdrop compare` rose, by target and seed.
     """
 
     path: Path
@@ -56,6 +65,7 @@ class Run:
     joint: bool = False
     network_curve: tuple[float, ...] = ()
     steps: Mapping[str, Any] = field(default_factory=dict)
+    searches: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     @property
     def finished(self) -> bool:
@@ -98,6 +108,7 @@ def read_run(path: Path) -> Run:
         joint=(path / JOINT).is_file(),
         network_curve=tuple(map(float, agent.get("reward_curve") or ())),
         steps=read_json(path / STEPS) or {},
+        searches={file.stem: _curve(read_json(file) or {}) for file in sorted(path.glob(SEARCHES))},
     )
 
 
@@ -116,6 +127,10 @@ def _read(path: Path, kind: type, called: str) -> Any:
     if not isinstance(content, kind):
         raise UserError(f"{str(path)!r} holds a {type(content).__name__}, expected {called}; restore it.")
     return content
+
+
+def _curve(choice: Mapping[str, Any]) -> tuple[float, ...]:
+    return tuple(map(float, (choice.get("facts") or {}).get("reward_curve") or ()))
 
 
 def original_masks(run: Run) -> dict[str, tuple[bool, ...]]:

@@ -1,55 +1,30 @@
-"""The whole page of one run, and the frame that every page stands in."""
+"""The whole page of one run."""
 
 from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
-from importlib import resources
+from collections.abc import Mapping
 from typing import Any
-
-from omegaconf import OmegaConf
 
 from .report_cards import cards, change, final_accuracy, percent, points
 from .report_data import Run
-from .report_markup import Markup, fold, table, tag
-from .report_sections import filter_map, kept_bars, label, learning_curves, section, trade_off
+from .report_frame import copyable, origin, page, section
+from .report_markup import Markup, table, tag
+from .report_methods import methods_page
+from .report_oracle import oracle_page
+from .report_sections import filter_map, kept_bars, label, learning_curves, trade_off
 
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 BUILT_IN = "keepdrop.envs.networks."
-SCRIPT = """
-document.querySelectorAll('.copy').forEach(function (box) {
-  var button = document.createElement('button');
-  button.type = 'button'; button.textContent = 'Copy';
-  button.addEventListener('click', function () {
-    var code = box.querySelector('code');
-    getSelection().selectAllChildren(code);
-    var done = function () { button.textContent = 'Copied'; };
-    var old = function () { if (document.execCommand('copy')) { done(); } };
-    if (navigator.clipboard) { navigator.clipboard.writeText(code.textContent).then(done, old); } else { old(); }
-  });
-  box.appendChild(button);
-});
-"""
-
-
-def page(title: str, *content: Markup | None) -> str:
-    """A page that needs nothing but itself; its policy forbids it the network."""
-    style = resources.files(__package__).joinpath("report.css").read_text(encoding="utf-8")
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("title", title),
-        tag("style", Markup(style)),
-    )
-    body = tag("body", tag("main", *content), tag("script", Markup(SCRIPT)))
-    return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"
 
 
 def run_page(run: Run) -> str:
     """`report.html` of one run."""
+    pages = {"compare": methods_page, "oracle": oracle_page}
+    return pages.get(run.command, _pruning_page)(run)
+
+
+def _pruning_page(run: Run) -> str:
     return page(
         f"{run.name} - keepdrop {run.command}",
         tag("header", tag("h1", run.name), tag("p", f"keepdrop {run.command}", class_="soft")),
@@ -62,7 +37,7 @@ def run_page(run: Run) -> str:
         learning_curves(run),
         filter_map(run),
         _reload(run),
-        _origin(run),
+        origin(run),
     )
 
 
@@ -153,41 +128,3 @@ def _own_network(target: str, constructor: Mapping[str, Any]) -> list[str]:
         "",
         f"network = partial({name}{arguments})",
     ]
-
-
-def copyable(text: str) -> Markup:
-    """Code with a button that copies it."""
-    return tag("div", tag("pre", tag("code", text)), class_="copy")
-
-
-def _origin(run: Run) -> Markup | None:
-    """Command, splits, versions and configuration."""
-    facts = run.facts
-    command = " ".join(shlex.quote(str(part)) for part in facts.get("command") or [])
-    splits = facts.get("splits") or {}
-    rows = [
-        [
-            role,
-            f"{entry.get('n_images', 0):,}",
-            str(entry.get("source", "")),
-            tag("code", str(entry.get("sha256", ""))[:12]),
-        ]
-        for role, entry in splits.items()
-    ]
-    parts = [
-        copyable(command) if command else None,
-        table(["split", "images", "taken from", "sha256"], rows) if rows else None,
-        fold("Versions and machine", table(["", ""], _versions(facts))),
-        fold(
-            "Configuration",
-            tag("pre", tag("code", OmegaConf.to_yaml(OmegaConf.create(dict(run.config))))),
-        ),
-    ]
-    text = "fit trains weights, reward scores masks, report is opened once, at the end."
-    return section("Where it comes from", text if rows else None, *parts)
-
-
-def _versions(facts: Mapping[str, Any]) -> Sequence[Sequence[object]]:
-    machine = facts.get("machine") or {}
-    known = {**(facts.get("versions") or {}), **machine, "seed": facts.get("seed"), "commit": facts.get("git")}
-    return [[name, "-" if value is None else str(value)] for name, value in known.items()]

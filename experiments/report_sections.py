@@ -7,18 +7,12 @@ from collections.abc import Sequence
 from .report_cards import percent
 from .report_charts import Axis, Series, bar, line_chart, mini_chart, ranges, strip
 from .report_data import Layer, Run, original_masks
+from .report_frame import section
 from .report_markup import Markup, fold, join, table, tag
 
 LABELS = {"l1": "L1", "l2": "L2", "apoz": "APoZ", "fpgm": "FPGM", "taylor": "Taylor", "bn_scale": "BN scale"}
 STYLES = {"agent": "agent", "l1": "l1", "random": "random"}
 AGENT = "agent"
-
-
-def section(title: str, text: str | None, *content: Markup | None) -> Markup | None:
-    """A heading, a sentence, and what follows; nothing without content."""
-    if not any(content):
-        return None
-    return tag("section", tag("h2", title), tag("p", text, class_="soft") if text else None, *content)
 
 
 def label(name: str) -> str:
@@ -118,7 +112,7 @@ def kept_bars(run: Run) -> Markup | None:
         kept, total = sum(mask), len(mask)
         rows += [tag("div", name, class_="name"), bar(f"Filters of {name}", kept, total, longest)]
         rows.append(tag("div", f"{kept} of {total}"))
-    key = tag("p", _key(), class_="soft")
+    key = tag("p", kept_key(), class_="soft")
     decided = {layer.name: layer for layer in run.layers}
     head = ["layer", "filters", "kept", "kept, %", "accuracy after the cut", "recovered", "decided by"]
     body = [[name, len(mask), sum(mask), f"{100 * sum(mask) / len(mask):.0f}", *_decided(decided[name])]
@@ -132,7 +126,8 @@ def _decided(layer: Layer) -> list[str]:
     return [percent(layer.pruned_accuracy), percent(layer.recovered_accuracy), layer.decided_by]
 
 
-def _key() -> Markup:
+def kept_key() -> Markup:
+    """What the two colours of a bar are."""
     return join((tag("span", class_="key"), " kept \N{NO-BREAK SPACE} ", tag("span", class_="key off"), " dropped"))
 
 
@@ -144,7 +139,7 @@ def learning_curves(run: Run) -> Markup | None:
     if not curves:
         return None
     converged = {layer.name for layer in run.layers if layer.facts.get("converged")}
-    plots = [_learning_curve(name, curve, name in converged) for name, curve in curves.items()]
+    plots = [learning_curve(name, curve, name in converged) for name, curve in curves.items()]
     rows = [[i + 1, *(_cell(curve, i) for curve in curves.values())] for i in range(max(map(len, curves.values())))]
     values = fold("As a table", table(["update", *curves], rows))
     text = "Mean reward of the masks of each update (solid) and the highest so far (dashed)."
@@ -153,7 +148,8 @@ def learning_curves(run: Run) -> Markup | None:
     return section("What the agents learned", text, tag("div", *plots, class_="many"), values)
 
 
-def _learning_curve(name: str, curve: Sequence[float], converged: bool) -> Markup:
+def learning_curve(name: str, curve: Sequence[float], converged: bool) -> Markup:
+    """Reward over the updates of one agent."""
     best = [max(curve[: i + 1]) for i in range(len(curve))]
     series = [
         Series("highest so far", list(enumerate(best, 1)), "best"),
@@ -183,5 +179,5 @@ def filter_map(run: Run) -> Markup | None:
     rows = [[name, tag("code", ranges([i for i, one in enumerate(mask) if one]))] for name, mask in masks.items()]
     text = "Filters are numbered as in the original network: row by row, 32 a row, the first one is 0."
     numbers = fold("Numbers of the filters kept", table(["layer", "kept"], rows))
-    key = tag("p", _key(), class_="soft")
+    key = tag("p", kept_key(), class_="soft")
     return section("Which filters were kept", text, key, tag("div", *strips, class_="strips"), numbers)

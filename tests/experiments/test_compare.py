@@ -26,6 +26,7 @@ from keepdrop.experiments.run_folder import RunFolder
 from keepdrop.rewards.errors import UserError
 
 from .conftest import run_main
+from .page import Checker
 
 SMALL = [
     "layers=[conv2,conv3]",
@@ -93,6 +94,15 @@ def test_tables_agree_with_the_metrics(compared):
     report = (compared / "report.md").read_text()
     assert "## After the full schedule, with compensation" in report
     assert f"| random-uniform | {100 * sum(values) / 3:.2f} +- {100 * std:.2f} |" in report
+
+
+def test_page_holds_the_tables(compared):
+    words = Checker((compared / "report.html").read_text()).words()
+    for grid in grids(read(compared / "metrics.json")):
+        assert grid.title in words
+        for row in grid.rows:
+            assert " ".join(row).replace("+-", "±") in words
+    assert "50 % removed, with compensation, seed 1" in words and "finetune.epochs=0.3" in words
 
 
 def test_one_epoch_and_full_schedule_share_cut_and_seed(compared):

@@ -13,6 +13,8 @@ from keepdrop.envs.surgery import prune
 from keepdrop.experiments.oracle_report import correlation_rows, spearman
 from torch.nn import functional
 
+from .page import Checker
+
 
 def test_oracle_is_the_network_without_the_filter():
     torch.manual_seed(0)
@@ -89,6 +91,10 @@ def test_command_with_agents(keepdrop, checkpoint, finished, tmp_path):
     assert len(lines) == 16 + 32 and lines[0]["agent"] and not lines[-1]["agent"]
     assert float(lines[3]["loss_change"]) == metrics["layers"]["conv2"]["loss_change"][3]
     assert "| taylor |" in Path("run/report.md").read_text()
+    words = Checker(Path("run/report.html").read_text()).words()
+    mean = rows["agent", "absolute_loss"]["layers"]["conv2"]
+    assert "agent foresees" in words or "taylor foresees" in words
+    assert f"Report: {Path('run/report.html')}" in result.out and f"{mean:.2f}".replace("-", "\N{MINUS SIGN}") in words
     before = Path("run/metrics.json").read_bytes()
     for name in ("metrics.json", "layers/conv3.json"):
         (tmp_path / "run" / name).unlink()

@@ -4,47 +4,18 @@ import html
 import json
 import re
 import shutil
-import subprocess
-from html.parser import HTMLParser
 
 import pytest
 from keepdrop.experiments.report import write_report
 from keepdrop.experiments.report_charts import Axis, Series, line_chart, ranges, span, strip, ticks
 from keepdrop.experiments.report_compare import unique_names
 from keepdrop.experiments.report_data import original_masks, read_run
+from keepdrop.experiments.report_frame import page
 from keepdrop.experiments.report_markup import Markup, table, tag
-from keepdrop.experiments.report_page import page, run_page
+from keepdrop.experiments.report_page import run_page
 from keepdrop.experiments.run_folder import RunFolder
 
-VOID = {"meta", "br"}
-
-
-class Checker(HTMLParser):
-    """Collects elements and notices those that are not closed in order."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.found, self.text = [], [], []
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, name, attributes):
-        self.found.append((name, dict(attributes)))
-        if name not in VOID:
-            self.open.append(name)
-
-    def handle_startendtag(self, name, attributes):
-        self.found.append((name, dict(attributes)))
-
-    def handle_endtag(self, name):
-        assert self.open.pop() == name
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] not in ("style", "script"):
-            self.text.append(data)
-
-    def words(self):
-        return " ".join(" ".join(self.text).split())
+from .page import BROWSER, Checker, looked_at
 
 
 @pytest.fixture
@@ -259,38 +230,12 @@ def test_unknown_control(refused):
     assert refused("prune", "controls=[l7]").startswith("controls has 'l7'; expected any of l1, ")
 
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-PROBE = """
-<!doctype html><body><script>
-addEventListener('load', function () {
-  var found = [].map.call(document.querySelectorAll('iframe'), function (frame) {
-    var root = frame.contentDocument.documentElement, style = frame.contentWindow.getComputedStyle;
-    var shown = [].filter.call(root.querySelectorAll('svg.chart'), function (svg) { return svg.clientWidth > 0; });
-    var text = root.querySelector('svg.chart.wide text, svg.chart text');
-    return {width: root.clientWidth, needs: root.scrollWidth, charts: shown.map(function (s) { return s.clientWidth; }),
-            page: style(root.querySelector('body')).backgroundColor, buttons: root.querySelectorAll('button').length};
-  });
-  document.body.dataset.found = JSON.stringify(found);
-});
-</script>FRAMES</body>"""
-
-
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on the path")
 @pytest.mark.parametrize("dark", [False, True])
 def test_browser_shows_it_on_every_screen(run, tmp_path, dark):
-    sizes = (390, 1200)
-    frames = "".join(f'<iframe src="a-run/report.html" width="{w}" height="800"></iframe>' for w in sizes)
-    (tmp_path / "probe.html").write_text(PROBE.replace("FRAMES", frames))
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--dump-dom"]
-    command += ["--enable-logging=stderr", f"--blink-settings=preferredColorScheme={int(not dark)}"]
-    command += [f"--user-data-dir={tmp_path / 'profile'}", f"file://{tmp_path / 'probe.html'}"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert "CONSOLE" not in result.stderr, result.stderr
-    found = json.loads(html.unescape(re.search(r'data-found="([^"]*)"', result.stdout)[1]))
-    for size, frame in zip(sizes, found, strict=True):
-        assert frame["width"] <= size and frame["needs"] <= frame["width"], frame  # nothing sticks out to the right
-        assert len(frame["charts"]) == 1 and 0.6 * min(size, 900) < frame["charts"][0] <= size, frame
-        assert frame["page"] == ("rgb(20, 23, 26)" if dark else "rgb(251, 251, 250)") and frame["buttons"] == 2
+    for frame in looked_at(run / "report.html", tmp_path, dark):
+        assert len(frame["charts"]) == 1 and 0.6 * min(frame["size"], 900) < frame["charts"][0] <= frame["size"], frame
+        assert frame["buttons"] == 2
 
 
 def test_page_forbids_itself_the_network():
