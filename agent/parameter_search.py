@@ -36,6 +36,7 @@ class NetworkAgentSettings:
         mix_scale: first standard deviation of the mix; 0 keeps the order of the warm start.
         lr: step of the mean along the natural gradient.
         scale_lr: step of the log scales; None takes (3 + ln P) / (5 sqrt P).
+        anneal: by the last update the noise has fallen, linearly, to this fraction of the scale; 1 leaves it.
         top_k: how many of the best distinct masks are remembered.
     """
 
@@ -44,7 +45,8 @@ class NetworkAgentSettings:
     mix_scale: float = 0.3
     lr: float = 1.0
     scale_lr: float | None = None
-    top_k: int = 4
+    anneal: float = 0.3
+    top_k: int = 12
 
     def __post_init__(self) -> None:
         if self.updates < 0 or self.top_k < 1:
@@ -54,6 +56,8 @@ class NetworkAgentSettings:
                 f"weight_scale is {self.weight_scale}, mix_scale {self.mix_scale} and lr {self.lr}, but all must be "
                 "above 0 (mix_scale may be 0)"
             )
+        if not 0 < self.anneal <= 1:
+            raise ValueError(f"anneal is {self.anneal}, but it must be above 0 and at most 1")
 
 
 def utilities(rewards_M: Tensor) -> Tensor:
@@ -113,25 +117,29 @@ class NetworkTrainer:
 
     def step(self) -> dict[str, float]:
         """Make one update and return its metrics: `reward_mean`, `reward_max`, `scale`, the infos' means."""
-        mean = self.policy.parameter_vector()
+        mean, spread = self.policy.parameter_vector(), self.scale * self._heat()
         half = torch.randn(self.venv.num_envs // 2, len(mean), generator=self.generator, dtype=torch.float64)
         noise_MP = torch.cat([half, -half])
-        masks_MN = torch.stack([self.mask(mean + self.scale * noise) for noise in noise_MP])
+        masks_MN = torch.stack([self.mask(mean + spread * noise) for noise in noise_MP])
         rewards_M, infos = evaluate_masks(self.venv, masks_MN)
         self.best.add(masks_MN, rewards_M)
-        self._learn(mean, noise_MP, utilities(rewards_M))
+        self._learn(mean, spread, noise_MP, utilities(rewards_M))
         metrics = {
             "reward_mean": rewards_M.mean().item(),
             "reward_max": rewards_M.max().item(),
-            "scale": self.scale[: len(self.policy.log_weight)].mean().item(),
+            "scale": spread[: len(self.policy.log_weight)].mean().item(),
             **{f"info/{name}": values.mean().item() for name, values in infos.items()},
         }
         self.history.append(metrics)
         return metrics
 
-    def _learn(self, mean: Tensor, noise_MP: Tensor, utilities_M: Tensor) -> None:
+    def _heat(self) -> float:
+        done = len(self.history) / max(self.settings.updates - 1, 1)
+        return 1.0 - (1.0 - self.settings.anneal) * done
+
+    def _learn(self, mean: Tensor, spread: Tensor, noise_MP: Tensor, utilities_M: Tensor) -> None:
         n_parameters = len(mean)
-        self.policy.load_vector(mean + self.settings.lr * self.scale * (utilities_M @ noise_MP))
+        self.policy.load_vector(mean + self.settings.lr * spread * (utilities_M @ noise_MP))
         rate = self.settings.scale_lr
         rate = (3 + math.log(n_parameters)) / (5 * math.sqrt(n_parameters)) if rate is None else rate
         self.scale = self.scale * torch.exp(rate / 2 * (utilities_M @ (noise_MP.square() - 1)))

@@ -145,6 +145,16 @@ def test_a_scale_of_zero_keeps_the_order():
     assert torch.equal(one.policy.mix.detach(), policy().mix.detach())
 
 
+def test_the_noise_falls_to_the_wished_fraction_where_nothing_is_learned():
+    one = trainer(updates=5, anneal=0.2, scale_lr=0.0)
+    seen = [one.step()["scale"] for _ in range(5)]
+    assert seen == pytest.approx([0.5, 0.4, 0.3, 0.2, 0.1])
+    still = trainer(updates=2, anneal=1.0, scale_lr=0.0)
+    assert [still.step()["scale"] for _ in range(2)] == pytest.approx([0.5, 0.5])
+    with pytest.raises(ValueError, match=r"anneal is 0\.0, but it must be above 0 and at most 1"):
+        NetworkAgentSettings(anneal=0.0)
+
+
 def test_settings_and_environments_are_checked():
     with pytest.raises(ValueError, match="an even number from 4"):
         trainer(masks=5)
