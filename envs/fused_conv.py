@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from .graph_passes import is_relu, only_user
 from .leaves import is_leaf
+from .small_maps import as_matrix, is_small, map_after
 
 _PER_CHANNEL = (nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Dropout, nn.Identity)
 
@@ -31,16 +32,23 @@ class FusedConv(nn.Module):
     Args:
         conv: an ordinary 2d convolution; its weight and bias are kept as they are.
         relu: whether ReLU follows.
+        size: (H, W) of its input, if that is always the same; a small one makes it a matrix product (`small_maps`).
     """
 
-    def __init__(self, conv: nn.Conv2d, relu: bool) -> None:
+    def __init__(self, conv: nn.Conv2d, relu: bool, size: tuple[int, int] | None = None) -> None:
         super().__init__()
         # No buffers: the dense weights stay in full precision whatever the network is cast to.
         self.weight: Tensor = conv.weight.detach()
         self.bias: Tensor | None = None if conv.bias is None else conv.bias.detach()
         self.n_groups, self.relu = conv.groups, relu
         self._how = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
+        self._matrix_of = None if size is None or conv.groups > 1 else _small(conv, size)
         self.cast(conv.weight.dtype)
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it runs as a matrix product (`small_maps`)."""
+        return self._matrix_of is not None
 
     def cast(self, dtype: torch.dtype) -> None:
         """Compute in this precision from now on."""
@@ -76,16 +84,23 @@ class FusedConv(nn.Module):
         self._now, self._reads = self._packed(weight, bias), None if narrow else reads
 
     def _packed(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        bias = None if bias is None else bias.to(self.dtype)
+        if self._matrix_of is not None:
+            size, becomes = self._matrix_of
+            matrix = as_matrix(weight.to(self.dtype), size, *self._how[:3])
+            packed = torch.ops.mkldnn._reorder_linear_weight(matrix)
+            return packed, None if bias is None else bias.repeat(becomes[0] * becomes[1])
         dense = weight.to(self.dtype).contiguous(memory_format=torch.channels_last)
         reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
-        packed = reorder(dense.to_mkldnn(), *self._how, None)
-        return packed, None if bias is None else bias.to(self.dtype)
+        return reorder(dense.to_mkldnn(), *self._how, None), bias
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(B, K, H, W); a residual is overwritten with the result."""
         if self._reads is not None:
             x = picked(x, self._reads)
         weight, bias = self._now
+        if self._matrix_of is not None:
+            return self._multiplied(x, residual)
         if residual is None:
             alone = "relu" if self.relu else "none"
             return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *self._how, alone, [], "")
@@ -93,6 +108,26 @@ class FusedConv(nn.Module):
         return torch.ops.mkldnn._convolution_pointwise_.binary(
             residual, x, weight, bias, *self._how, "add", None, activation, [], ""
         )
+
+    def _multiplied(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """`forward` as a matrix product."""
+        assert self._matrix_of is not None
+        weight, bias = self._now
+        rows = x.permute(0, 2, 3, 1).reshape(len(x), -1)
+        how = "relu" if self.relu and residual is None else "none"
+        out = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, how, [], "")
+        out = out.view(len(x), *self._matrix_of[1], -1).permute(0, 3, 1, 2)
+        if residual is None:
+            return out
+        residual.add_(out)
+        return residual.relu_() if self.relu else residual
+
+
+def _small(conv: nn.Conv2d, size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, ...]] | None:
+    """The map a convolution reads and the one it makes, if they are small enough for a matrix."""
+    padding = [int(side) for side in conv.padding]
+    becomes = map_after(size, conv.kernel_size, padding, conv.stride, conv.dilation)
+    return (size, becomes) if is_small(size, conv.kernel_size, becomes) else None
 
 
 def picked(x: Tensor, channels: Tensor) -> Tensor:
@@ -142,7 +177,7 @@ def _fuse_one(graph: fx.GraphModule, node: fx.Node, conv: nn.Conv2d) -> FusedCon
             last, residual = follower, other
     after = only_user(last)
     relu = after is not None and (is_relu(graph, after) or after.target is torch.relu_) and after.args[0] is last
-    made = FusedConv(conv, relu)
+    made = FusedConv(conv, relu, _size(node.args[0]))
     place = f"fused_{str(node.target).replace('.', '_')}"
     graph.add_submodule(place, made)
     end = after if relu and after is not None else last
@@ -153,6 +188,12 @@ def _fuse_one(graph: fx.GraphModule, node: fx.Node, conv: nn.Conv2d) -> FusedCon
     for old in dict.fromkeys((end, last, node)):
         graph.graph.erase_node(old)
     return made
+
+
+def _size(node: Any) -> tuple[int, int] | None:
+    """(H, W) of a value, where its shape was noted."""
+    shape = node.meta.get("shape") if isinstance(node, fx.Node) else None
+    return (shape[2], shape[3]) if shape is not None and len(shape) == 4 else None
 
 
 def _may_overwrite(graph: fx.GraphModule, value: Any, reader: fx.Node) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..rewards.errors import UserError
-from .folding import by_input, fold, mixing_obstacle
+from .folding import by_input, fold, from_input, mixing_obstacle
 from .fused_conv import FusedConv
 from .groups import FilterGroup
 from .halves import Frontier, Halves, cut_again, split, whole
@@ -140,7 +140,8 @@ class MaskedNetwork:
             example: a few rows of this network's frontier, or of its images.
             from_frontier: which of the two; the new network's `prefix` takes the same.
         """
-        decided = self._folded(masks, 0, mixes or {})
+        folded = self._folded(masks, 0, mixes or {})
+        decided = {name: (self._zeroed(name, weight, read), read) for name, (weight, read) in folded.items()}
         rest = [group for group in self.groups if group.name not in masks]
         source = self._halves.behind if from_frontier else self._halves.source
         traced, whole_halves = copy.deepcopy(source), copy.deepcopy(self._halves) if source is None else self._halves
@@ -159,7 +160,10 @@ class MaskedNetwork:
     def _folded(
         self, masks: Mapping[str, Tensor], index: int, mixes: Mapping[MixKey, Tensor]
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        """Consumer -> its weights under a mask, and which input channels they still read, (C,) bool."""
+        """Consumer -> its weights under a mask, and which input channels they still read, (C,) bool.
+
+        What a plain mask drops is not yet zero in the weights: most are never looked at again (`_zeroed`).
+        """
         folded: dict[str, tuple[Tensor, Tensor]] = {}
         for group in self.groups:
             for cut in group.consumers if group.name in masks else ():
@@ -171,8 +175,17 @@ class MaskedNetwork:
                 weight, read = folded.get(cut.module) or self._untouched(cut.module)
                 used = choice.cpu() if mix is None else (choice != 0).any(0).cpu()
                 read[torch.from_numpy(cut.channels)[~used].flatten()] = False
-                folded[cut.module] = fold(module, weight, cut, choice), read
+                folded[cut.module] = weight if mix is None else fold(module, weight, cut, mix[index]), read
         return folded
+
+    def _zeroed(self, name: str, weight: Tensor, read: Tensor) -> Tensor:
+        """Weights of a consumer that ignore the input channels not in `read`."""
+        if bool(read.all()):
+            return weight
+        module = self._halves.masked.get_submodule(name)
+        first = by_input(module, weight).clone(memory_format=torch.preserve_format)
+        first[~read.to(weight.device)] = 0
+        return from_input(module, first)
 
     def _untouched(self, name: str) -> tuple[Tensor, Tensor]:
         weight = self._weights[name]
@@ -184,6 +197,8 @@ class MaskedNetwork:
         orders: dict[FusedConv, dict[str, Any]] = {}
         for name, (weight, read) in folded.items():
             fused = self._halves.fused.get(name)
+            if fused is None or fused.n_groups > 1 or not bool(read.any()):
+                weight = self._zeroed(name, weight, read)
             if fused is None:
                 _weight(self._halves.masked, name).copy_(weight)
                 continue

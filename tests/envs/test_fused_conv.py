@@ -149,3 +149,47 @@ def test_a_compiled_suffix_counts_the_same():
     masks = {groups[1].name: _masks(groups[1], 3, generator)}
     plain = MaskEvaluator(model, groups[1:2], images, labels).correct(masks)
     assert torch.equal(MaskEvaluator(model, groups[1:2], images, labels, compile=True).correct(masks), plain)
+
+
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize(
+    ("size", "how"),
+    [
+        ((2, 2), {"kernel_size": 3, "padding": 1}),
+        ((1, 1), {"kernel_size": 1}),
+        ((1, 1), {"kernel_size": 3, "padding": 1}),
+        ((2, 3), {"kernel_size": (3, 5), "padding": (1, 2), "stride": (2, 1)}),
+        ((2, 2), {"kernel_size": 3, "padding": 2, "dilation": 2}),
+    ],
+)
+def test_a_few_pixels_are_one_matrix_product(size, how, relu):
+    conv = nn.Conv2d(6, 8, **how).requires_grad_(False)
+    x, after = torch.randn(40, 6, *size), torch.relu if relu else nn.Identity()
+    fused, reads, writes = FusedConv(conv, relu, size), torch.tensor([0, 3, 5]), torch.tensor([1, 2, 7])
+    plain = FusedConv(conv, relu)
+    assert fused.is_matrix and not plain.is_matrix
+    with torch.inference_mode():
+        assert torch.allclose(fused(x), after(conv(x)), atol=1e-5)
+        residual = torch.randn_like(conv(x))
+        assert torch.allclose(fused(x, residual.clone()), after(conv(x) + residual), atol=1e-5)
+        for each in (fused, plain):
+            each.load(None, reads, writes)
+        assert torch.allclose(fused(x), plain(x), atol=1e-5)
+        for rows in (2, 3, 7, 39):  # whatever stands beside an image, it comes out the same
+            assert torch.equal(fused(x[:rows]), fused(x)[:rows])
+
+
+def test_large_maps_stay_convolutions():
+    conv = nn.Conv2d(6, 8, 3, padding=1).requires_grad_(False)
+    assert not FusedConv(conv, True, (4, 4)).is_matrix
+    assert not FusedConv(nn.Conv2d(6, 8, 3, padding=1, groups=2).requires_grad_(False), True, (2, 2)).is_matrix
+
+
+def test_last_convolutions_of_a_vgg_are_matrices():
+    model, images, _, groups, _ = _prepared(vgg16_bn, (3, 32, 32), 4)
+    network = MaskedNetwork(model, groups[-2:], images[:3])
+    assert [name for name, fused in network._halves.fused.items() if fused.is_matrix] == [
+        "features.34",
+        "features.37",
+        "features.40",
+    ]
