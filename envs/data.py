@@ -67,8 +67,8 @@ def npz(
 
     Images are uint8 (n, height, width, channels), scaled to [0, 1], or floating (n, channels, height, width), taken as
     they are; then normalised with `mean` and `std` a channel (default: those of the training images). Labels are
-    integers (n,) in [0, n_classes); `n_classes` defaults to the number of labels in y_train. Anything else, (n, ...), and
-    with `n_classes` 0 integers too, are targets for another metric than top-1. Nothing is unpickled.
+    integers (n,) in [0, n_classes); `n_classes` defaults to the number of labels in y_train. Anything else, (n, ...),
+    and with `n_classes` 0 integers too, are targets for another metric than top-1. Nothing is unpickled.
 
     Raises UserError for a missing, damaged or pickled file, missing arrays, wrong shapes or types, NaN, labels out of
     range, and test images that are copies of training images.
@@ -116,7 +116,8 @@ def _targets(
 def from_datasets(train: Any, test: Any, n_classes: int | None = None) -> LabelledData:
     """Two map-style datasets of (floating image tensor (C, H, W), integer label or target), e.g. torch Datasets.
 
-    `n_classes` is read from the training labels when not given, and 0 for targets that are no labels. Raises UserError for items of another form.
+    `n_classes` is read from the training labels when not given, and 0 for targets that are no labels. Raises UserError
+    for items of another form.
     """
     ours = DatasetImages(train, n_classes)
     return LabelledData(ours, DatasetImages(test, ours.n_classes))

@@ -45,7 +45,7 @@ class MaskEvaluator:
         batch: images a pass; None measures which of `BATCHES` is the fastest, in half a second at most.
         dtype: "float32" or "bfloat16" (`MaskedNetwork`).
         compile: run the suffix through `torch.compile`.
-        memory: answers (one byte an image for top-1, else four) of so many masks are remembered, and not computed again.
+        memory: answers (one byte an image; four but for top-1) of so many masks are remembered, and not computed again.
         measure: what answers are judged by.
 
     A mask's count does not depend on the other masks, their number or order, nor on `batch`, `cache_gib` or `memory`:
@@ -142,7 +142,7 @@ class MaskEvaluator:
         image_indices: Tensor | None = None,
         mixes: Mapping[MixKey, Tensor] | None = None,
     ) -> Tensor:
-        """Points under each mask, (M, B) or (M, B') with `image_indices`: bool, right or wrong, for top-1, else int32."""
+        """Points under each mask, (M, B) or (M, B') with `image_indices`: bool, right or not, for top-1, else int32."""
         n_masks = self._checked(masks)
         indices = torch.arange(len(self._labels)) if image_indices is None else image_indices.cpu()
         keys = [mask_key(masks, mixes, index) for index in range(n_masks)]

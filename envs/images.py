@@ -69,8 +69,8 @@ class ArrayImages:
     """Images in memory, kept in their own type (uint8 takes a quarter of float32) and normalised batch by batch.
 
     `images`: uint8 or floating, (len, C, H, W); `labels`: int64 (len,), or with `n_classes` 0 any targets (len, ...),
-    kept in their own type, of which a batch is int64 or float32. A batch of images is (images * scale - mean) / std with
-    `mean` and `std` one number a channel. `scale` defaults to 1/255 for uint8 and to 1 for floating images.
+    kept in their own type, of which a batch is int64 or float32. A batch of images is (images * scale - mean) / std
+    with `mean` and `std` one number a channel. `scale` defaults to 1/255 for uint8 and to 1 for floating images.
     """
 
     def __init__(

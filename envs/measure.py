@@ -1,16 +1,17 @@
 """What a network is judged by and trained on: a metric for scores and a loss for gradients, carried by the images.
 
-Scores are kept as whole numbers of points, so that sums of them do not depend on batches, chunks or order: one point for
-a right answer under `top1`; for any other metric an image's score is rounded to multiples of 2^-24, which is finer than
-float32 near 1, and counted in these.
+Scores are kept as whole numbers of points, so that sums of them do not depend on batches, chunks or order: one point
+for a right answer under `Top1`; under any other metric an image's score is rounded to a multiple of 2^-24, which is as
+fine as float32 near 1, and counted in these.
 
 Shapes: B images, C classes.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch.nn import functional
 
 from ..rewards.errors import UserError, first_line
 from .images import LabelledImages
-from .metrics import Metric, top1
+from .metrics import Metric, Top1
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Outputs (B, ...) and targets (B, ...) -> a scalar, the mean over the batch."""
@@ -41,17 +42,17 @@ class Measure:
     differs from floating targets by sides of 1 only, such as (B, 1) and (B,), is given their shape.
     """
 
-    metric: Metric = top1
+    metric: Metric = Top1()  # noqa: RUF009 - frozen
     loss: Loss | None = None
 
     @property
     def is_top1(self) -> bool:
         """Whether scores are right or wrong by the largest logit, and targets labels."""
-        return self.metric is top1
+        return isinstance(self.metric, Top1)
 
     @property
     def name(self) -> str:
-        """The metric's name, for people."""
+        """The metric's name, for people, with the arguments that are not the default ones."""
         return _name(self.metric)
 
     @property
@@ -65,9 +66,9 @@ class Measure:
         return torch.bool if self.is_top1 else torch.int32
 
     def points(self, outputs: Any, targets: Tensor) -> Tensor:
-        """Each image's score in points, (B,) bool for `top1`, else int32; UserError for what is no score."""
+        """Each image's score in points, (B,) bool for `Top1`, else int32; UserError for what is no score."""
         if self.is_top1:
-            return top1(output_of(outputs), targets)
+            return self.metric(output_of(outputs), targets)
         scores = self.metric(_fitted(output_of(outputs).float(), targets), targets)
         return (self._checked(scores, len(targets)).clamp(0, 1) * GRID).round().to(torch.int32)
 
@@ -201,12 +202,11 @@ class MeasuredImages:
 
 
 def measured(images: LabelledImages, measure: Measure) -> LabelledImages:
-    """The images, judged by `measure` from now on. UserError for `top1` where the targets are no labels."""
+    """The images, judged by `measure` from now on. UserError for `Top1` where the targets are no labels."""
     if measure.is_top1 and images.n_classes < 1:
-        _, targets = images.batch(torch.arange(1))
         raise UserError(
-            f"The targets are {targets.dtype} {tuple(targets.shape[1:])} an image, but top-1 accuracy needs one integer "
-            "label an image; choose another metric, e.g. metric=mean_iou for class maps or metric=within for numbers."
+            f"A target is {_shown(images.batch(torch.arange(1))[1][0])}, but top-1 accuracy needs one integer label an "
+            "image; choose another metric, e.g. metric=mean_iou for class maps or metric=within for numbers."
         )
     bare = images.images if isinstance(images, MeasuredImages) else images
     return bare if measure == TOP1 else MeasuredImages(bare, measure)
@@ -241,6 +241,10 @@ def _fitted(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def _name(function: Any) -> str:
+    if dataclasses.is_dataclass(function) and not isinstance(function, type):
+        given = {each.name: getattr(function, each.name) for each in fields(function)}
+        chosen = [f"{each.name}={given[each.name]}" for each in fields(function) if given[each.name] != each.default]
+        return type(function).__name__ + (f"({', '.join(chosen)})" if chosen else "")
     function = getattr(function, "func", function)  # of a partial
     return str(getattr(function, "__name__", type(function).__name__))
 

@@ -1,7 +1,7 @@
 """Metrics: how well one image's answer fits its target, from 0 (not at all) to 1 (perfectly).
 
 Any callable (outputs, targets) -> (B,) is one; a network's score is the mean over images, and stands wherever keepdrop
-says accuracy. `top1` is the default. Each image is scored by itself: a score must not depend on the others of its batch.
+says accuracy. `Top1` is the default. Each image is scored by itself: a score must not depend on the rest of the batch.
 
 Shapes: B images, C classes.
 """
@@ -20,9 +20,13 @@ Metric = Callable[[Tensor, Tensor], Tensor]
 """Outputs (B, ...) and targets (B, ...) -> a score an image, (B,), in [0, 1], higher is better."""
 
 
-def top1(outputs: Tensor, targets: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Top1:
     """1 where the largest logit is the label's, else 0: logits (B, C), labels int64 (B,)."""
-    return outputs.argmax(1) == targets
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Logits (B, C), labels (B,) -> (B,) bool."""
+        return outputs.argmax(1) == targets
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def fit_network(
     snapshot: Path | None = None,
     device: torch.device | str | None = None,
 ) -> TrainResult:
-    """Train `model` in place on `data`, with the loss of its measure; mode and frozen parameters come back as they were.
+    """Train `model` in place with the loss that `data` brings; mode and frozen parameters come back as they were.
 
     Same seed, same weights, bitwise, on a CPU with the same number of threads. `teacher` (untouched) is needed when
     `distill_weight` > 0. `progress` is called after every epoch. With `snapshot`, weights and momentum are written

@@ -23,13 +23,15 @@ from ..envs.augment import Augment
 from ..envs.cost import count_cost
 from ..envs.evaluate import accuracy_on
 from ..envs.latency import Latency, measure_latency
+from ..envs.measure import TOP1, Loss, Measure
+from ..envs.metrics import Metric
 from ..envs.pruned_file import KeptChannels, save_pruned
 from ..envs.reconstruction import ReconstructionSettings
 from ..envs.splits import Source, Splits
 from ..envs.target import Target
 from ..envs.task import JudgeSettings, PruningTask
 from ..envs.train_settings import TrainSettings
-from ..envs.training import fit_network
+from ..envs.training import check_augment, fit_network
 from ..rewards.errors import UserError
 from ..rewards.outcome import RewardFunction
 from ..rewards.try_and_learn import TryAndLearn, check_drop_bound
@@ -69,6 +71,9 @@ class Settings:
             it asks for.
         bn_images: fit images on which batch normalisation is measured anew after a cut; 0 leaves it.
         network: how the agent of all layers is trained, with `macs_removed`.
+        metric: what stands wherever accuracy does: (outputs, targets) -> a score in [0, 1] an image, higher is better.
+        loss: what training minimises and Taylor looks at, (outputs, targets) -> their mean loss; None: cross-entropy for
+            integer targets, the mean squared error for floating ones.
     """
 
     reward_from: Source = "test"
@@ -83,6 +88,8 @@ class Settings:
     policy: PolicyFactory = POLICY
     bn_images: int = 0
     network: NetworkSearchSettings = field(default_factory=NetworkSearchSettings)
+    metric: Metric = TOP1.metric
+    loss: Loss | None = None
 
     def __post_init__(self) -> None:
         if self.masks < 2:
@@ -163,9 +170,9 @@ def prune(
     """Train an agent on each layer, remove filters for real, fine-tune, and measure on images nothing was chosen on.
 
     Args:
-        model: trained, maps images (B, C, H, W) to logits (B, classes); never changed.
+        model: trained, maps images (B, C, H, W) to logits (B, classes), or to what the metric takes; never changed.
         train, test: each a map-style dataset of (floating image tensor, integer label) or a pair of tensors
-            (images, labels), normalised as the network takes them.
+            (images, labels), normalised as the network takes them; with another metric than top-1 targets of any shape.
         macs_removed: a target, the fraction of the network's MACs to remove (0.4: 40 %): one agent chooses all layers
             at once. None: an agent a layer removes what `drop_bound` allows.
         drop_bound: accuracy that may be lost before fine-tuning, a fraction (0.02: two points). With a target it stops
@@ -187,7 +194,9 @@ def prune(
     settings = settings or Settings()
     check_drop_bound(drop_bound)
     where = resolve_device(device)
-    splits = three_splits(labelled_data(train, test), settings.reward_from, settings.reward_size, settings.split_seed)
+    data, measure = labelled_data(train, test), Measure(settings.metric, settings.loss)
+    splits = three_splits(data, settings.reward_from, settings.reward_size, settings.split_seed, measure)
+    check_augment(augment, splits.fit)
     dense = copy.deepcopy(model).eval().to(where)
     try_network(dense, splits)
     task = PruningTask(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..envs.images import ArrayImages, DatasetImages, LabelledData, LabelledImages
+from ..envs.measure import TOP1, Measure, MeasuredImages, measured
 from ..envs.splits import Source, Splits, split
 from ..rewards.errors import UserError
 
@@ -36,32 +37,45 @@ def labelled_images(source: Any, name: str, n_classes: int | None = None) -> Lab
 
 
 def _from_tensors(images: Tensor, labels: Tensor, name: str, n_classes: int | None) -> ArrayImages:
-    """Images as the network takes them, floating (n, C, H, W), and labels (n,)."""
-    if images.dim() != 4 or not images.is_floating_point() or labels.shape != images.shape[:1] or not len(images):
+    """Images as the network takes them, floating (n, C, H, W), and labels (n,), or other targets (n, ...)."""
+    if images.dim() != 4 or not images.is_floating_point() or labels.shape[:1] != images.shape[:1] or not len(images):
         raise UserError(
             f"{name} is images {images.dtype} {tuple(images.shape)} and labels {tuple(labels.shape)}; expected "
             "floating images (n, channels, height, width), normalised as the network takes them, and labels (n,)."
         )
-    if labels.is_floating_point() or int(labels.min()) < 0:
-        raise UserError(f"The labels of {name} are {labels.dtype} from {labels.min()}; expected integers from 0.")
-    if not bool(torch.isfinite(images).all()):
-        raise UserError(f"The images of {name} hold NaN or infinite values; mend or remove them.")
-    n_classes = n_classes or int(labels.max()) + 1
-    if int(labels.max()) >= n_classes:
-        raise UserError(f"The labels of {name} must lie in 0..{n_classes - 1}, got {int(labels.max())}.")
+    for what, values in (("images", images), ("targets", labels)):
+        if not bool(torch.isfinite(values).all()):
+            raise UserError(f"The {what} of {name} hold NaN or infinite values; mend or remove them.")
     channels = images.shape[1]
+    n_classes = _count_classes(labels, name, n_classes)
     return ArrayImages(images.detach().cpu().float(), labels.cpu(), [0.0] * channels, [1.0] * channels, n_classes)
 
 
-def three_splits(data: LabelledData, reward_from: Source, reward_size: int | None, seed: int) -> Splits:
+def _count_classes(labels: Tensor, name: str, n_classes: int | None) -> int:
+    """How many classes labels (n,) have, at least `n_classes`; 0 for targets that are no labels."""
+    if n_classes == 0 or labels.dim() != 1 or labels.is_floating_point():
+        return 0
+    if int(labels.min()) < 0:
+        raise UserError(f"The labels of {name} are {labels.dtype} from {labels.min()}; expected integers from 0.")
+    n_classes = n_classes or int(labels.max()) + 1
+    if int(labels.max()) >= n_classes:
+        raise UserError(f"The labels of {name} must lie in 0..{n_classes - 1}, got {int(labels.max())}.")
+    return n_classes
+
+
+def three_splits(
+    data: LabelledData, reward_from: Source, reward_size: int | None, seed: int, measure: Measure = TOP1
+) -> Splits:
     """Fit, reward and report; the reward images are read once and stay in memory.
 
-    `reward_size` None takes a fifth of the source, at most 2,000 images.
+    `reward_size` None takes a fifth of the source, at most 2,000 images. `measure` goes with all three.
     """
     if reward_size is None and reward_from in ("train", "test"):
         reward_size = min(MOST_REWARD_IMAGES, max(1, len(getattr(data, reward_from)) // 5))
-    splits = split(data, reward_from=reward_from, reward_size=reward_size or 0, seed=seed)
-    if isinstance(splits.reward, ArrayImages):
+    splits = split(data, reward_from=reward_from, reward_size=reward_size or 0, seed=seed, measure=measure)
+    bare = splits.reward.images if isinstance(splits.reward, MeasuredImages) else splits.reward
+    if isinstance(bare, ArrayImages):
         return splits
-    images, labels = splits.reward.batch(torch.arange(len(splits.reward)))
-    return dataclasses.replace(splits, reward=_from_tensors(images, labels, "reward", splits.reward.n_classes))
+    images, labels = bare.batch(torch.arange(len(bare)))
+    in_memory = _from_tensors(images, labels, "reward", bare.n_classes)
+    return dataclasses.replace(splits, reward=measured(in_memory, measure))

@@ -43,6 +43,8 @@ INHERITED = (
     "network",
     "split",
     "augment",
+    "metric",
+    "loss",
     "judge",
     "surgery",
     "recovery",
@@ -199,6 +201,7 @@ def apply_metrics(methods: Mapping[str, Method], task: PruningTask, config: Dict
     """What `metrics.json` holds; accuracies are fractions on the report split, opened here for the first time."""
     rows = {name: method_metrics(method, task) for name, method in methods.items()}
     base = {
+        "metric": task.measure.name,
         "base_accuracy": report_accuracy(task.model, task.splits),
         "base_macs": task.base.cost.macs,
         "base_params": task.base.cost.params,

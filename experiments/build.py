@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -16,6 +16,7 @@ from ..envs.augment import Augment
 from ..envs.checkpoint import load_checkpoint
 from ..envs.data import from_datasets
 from ..envs.images import LabelledData
+from ..envs.measure import TOP1, Measure
 from ..envs.splits import Splits, split
 from ..envs.task import LayerTask
 from ..rewards.errors import UserError
@@ -64,11 +65,48 @@ def build_data(node: DictConfig) -> LabelledData:
 
 
 def build_splits(config: DictConfig) -> Splits:
-    """The three splits of a root configuration."""
-    chosen = config.split
+    """The three splits of a root configuration, with its metric and loss."""
+    chosen, measure = config.split, build_measure(config)
     return split(
-        build_data(config.data), reward_from=chosen.reward_from, reward_size=chosen.reward_size, seed=chosen.seed
+        build_data(config.data),
+        reward_from=chosen.reward_from,
+        reward_size=chosen.reward_size,
+        seed=chosen.seed,
+        measure=measure,
     )
+
+
+def build_measure(config: DictConfig) -> Measure:
+    """The metric and the loss of a root configuration; a run of an earlier version has neither."""
+    metric, loss = (
+        None if config.get(what) is None else build_function(config[what], what) for what in ("metric", "loss")
+    )
+    return Measure(metric or TOP1.metric, loss)
+
+
+def build_function(node: DictConfig, what: str) -> Callable[..., Any]:
+    """A function of outputs and targets: the one `_target_` names, other keys as arguments, or an object of a class.
+
+    A function there that makes such functions needs `_partial_: false`.
+    """
+    if not OmegaConf.is_missing(node, "_target_") and "_partial_" not in node and _is_function(node["_target_"]):
+        node = OmegaConf.create({**OmegaConf.to_container(node, resolve=True), "_partial_": True})
+    made = build(node, what)
+    if not callable(made):
+        raise UserError(
+            f"{what}._target_={node['_target_']} made a {type(made).__name__}; expected a function of outputs and "
+            "targets."
+        )
+    return made
+
+
+def _is_function(path: str) -> bool:
+    """Whether an import path names a callable that is no class; what fails here is explained by `build`."""
+    try:
+        found = get_object(path)
+    except Exception:
+        return False
+    return callable(found) and not isinstance(found, type)
 
 
 def network_constructor(node: DictConfig, seed: int = 0) -> Constructor:

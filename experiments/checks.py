@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -37,20 +37,24 @@ def call_policy_factory(factory: PolicyFactory, n_filters: int, n_weights: int, 
 
 
 def try_network(model: nn.Module, splits: Splits) -> None:
-    """Run the network on two images, in evaluation mode; whatever goes wrong in it is a `UserError`."""
-    images, _ = splits.fit.batch(torch.arange(min(2, len(splits.fit))))
+    """Run the network on two images, in evaluation mode; whatever goes wrong in it or its measure is a `UserError`."""
+    images, targets = splits.fit.batch(torch.arange(min(2, len(splits.fit))))
     shape = tuple(images.shape)
     device = next((parameter.device for parameter in model.parameters()), None)
     try:
         with torch.no_grad(), evaluating(model):
-            logits = model(images.to(device))
+            outputs = model(images.to(device))
     except Exception as error:
         raise UserError(
             f"The network fails on images of shape {shape} ({type(error).__name__}: {first_line(error)}); give one "
             "that takes them: network=NAME, or its arguments."
         ) from error
+    if not splits.measure.is_top1:
+        splits.measure.try_out(outputs, targets.to(device))
+        return
     expected = (len(images), splits.fit.n_classes)
-    got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+    logits = outputs.get("out") if isinstance(outputs, Mapping) else outputs
+    got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(outputs).__name__
     if not isinstance(got, tuple) or len(got) != 2 or got[0] != expected[0] or got[1] < expected[1]:
         raise UserError(
             f"The network returns {got} for images of shape {shape}; expected logits of shape {expected}: one row "

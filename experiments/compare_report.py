@@ -40,6 +40,7 @@ def summary(choices: Choices, jobs: Sequence[Job], config: DictConfig, folder: R
         if done:
             rows.append(cell | _row(done, list(config.stages), folder))
     return {
+        "metric": task.measure.name,
         "base_accuracy": accuracy_on(task.model, task.splits.report),
         "base_reward_accuracy": task.base.accuracy,
         "base_macs": task.base.cost.macs,

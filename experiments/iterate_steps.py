@@ -20,7 +20,8 @@ from ..envs.cost import Cost, count_cost
 from ..envs.group_cost import pruned_cost
 from ..envs.groups import FilterGroup
 from ..envs.images import LabelledImages
-from ..envs.observation import STATISTIC_NAMES, observe
+from ..envs.measure import measure_of
+from ..envs.observation import STATISTIC_NAMES, Observation, observe
 from ..envs.running_scores import RUNNING, RunningScores, collecting
 from ..envs.target import SLACK
 from ..envs.training import TrainProgress, TrainSettings, fit_network
@@ -110,11 +111,10 @@ def train_and_score(
     if settings.criterion in RUNNING:
         return {group.name: _running(seen, group, settings.criterion) for group in groups}
     images, labels = data.batch(torch.arange(min(FEW, len(data))))
-    device = next(model.parameters()).device
-    return {
-        group.name: _resting(model.eval(), group, images.to(device), labels.to(device), settings.criterion, seed)
-        for group in groups
-    }
+    device, model = next(model.parameters()).device, model.eval()
+    images, labels, measure = images.to(device), labels.to(device), measure_of(data)
+    seen_at_rest = {group.name: observe(model, group, images, labels, measure=measure) for group in groups}
+    return {name: _resting(name, each, settings.criterion, seed) for name, each in seen_at_rest.items()}
 
 
 def _running(seen: RunningScores, group: FilterGroup, criterion: str) -> Tensor:
@@ -123,9 +123,9 @@ def _running(seen: RunningScores, group: FilterGroup, criterion: str) -> Tensor:
     return scores(observation, (criterion,), criterion)
 
 
-def _resting(model: nn.Module, group: FilterGroup, images: Tensor, labels: Tensor, criterion: str, seed: int) -> Tensor:
-    found = {name: torch.from_numpy(each) for name, each in observe(model, group, images, labels).as_dict().items()}
-    generator = torch.Generator().manual_seed(derive_seed(seed, criterion, group.name))
+def _resting(name: str, observation: Observation, criterion: str, seed: int) -> Tensor:
+    found = {key: torch.from_numpy(each) for key, each in observation.as_dict().items()}
+    generator = torch.Generator().manual_seed(derive_seed(seed, criterion, name))
     return scores(found, STATISTIC_NAMES, criterion, generator)
 
 

@@ -136,7 +136,8 @@ def layer_facts(
         bar.advance(done + layer.n_filters * images / of, name)
 
     images, labels = task.reward_images
-    found = filter_oracle(task.model, layer.group, images, labels, method=task.settings.method, progress=show_progress)
+    how = {"measure": task.measure, "method": task.settings.method, "progress": show_progress}
+    found = filter_oracle(task.model, layer.group, images, labels, **how)
     seen = observation_tensors(layer)
     given = layer_scores(name, seen, config)
     if name in agents:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ..agent.saved_agent import AgentMismatch, check_agent
@@ -20,6 +20,7 @@ from ..envs.reconstruction import Reconstruction, ReconstructionSettings
 from ..envs.splits import Splits
 from ..envs.target import MacsMeter, Target
 from ..envs.task import Base, JudgeSettings, PruningTask, measure_base
+from ..envs.training import TrainSettings, check_augment
 from ..rewards.try_and_learn import check_drop_bound
 from .agents import load_agents
 from .build import (
@@ -70,8 +71,8 @@ def prepare(config: DictConfig) -> Inputs:
     settings(config.judge, JudgeSettings)
     limits = settings(config.surgery, Limits)
     device = resolve_device(config.device)
-    build_augment(config.augment)
-    splits = build_splits(config)
+    augment, splits = build_augment(config.augment), build_splits(config)
+    check_augment(augment, splits.fit)
     construct = network_constructor(config.network, derive_seed(config.seed, "init"))
     dense = base = None
     if config.checkpoint is not None:
@@ -81,10 +82,20 @@ def prepare(config: DictConfig) -> Inputs:
     example = splits.reward.batch(torch.arange(1))[0].to(device)
     model = dense if dense is not None else construct().eval().to(device)
     try_network(model, splits)
+    check_losses(config, splits)
     plan = find_groups(model, example)
     groups = select_groups(plan, plain(config.get("layers")))
     check_limits(limits, model, plan, groups)
     return Inputs(splits, construct, device, groups, dense, base)
+
+
+def check_losses(config: DictConfig, splits: Splits) -> None:
+    """Refuse label smoothing in any training of a command where the loss knows none, with a `UserError`."""
+    targets = splits.fit.batch(torch.arange(1))[1]
+    for name in ("base", "train", "finetune", "recovery.train"):
+        node = OmegaConf.select(config, name)
+        if node is not None:
+            splits.measure.check_smoothing(settings(node, TrainSettings).label_smoothing, targets)
 
 
 def check_search(config: DictConfig, inputs: Inputs) -> None:

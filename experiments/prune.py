@@ -75,7 +75,8 @@ def prune_network(inputs: Inputs, config: DictConfig, folder: RunFolder, termina
     tracker = Tracker(folder / "tensorboard")
     task = begin_task(inputs, config, folder, terminal, tracker)
     dense = task.model
-    terminal.say(f"Base accuracy on {len(inputs.splits.reward)} reward images: {100 * task.base.accuracy:.2f} %")
+    name = "accuracy" if task.measure.is_top1 else task.measure.name
+    terminal.say(f"Base {name} on {len(inputs.splits.reward)} reward images: {100 * task.base.accuracy:.2f} %")
     pruned_task, kept, records = run_schedule(task, config, folder, terminal, tracker)
     write_curves(task, records, folder, terminal, config.controls, config.seed)
     pruned = pruned_task.model

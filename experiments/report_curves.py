@@ -93,7 +93,7 @@ def control_curves(
     with terminal.progress("controls", len(deciders) * len(records)) as bar:
         for name, decide in deciders.items():
             curves[name] = _accuracies(task, decide, list(counts), images, seed, bar, name)
-    return {"n_images": len(images), "base_accuracy": int(base.sum()) / len(images), "methods": curves}
+    return {"n_images": len(images), "base_accuracy": task.measure.fraction(base), "methods": curves}
 
 
 def _accuracies(

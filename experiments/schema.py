@@ -70,6 +70,8 @@ class RootConfig:
     data: Any = None
     network: Any = None
     augment: Any = None
+    metric: Any = None
+    loss: Any = None
     split: SplitConfig = field(default_factory=SplitConfig)
 
 
@@ -157,6 +159,8 @@ class ApplyConfig:
     split: Any = None
     drop_bound: float | None = None
     augment: Any = None
+    metric: Any = None
+    loss: Any = None
     judge: Any = None
     surgery: Any = None
     recovery: Any = None

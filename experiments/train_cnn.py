@@ -9,9 +9,9 @@ from omegaconf import DictConfig
 
 from ..envs.checkpoint import save_weights
 from ..envs.cost import count_cost
-from ..envs.evaluate import count_correct
+from ..envs.evaluate import accuracy_on
 from ..envs.splits import Splits
-from ..envs.training import TrainSettings
+from ..envs.training import TrainSettings, check_augment
 from .base import WEIGHTS, train_base
 from .build import build_augment, build_splits, network_constructor
 from .checks import resolve_device, try_network
@@ -53,8 +53,8 @@ def check(config: DictConfig) -> None:
     """Find every mistake of the user's before anything is written."""
     settings(config.base, TrainSettings)
     resolve_device(config.device)
-    build_augment(config.augment)
-    splits = build_splits(config)
+    augment, splits = build_augment(config.augment), build_splits(config)
+    check_augment(augment, splits.fit)
     try_network(network_constructor(config.network)(), splits)
 
 
@@ -81,6 +81,6 @@ def metrics_of(model: torch.nn.Module, splits: Splits) -> dict[str, Any]:
     cost = count_cost(model, example.to(next(model.parameters()).device))
     accuracies: dict[str, float] = {}
     for role in ("reward", "report"):
-        correct, total = count_correct(model, getattr(splits, role))
-        accuracies |= {f"{role}_accuracy": correct / total, f"n_{role}": total}
-    return accuracies | {"macs": cost.macs, "params": cost.params}
+        images = getattr(splits, role)
+        accuracies |= {f"{role}_accuracy": accuracy_on(model, images), f"n_{role}": len(images)}
+    return accuracies | {"metric": splits.measure.name, "macs": cost.macs, "params": cost.params}
