@@ -72,8 +72,8 @@ class Settings:
         bn_images: fit images on which batch normalisation is measured anew after a cut; 0 leaves it.
         network: how the agent of all layers is trained, with `macs_removed`.
         metric: what stands wherever accuracy does: (outputs, targets) -> a score in [0, 1] an image, higher is better.
-        loss: what training minimises and Taylor looks at, (outputs, targets) -> their mean loss; None: cross-entropy for
-            integer targets, the mean squared error for floating ones.
+        loss: what training minimises and Taylor looks at, (outputs, targets) -> their mean loss; None: cross-entropy
+            for integer targets, the mean squared error for floating ones.
     """
 
     reward_from: Source = "test"
