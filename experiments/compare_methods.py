@@ -20,13 +20,12 @@ from ..envs.target import MacsMeter, Target, keep_best, spread_evenly
 from ..envs.task import PruningTask
 from ..rewards.errors import UserError
 from .decide import observation_tensors
-from .network_search import best_of, finalists_of
+from .network_search import best_of
 from .seeds import derive_seed
 
 Masks = dict[str, Tensor]
 PEERS = ("torch-pruning", "torch-pruning-global")  # uniform, global
-HEATS = NetworkAgentSettings().top_k  # masks of a random search that are judged again on all images, as an agent's are
-FINALISTS = 5  # of these judged exactly, as many as an agent's greedy mask and its best sampled ones
+FINALISTS = NetworkAgentSettings().top_k + 1  # of a random search: an agent's greedy mask and its best sampled ones
 MEAN_RANKED = ("l1", "taylor")
 LOWEST_WEIGHT = 0.2  # of a layer in a random allocation; the highest is 1
 AGENT, FOLLOWS = "agent", "-at-agent"
@@ -145,17 +144,15 @@ class RandomBest:
         (quick, exact), meter = self.judges(task), meter_of(task, target)
         count = self.evaluations(task, target, seed)
         some = None if self.images is None else torch.randperm(quick.n_images, generator=generator)[: self.images]
-        n_heats = HEATS if count > 4 * HEATS else 0
         n_finalists = min(FINALISTS, max(1, count // 2))
         found: list[tuple[float, Tensor]] = []
-        for _ in range(max(1, count - n_heats - n_finalists)):
+        for _ in range(max(1, count - n_finalists)):
             keep = quick.joined(self._draw(task, meter, target, generator))
             found.append((quick.outcomes(keep[None], some)[0].pruned_accuracy, keep))
         found.sort(key=lambda pair: -pair[0])
-        heats = [keep for _, keep in found[:n_heats]]
-        finalists = finalists_of(quick, heats, FINALISTS) if heats else [keep for _, keep in found[:n_finalists]]
+        finalists = [keep for _, keep in found[:n_finalists]]
         best, judged = best_of(exact, finalists)
-        self.facts = {"mask_evaluations": len(found) + n_heats + len(judged), "judged_accuracy": judged[best]}
+        self.facts = {"mask_evaluations": len(found) + len(judged), "judged_accuracy": judged[best]}
         return exact.named(finalists[best])
 
     def _draw(self, task: PruningTask, meter: MacsMeter, target: Target, generator: torch.Generator) -> Masks:

@@ -24,7 +24,6 @@ from ..rewards.outcome import Outcome, Reward
 from .seeds import derive_seed
 
 STEP = 0.01  # of the MACs
-FINALISTS = 4  # sampled masks that are repaired and judged as finely as the final cut
 Report = Callable[[NetworkTrainer, Mapping[str, float]], None]
 
 
@@ -48,9 +47,9 @@ class NetworkSearchSettings:
 
     masks: int = 10
     images: int | None = 500
-    repair_images: int = 256
+    repair_images: int = 512
     repair_places: int = 16
-    warm_start: str = "l1"
+    warm_start: str = "l2"
     agent: NetworkAgentSettings = field(default_factory=NetworkAgentSettings)
 
     def __post_init__(self) -> None:
@@ -100,7 +99,7 @@ class NetworkAgent:
         trainer = NetworkTrainer(env, policy, projection(joint, target), settings.agent, generator)
         self._train(trainer, env, seed)
         self.policy = policy
-        return joint.named(self._settle(trainer, joint))
+        return joint.named(self._settle(trainer))
 
     def _train(self, trainer: NetworkTrainer, env: FilterPruningVectorEnv, seed: int) -> None:
         if self.state is not None and self.state.is_file():
@@ -114,34 +113,21 @@ class NetworkAgent:
             if self.report is not None:
                 self.report(trainer, metrics)
 
-    def _settle(self, trainer: NetworkTrainer, rough: JointTask) -> Tensor:
+    def _settle(self, trainer: NetworkTrainer) -> Tensor:
         """The mean policy's mask or one of the best sampled ones, whichever the whole reward split prefers."""
-        exact, sampled = self.judge, [scored.mask for scored in trainer.best.masks]
-        heats = sampled if len(sampled) > FINALISTS else []
-        sampled = finalists_of(rough, heats, FINALISTS) if heats else sampled
-        candidates = [trainer.mask(), *sampled]
-        best, accuracies = best_of(exact, candidates)
-        searched, judged = len(trainer.history) * self.settings.masks, len(heats) + len(candidates)
-        images = self.settings.images or exact.n_images
+        candidates = [trainer.mask(), *(scored.mask for scored in trainer.best.masks)]
+        best, accuracies = best_of(self.judge, candidates)
+        searched = len(trainer.history) * self.settings.masks
+        images = self.settings.images or self.judge.n_images
         self.facts = {
-            "mask_evaluations": searched + judged,
-            "mask_images": searched * images + judged * exact.n_images,
+            "mask_evaluations": searched + len(candidates),
+            "mask_images": searched * images + len(candidates) * self.judge.n_images,
             "decided_by": "agent" if best == 0 else "best sampled mask",
             "greedy_accuracy": accuracies[0],
             "judged_accuracy": accuracies[best],
             "reward_curve": [metrics["reward_mean"] for metrics in trainer.history],
         }
         return candidates[best]
-
-
-def finalists_of(rough: JointTask, masks: Sequence[Tensor], count: int) -> list[Tensor]:
-    """The `count` masks that are worth an exact judgement: the best on the whole reward split under the rough repair.
-
-    What a mask won by in an update, on a few images, is mostly luck.
-    """
-    accuracies = best_of(rough, masks)[1]
-    order = sorted(range(len(masks)), key=lambda index: -accuracies[index])
-    return [masks[index] for index in order[:count]]
 
 
 def best_of(joint: JointTask, candidates: Sequence[Tensor]) -> tuple[int, list[float]]:

@@ -1,7 +1,6 @@
 """One agent for a whole network at a MACs target: prune, resume, apply, and what is refused."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -84,17 +83,6 @@ def test_an_interrupted_search_goes_on_bit_for_bit(keepdrop, checkpoint, tmp_pat
 
 def _records(*found):
     return [each if isinstance(each, list) else each["groups"] for each in found]
-
-
-def test_masks_are_judged_again_on_all_images_before_a_few_are_judged_exactly():
-    from keepdrop.experiments.network_search import finalists_of
-
-    class Judge:
-        def outcomes(self, masks):
-            return [SimpleNamespace(pruned_accuracy=float(mask.sum())) for mask in masks]
-
-    masks = [torch.tensor(row, dtype=torch.bool) for row in ([1, 0, 0], [1, 1, 1], [0, 1, 1], [0, 0, 1])]
-    assert finalists_of(Judge(), masks, 2) == [masks[1], masks[2]]
 
 
 def test_a_trained_agent_prunes_a_checkpoint_it_has_never_seen(keepdrop, checkpoint, tmp_path):
