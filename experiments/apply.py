@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from .decide import AskCriterion, Decider
 from .doors import begin_or_resume, hydra_door, plain, settings
 from .facts import keep_facts
 from .finish import Networks, finetune, group_facts, remarks, report_accuracy, save_result
+from .mistakes import groups, nearest
 from .network_decide import AskNetworkAgent, AskNetworkCriterion, NetworkDecider, check_network_fit
 from .network_schedule import NetworkSchedule
 from .prepare import Inputs, prepare
@@ -89,10 +90,45 @@ def completed(config: DictConfig) -> DictConfig:
         inherited = trained.get(key) if trained.get(key) is not None else defaults[key]
         given = filled.get(key)
         filled[key] = inherited if given is None else given
-        if OmegaConf.is_dict(given) and OmegaConf.is_dict(inherited) and "_target_" not in given:
+        if given is not None and OmegaConf.is_dict(inherited) and not OmegaConf.is_dict(given):
+            raise UserError(f"{key} is {given!r}; expected settings below it: {key}.NAME=VALUE.")
+        if OmegaConf.is_dict(given) and "_target_" not in given:
+            check_known(key, plain(given), [plain(inherited), plain(defaults[key])])
             filled[key] = OmegaConf.merge(OmegaConf.create(OmegaConf.to_container(inherited)), given)
     filled.layers = known[GROUP_NAME].facts["groups"] if GROUP_NAME in known else list(known)
     return filled
+
+
+def dotted(arguments: Sequence[str]) -> list[str]:
+    """The overrides as Hydra takes them where what they name is null until the run is read.
+
+    `finetune.epochs=1` gets two pluses, an option of a group (`data=npz`) one. Beside an option Hydra knows the keys of
+    that group, and checks them.
+    """
+    chosen = {each.partition("=")[0] for each in arguments} & set(groups()) & set(INHERITED)
+
+    def plus(override: str) -> str:
+        key, _, value = override.partition("=")
+        head, dot, _ = key.partition(".")
+        if key in chosen:
+            return "" if value.startswith("{") or value == "null" else "+"
+        return "++" if dot and head in INHERITED and head not in chosen else ""
+
+    return [plus(each) + each for each in arguments]
+
+
+def check_known(key: str, given: Mapping[str, Any], known: Sequence[Any]) -> None:
+    """UserError for a setting below `key` that none of the `known` mappings has; null and lists end the search."""
+    there = [each for each in known if isinstance(each, Mapping)]
+    names = list(dict.fromkeys(name for each in there for name in each))
+    for name, value in given.items():
+        if name not in names:
+            hint = nearest(name, names).replace("'", f"'{key}.", 1)
+            hint = hint or (f"expected one of {', '.join(names)}." if names else f"{key} is one value: {key}=VALUE.")
+            raise UserError(f"keepdrop apply has no setting '{key}.{name}'; {hint}")
+        below = [each[name] for each in there if name in each]
+        if isinstance(value, Mapping) and any(isinstance(each, Mapping) for each in below):
+            check_known(f"{key}.{name}", value, below)
 
 
 def check(config: DictConfig) -> Inputs:

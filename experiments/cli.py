@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ..rewards.errors import UserError
 from . import completion
-from .mistakes import DISK_ERRORS, check_flags, explain, nearest
+from .mistakes import DISK_ERRORS, check_flags, explain, groups, nearest
 
 COMMANDS = {
     "prune": "shrink a trained CNN: train an agent per layer, remove filters, fine-tune, report",
@@ -81,6 +81,13 @@ def _settings(command: str, arguments: Sequence[str]) -> list[str]:
     rest = [argument for argument in arguments if argument != "--quiet"]
     if len(rest) < len(arguments) and command not in LOUD:
         rest.append("quiet=true")
+    if command == "apply":
+        from .apply import dotted  # loads torch, which the list of commands does without
+
+        rest = dotted(rest)
+    else:
+        nulled = {f"{name}=null": f"~{name}" for name in groups()}  # Hydra's way to leave a group out
+        rest = [nulled.get(each, each) for each in rest]
     if command not in POSITIONAL:
         return rest
     bare = [each for each in rest if not each.startswith("-") and ("=" not in each or Path(each).exists())]

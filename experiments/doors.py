@@ -14,9 +14,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ValidationError
 
 from ..rewards.errors import UserError
 from .console import Terminal
+from .mistakes import expected
 from .run_folder import CONFIG, FACTS, METRICS, RunFolder
 from .schema import register_schemas, structured
 
@@ -177,7 +179,12 @@ def plain(node: Any) -> Any:
 
 def settings(node: Any, kind: type[SettingsT]) -> SettingsT:
     """A settings object (frozen dataclass) from its part of the configuration, checked against its types."""
-    merged = OmegaConf.merge(structured(kind), node)
+    try:
+        merged = OmegaConf.merge(structured(kind), node)
+    except ValidationError as error:
+        key = str(error.full_key)
+        where = ".".join(part for part in (str(node._get_full_key(None)), key) if part)
+        raise UserError(f"{where} is {OmegaConf.select(node, key)!r}; expected {expected(error)}.") from error
     try:
         built = OmegaConf.to_object(merged)
     except ValueError as error:

@@ -6,6 +6,7 @@ import difflib
 import errno
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from importlib import resources
 
 from hydra import compose, initialize_config_module
@@ -43,7 +44,7 @@ def explain(error: BaseException, root: str, arguments: Sequence[str]) -> str:
     if found := re.search(r"Could not override '(?:.*/)?([^'@]+)'", text):
         return _unknown_key(found[1], root, arguments)
     if found := re.search(r"Error merging override ([^=]+)=(.*)", text):
-        return f"{found[1].lstrip('+')} is {found[2]!r}; expected {_expected(error)}."
+        return f"{found[1].lstrip('+')} is {found[2]!r}; expected {expected(error)}."
     return _bare(error)
 
 
@@ -96,12 +97,13 @@ def known_keys(root: str, arguments: Sequence[str] = ()) -> list[str]:
 
     chosen = [argument for argument in arguments if argument.split("=")[0] in groups()]
     register_schemas()
+    # Where a group is null by itself its option is added, not chosen anew.
+    ways = (chosen, [f"+{each}" for each in chosen], [])
     with initialize_config_module(CONF, version_base="1.3"):
-        try:
-            config = compose(root, overrides=chosen)
-        except HydraException:
-            config = compose(root)
-    return list(_flat(config))
+        for overrides in ways:
+            with suppress(HydraException):
+                return list(_flat(compose(root, overrides=overrides)))
+    return []
 
 
 def _flat(node: DictConfig, prefix: str = "") -> Iterator[str]:
@@ -133,7 +135,8 @@ def _missing_option(error: MissingConfigException) -> str:
     return f"The group {group!r} has no option {option!r}; {f'{hint} It' if hint else 'it'} has {', '.join(options)}."
 
 
-def _expected(error: BaseException) -> str:
+def expected(error: BaseException) -> str:
+    """What a value that does not fit its setting should have been."""
     reason = str(error.__cause__ or error)
     if found := re.search(r"could not be converted to (\w+)|is not a valid (bool)", reason):
         kinds = {"Integer": "a whole number", "Float": "a number", None: "true or false"}

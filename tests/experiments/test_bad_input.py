@@ -211,6 +211,31 @@ def test_no_agents(refused, checkpoint, tmp_path):
     assert refused("prune", "warm_start=empty").startswith("No trained agent in 'empty';")
 
 
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("finetune.epoch=1", "keepdrop apply has no setting 'finetune.epoch'; did you mean 'finetune.epochs'?"),
+        (
+            "recovery.train.epoch=1",
+            "keepdrop apply has no setting 'recovery.train.epoch'; did you mean 'recovery.train.epochs'?",
+        ),
+        ("data.path=x", "keepdrop apply has no setting 'data.path'; expected one of _target_, seed, test_fraction."),
+        ("drop_bound.x=1", "drop_bound.x is '1'; expected a number."),
+        ("finetune.epochs=many", "finetune.epochs is 'many'; expected a number."),
+        ("finetune=3", "finetune is 3; expected settings below it: finetune.NAME=VALUE."),
+        ("data=npz", "data.path is not set; expected a value: give data.path=VALUE."),
+        ("data=nz", "The group 'data' has no option 'nz'; did you mean 'npz'? It has custom, digits, npz."),
+    ],
+)
+def test_apply_overrides_what_it_inherits(refused, checkpoint, finished, override, sentence):
+    assert refused("apply", f"agents={finished}", f"checkpoint={checkpoint}", override) == sentence
+
+
+def test_apply_with_an_option_of_a_group(refused, checkpoint, finished):
+    sentence = refused("apply", f"agents={finished}", f"checkpoint={checkpoint}", "data=npz", "data.pth=x")
+    assert sentence == "keepdrop apply has no setting 'data.pth'; did you mean 'data.path'?"
+
+
 def test_unknown_control(refused, finished, checkpoint):
     sentence = refused("apply", f"agents={finished}", f"checkpoint={checkpoint}", "controls=[l3]")
     assert sentence.startswith("controls has 'l3'; expected any of l1, ")

@@ -156,7 +156,8 @@ def test_agents_are_trained_and_applied(keepdrop, checkpoint, tmp_path):
         "apply",
         "agents=agents",
         "checkpoint=other/model.safetensors",
-        "+finetune.epochs=0.3",
+        "finetune.epochs=0.3",
+        "recovery.train.epochs=0",
         "run_dir=applied",
     ]
     result = keepdrop(*command)
@@ -167,6 +168,9 @@ def test_agents_are_trained_and_applied(keepdrop, checkpoint, tmp_path):
     assert counts[0] == counts[1] == counts[2] and sum(counts[0]) < 32
     assert metrics["base_accuracy"] == read(tmp_path / "other/metrics.json")["report_accuracy"]
     assert all(row["finetuned_accuracy"] is not None for row in metrics["methods"].values())
+    config = OmegaConf.load(tmp_path / "applied/config.yaml")
+    trained = OmegaConf.load(tmp_path / "agents/0/config.yaml")
+    assert config.finetune.epochs == 0.3 and config.recovery.train.epochs == 0 and config.judge == trained.judge
     assert keepdrop("apply", "resume=applied").code == 0
 
 
