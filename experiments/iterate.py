@@ -28,7 +28,7 @@ from .console import Terminal
 from .doors import begin_or_resume, hydra_door, settings
 from .finish import Networks, finetune, metrics_of, save_result, show_results, write_results
 from .iterate_curve import write_curve
-from .iterate_steps import Goal, IterateSettings, from_lists, removal, train_and_score
+from .iterate_steps import Allowed, Goal, IterateSettings, from_lists, removal, train_and_score
 from .prepare import Inputs, prepare
 from .report import keep_report
 from .run_folder import RunFolder
@@ -143,6 +143,7 @@ class Iteration:
                 self._show(bar)
                 masks = {} if self._is_over() else self._removal(state)
                 if not masks:
+                    self._say_why_it_stops()
                     break
                 state = state.after(masks)
         if self._is_broken() and len(self.records) > 1:
@@ -208,7 +209,19 @@ class Iteration:
             return from_lists(state.groups, {name: each for name, each in gone.items() if each})
         scores = {name: torch.tensor(each, dtype=torch.float64) for name, each in self.records[-1]["scores"].items()}
         base, example = self.task.base.cost, self.task.example
-        return removal(state.model, state.groups, scores, self.settings, self.goal, base, example)
+        return removal(state.model, state.groups, scores, self.settings, self.goal, base, example, self._allowed(state))
+
+    def _allowed(self, state: State) -> Allowed:
+        """What the limits leave open now; they count and number filters as the dense network has them."""
+        task = self.task
+        if task.limits.none:
+            return Allowed()
+        protected = {
+            name: {place for place, filter_ in enumerate(state.left[name]) if filter_ in stay}
+            for name, stay in task.limits.protect.items()
+            if name in state.left
+        }
+        return Allowed({group.name: task.limits.counts(task.model, group) for group in task.groups}, protected)
 
     def _is_over(self) -> bool:
         last = self.records[-1]
@@ -217,6 +230,13 @@ class Iteration:
     def _is_broken(self) -> bool:
         bound = self.goal.drop_bound
         return bound is not None and self.task.base.accuracy - self.records[-1]["accuracy"] > bound + 1e-9
+
+    def _say_why_it_stops(self) -> None:
+        if not self._is_over() and self.goal.removed is not None:
+            self.terminal.warn(
+                f"{100 * self.goal.removed:g} % of the {self.goal.resource} cannot be removed: no layer can lose any "
+                "more filters."
+            )
 
     def _back(self) -> State:
         """The step before the last one, which is still on disk; the last one broke the bound."""

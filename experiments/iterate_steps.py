@@ -7,8 +7,8 @@ Shapes: N filters of a group.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -146,6 +146,27 @@ def ranking(
     return [(position, number) for _, position, number in sorted(flat)]
 
 
+@dataclass(frozen=True)
+class Allowed:
+    """What the limits of the surgery leave open, by group name; a group that is not named may lose all but one.
+
+    Args:
+        counts: numbers of filters that may be left.
+        protected: numbers, as the group has them now, of filters that stay.
+    """
+
+    counts: Mapping[str, Collection[int]] = field(default_factory=dict)
+    protected: Mapping[str, Collection[int]] = field(default_factory=dict)
+
+    def least(self, name: str) -> int:
+        """Filters that a group keeps in any case."""
+        return max(1, min(self.counts.get(name, (1,))))
+
+    def fits(self, name: str, count: int) -> bool:
+        """Whether a group may be left with so many."""
+        return name not in self.counts or count in self.counts[name]
+
+
 def removal(
     model: nn.Module,
     groups: Sequence[FilterGroup],
@@ -154,23 +175,30 @@ def removal(
     goal: Goal,
     base: Cost,
     example: Tensor,
+    allowed: Allowed | None = None,
 ) -> dict[FilterGroup, Tensor]:
     """Masks (N,) of the next step: the `step` least important filters go, fewer where the goal is met before.
 
-    The last filter of a group stays. Empty when nothing can go.
+    The last filter of a group stays. Under `allowed` counts filters of a group wait until as many are among the least
+    important ones as may go together, so a step can be a few filters longer. Empty when nothing can go.
     """
-    cost = count_cost(model, example)
+    cost, allowed = count_cost(model, example), allowed or Allowed()
     masks: dict[FilterGroup, Tensor] = {}
     counts = {group: group.n_filters for group in groups}
+    waiting: dict[FilterGroup, list[int]] = {group: [] for group in groups}
     gone = 0
     for position, number in ranking(model, cost, groups, found, settings):
         group = groups[position]
-        if gone == settings.step or goal.is_met(base, *pruned_cost(model, cost, counts)):
+        if gone >= settings.step or goal.is_met(base, *pruned_cost(model, cost, counts)):
             break
-        if counts[group] > 1:
-            masks.setdefault(group, torch.ones(group.n_filters, dtype=torch.bool))[number] = False
-            counts[group] -= 1
-            gone += 1
+        left = counts[group] - len(waiting[group]) - 1
+        if left < allowed.least(group.name) or number in allowed.protected.get(group.name, ()):
+            continue
+        waiting[group].append(number)
+        if allowed.fits(group.name, left):
+            masks.setdefault(group, torch.ones(group.n_filters, dtype=torch.bool))[waiting[group]] = False
+            counts[group], gone = left, gone + len(waiting[group])
+            waiting[group] = []
     return masks
 
 

@@ -14,7 +14,7 @@ from keepdrop.envs.evaluate import count_correct
 from keepdrop.envs.networks import small_cnn
 from keepdrop.envs.pruned_file import load_pruned
 from keepdrop.envs.training import TrainSettings
-from keepdrop.experiments.iterate_steps import Goal, IterateSettings, ranking, removal, train_and_score
+from keepdrop.experiments.iterate_steps import Allowed, Goal, IterateSettings, ranking, removal, train_and_score
 from keepdrop.rewards.errors import UserError
 
 SMALL = [
@@ -80,6 +80,23 @@ def test_a_step_takes_as_many_as_asked_and_never_the_last(network):
     }
     masks = removal(model, groups, SCORES, settings(step=50), goal, cost, example)
     assert {group.name: int(keep.sum()) for group, keep in masks.items()} == {"conv1": 1, "conv2": 1}
+
+
+def test_limits_hold_in_every_step(network):
+    """conv1 may have 4 or 2 filters, conv2 6 or 3; conv1's filter 3 stays, though it is worth nothing."""
+    model, groups, cost, example = network
+    allowed = Allowed({"conv1": [2, 4], "conv2": [3, 6]}, {"conv1": {3}})
+    goal = Goal(0.99, "macs", None)
+    one = removal(model, groups, SCORES, settings(step=1), goal, cost, example, allowed)
+    # Filter 1 of conv1 comes first, but waits for a second one; conv2 has three of its own before that.
+    assert {group.name: keep.tolist() for group, keep in one.items()} == {
+        "conv2": [True, False, False, False, True, True]
+    }
+    everything = removal(model, groups, SCORES, settings(step=50), goal, cost, example, allowed)
+    assert {group.name: keep.tolist() for group, keep in everything.items()} == {
+        "conv1": [False, False, True, True],
+        "conv2": [True, False, False, False, True, True],
+    }
 
 
 def test_the_last_step_stops_at_the_goal(network):
@@ -171,6 +188,19 @@ def test_killed_and_resumed_ends_the_same(spawn, keepdrop, tmp_path, checkpoint,
     assert weights(tmp_path / "run") == weights(iterated)
 
 
+def test_surgery_limits(keepdrop, checkpoint):
+    """Multiples of 8 in every step, protected filters to the end, and a word where the target cannot be met."""
+    limits = ["surgery.round_to=8", "surgery.min_kept=0.5", "surgery.protect={conv3:[0,31]}", "target.removed=0.9"]
+    command = ["iterate", *SMALL[:3], "finetune.epochs=0", *limits, f"checkpoint={checkpoint}", "run_dir=run"]
+    result = keepdrop(*command, "latency.repeats=1", "--quiet")
+    assert result.code == 0 and "90 % of the macs cannot be removed" in result.out + result.err
+    points = read("run/curve.json")["points"]
+    assert [{len(kept) for kept in point["left"].values()} for point in points][-1] == {8, 16}
+    for point in points:
+        assert all(len(kept) % 8 == 0 for kept in point["left"].values())
+        assert {0, 31} <= set(point["left"]["conv3"])
+
+
 def test_bound_gives_the_last_network_within_it(keepdrop, checkpoint):
     options = ["target.removed=null", "drop_bound=0.05", "step=12", "minibatches=1", "finetune.epochs=0"]
     chosen = [each for each in SMALL if each.split("=")[0] not in [option.split("=")[0] for option in options]]
@@ -193,6 +223,8 @@ def test_bound_gives_the_last_network_within_it(keepdrop, checkpoint):
         (["macs_weight=-1"], "macs_weight is -1.0; expected 0 or more."),
         (["target.removed=50"], "target.removed is 50; expected a fraction between 0 and 1, or null."),
         (["target.resource=time"], "target.resource is 'time'; expected one of macs, params."),
+        (["surgery.round_to=64"], "Under surgery.round_to=64, min_kept=1 and protect no chosen layer can lose"),
+        (["surgery.protect={conv2:[99]}"], "surgery.protect names filter 99 of 'conv2', which has 16 filters;"),
         (["layers=[conv9]"], "No prunable layer is called 'conv9'"),
     ],
 )
