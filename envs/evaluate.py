@@ -115,6 +115,11 @@ class MaskEvaluator:
         return self.network.method
 
     @property
+    def frontier(self) -> Frontier | None:
+        """What is cached of every image; None if it is computed again for every call."""
+        return self._frontier
+
+    @property
     def cached_bytes(self) -> int:
         """Memory that the frontier takes; 0 if it is computed again for every call."""
         return sum(value.numel() * value.element_size() for value in self._frontier or ())
@@ -159,17 +164,15 @@ class MaskEvaluator:
         """Points of the images, (B',) int64, under each mask: (M, B')."""
         if len(images) == 1:  # never alone: see the class
             return self._computed(masks, images.repeat(2), mixes)[:, :1]
-        everything = len(images) == len(self._labels) and torch.equal(images, torch.arange(len(images)))
         images = images.to(self._labels.device)
         values = self._inputs if self._frontier is None else self._frontier
-        if not everything:
+        if len(images) != len(self._labels) or not torch.equal(images.cpu(), torch.arange(len(images))):
             values = tuple(value[images] for value in values)
         labels = self._labels[images]
         n_masks = len(next(iter(masks.values())))
         flags = torch.empty(n_masks, len(labels), dtype=self._measure.dtype)
-        whole_run = [slice(0, len(labels))]
         # Without a cache every chunk goes through the prefix once and then through all masks.
-        for outer in whole_run if self._frontier is not None else self._chunks(len(labels)):
+        for outer in [slice(0, len(labels))] if self._frontier is not None else self._chunks(len(labels)):
             frontier = tuple(value[outer] for value in values)
             if self._frontier is None:
                 frontier = self.network.prefix(*frontier)
@@ -256,11 +259,8 @@ def channels_last(images: Tensor) -> Tensor:
 
 def _room(like: Tensor, rows: int) -> Tensor:
     """An empty tensor of `rows` rows in the memory order of `like`."""
-    return (
-        channels_last(like.new_empty(rows, *like.shape[1:]))
-        if is_channels_last(like)
-        else like.new_empty(rows, *like.shape[1:])
-    )
+    room = like.new_empty(rows, *like.shape[1:])
+    return channels_last(room) if is_channels_last(like) else room
 
 
 def is_channels_last(value: Tensor) -> bool:

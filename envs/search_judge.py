@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..rewards.errors import UserError
 from ..rewards.outcome import Outcome, RewardFunction
-from .adaptive import AdaptiveSettings, judge_in_turn
+from .adaptive import AdaptiveSettings, judge_in_turn, strata_of
+from .margins import margins
 from .task import LayerTask
 
 
@@ -40,13 +41,16 @@ def adaptive_outcomes(
 
     same = (masks[:, None] == masks[None, :]).all(2)
     unit = layer.task.measure.unit
-    verdict = judge_in_turn(answers, worth, base, same, order, settings, unit)
-    n_images = verdict.n_images.tolist()
+    found_margins = margins(layer)
+    strata = None if found_margins is None else strata_of(found_margins[order])
+    verdict = judge_in_turn(answers, worth, base, same, order, settings, unit, strata)
     found = [
-        replace(outcome, base_accuracy=int(dense) / (unit * n), pruned_accuracy=int(right) / (unit * n))
-        for outcome, dense, right, n in zip(outcomes, verdict.base_correct, verdict.correct, n_images, strict=True)
+        replace(outcome, base_accuracy=dense, pruned_accuracy=accuracy)
+        for outcome, dense, accuracy in zip(
+            outcomes, verdict.base_accuracy.tolist(), verdict.accuracy.tolist(), strict=True
+        )
     ]
-    return found, n_images
+    return found, verdict.n_images.tolist()
 
 
 def disagreement(layer: LayerTask, masks_MN: Tensor) -> dict[str, float]:
