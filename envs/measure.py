@@ -10,6 +10,7 @@ Shapes: B images, C classes.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -117,23 +118,13 @@ class Measure:
 
     def try_out(self, outputs: Any, targets: Tensor) -> None:
         """UserError where the metric or the loss cannot work with such outputs and targets."""
-        shapes = f"outputs {_shown(outputs)} and targets {_shown(targets)}"
-        try:
-            self.points(outputs, targets)
-            what = "loss"
-            value = self.mean_loss(outputs, targets)
-        except UserError:
-            raise
-        except Exception as error:
-            what, name = ("loss", _name(self.loss)) if "what" in locals() else ("metric", self.name)
-            raise UserError(
-                f"The {what} {name} fails on {shapes} ({type(error).__name__}: {first_line(error)}); expected a "
-                f"{what} that takes them."
-            ) from error
+        shapes = f"outputs {_shown(output_of(outputs))} and targets {_shown(targets)}"
+        loss = "loss" if self.loss is None else f"loss {_name(self.loss)}"
+        _tried(lambda: self.points(outputs, targets), f"metric {self.name}", shapes)
+        value = _tried(lambda: self.mean_loss(outputs, targets), loss, shapes)
         if not isinstance(value, Tensor) or value.numel() != 1 or not bool(torch.isfinite(value).all()):
             raise UserError(
-                f"The loss {_name(self.loss)} returns {_shown(value)} for {shapes}; expected one finite number, the "
-                "mean over the batch."
+                f"The {loss} returns {_shown(value)} for {shapes}; expected one finite number, the mean over the batch."
             )
 
     @property
@@ -225,6 +216,21 @@ def output_of(value: Any) -> Tensor:
             f"The network returns {_shown(value)}; expected a tensor, or a dictionary with a tensor under 'out'."
         )
     return found
+
+
+def _tried(call: Callable[[], Any], what: str, shapes: str) -> Any:
+    """What `call` returns; a UserError for what it raises, or where torch warns that a loss repeats its targets."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Using a target size")
+            return call()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"The {what} fails on {shapes} ({type(error).__name__}: {first_line(error).partition('. ')[0]}); expected "
+            "one that takes them."
+        ) from error
 
 
 def _fitted(outputs: Tensor, targets: Tensor) -> Tensor:
