@@ -1,4 +1,4 @@
-"""Agents as deciders: trained on the layer in front of them, or trained before and only asked."""
+"""Agents as deciders, trained on the layer in front of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from omegaconf import DictConfig
 
 from ..agent.criteria import CRITERIA
-from ..agent.saved_agent import WEIGHTS, AgentMismatch, SavedAgent, check_agent, load_agent, save_agent
+from ..agent.saved_agent import AgentMismatch, save_agent
 from ..agent.trainer import AgentSettings, Trainer
 from ..envs.adaptive import AdaptiveSettings
 from ..envs.task import LayerTask
@@ -23,9 +23,10 @@ from .decide import AGENT, Decision, observation_tensors
 from .doors import plain, settings
 from .facts import command_line
 from .run_folder import RunFolder
-from .search import agent_facts, fit_facts, train_on_layer
+from .search import agent_facts, train_on_layer
 from .seeds import derive_seed
 from .tracking import Tracker
+from .trained_agents import check_fit, load_agents
 
 
 class TrainAgents:
@@ -88,53 +89,11 @@ class TrainAgents:
         self.tracker.histogram(f"agent/{name}/keep_probability", probability_N, step)
 
 
-class AskAgents:
-    """Asks trained agents, without training them.
-
-    Args:
-        agents: by layer name.
-    """
-
-    def __init__(self, agents: Mapping[str, SavedAgent]) -> None:
-        self.agents = agents
-
-    def __call__(self, layer: LayerTask, working: Path, seed: int) -> Decision:
-        """The layer's own agent's greedy mask."""
-        agent = self.agents[layer.group.name]
-        check_fit(agent, layer)
-        with torch.no_grad():
-            keep = agent.policy(observation_tensors(layer)).greedy()
-        return Decision(keep, "trained agent")
-
-
 def check_controls(names: Sequence[str]) -> None:
     """Refuse a control that is no criterion."""
     unknown = [name for name in names if name not in CRITERIA]
     if unknown:
         raise UserError(f"controls has {unknown[0]!r}; expected any of {', '.join(CRITERIA)}.")
-
-
-def check_fit(agent: SavedAgent, layer: LayerTask) -> None:
-    """Refuse an agent of another layer or another observation format with an `AgentMismatch`."""
-    expected = fit_facts(layer)
-    # In a chain of pruned layers D shrinks with the layers before: only a policy that is tied to it must agree.
-    tied = {"n_filters", "n_weights"} & set(agent.facts["policy"]["kwargs"])
-    check_agent(agent, **{name: expected[name] for name in ("group", "statistic_names", *sorted(tied))})
-
-
-def load_agents(run: str) -> dict[str, SavedAgent]:
-    """All agents below a run folder (of `prune`, `train-agent`, or a sweep), by layer, in the order of the run."""
-    path = Path(run)
-    if not path.is_dir():
-        raise UserError(f"{run!r} is not a folder; expected a run folder of keepdrop prune or train-agent.")
-    folders = [facts.parent for facts in sorted(path.glob(f"**/{AGENT}/{WEIGHTS}")) if ".partial" not in str(facts)]
-    agents = {str(agent.facts.get("group")): agent for agent in map(load_agent, folders)}
-    if not agents:
-        raise UserError(
-            f"No trained agent in {run!r}; expected a run folder of keepdrop prune or train-agent: look for one "
-            f"with layers/*/{AGENT}."
-        )
-    return agents
 
 
 def agents_config(run: str) -> DictConfig:

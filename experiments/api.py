@@ -5,149 +5,35 @@ With the same settings and the same seed it decides what `keepdrop prune` decide
 
 from __future__ import annotations
 
-import copy
-import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from ..agent.policy import SetPolicy
-from ..agent.trainer import AgentSettings
+from ..agent.policy import Policy
+from ..agent.saved_agent import AgentMismatch, SavedAgent
 from ..envs.augment import Augment
-from ..envs.cost import count_cost
-from ..envs.evaluate import accuracy_on
-from ..envs.latency import Latency, measure_latency
-from ..envs.measure import TOP1, Loss, Measure
-from ..envs.metrics import Metric
-from ..envs.pruned_file import KeptChannels, save_pruned
+from ..envs.checkpoint import hash_state
+from ..envs.joint import GROUP_NAME
 from ..envs.reconstruction import ReconstructionSettings
-from ..envs.splits import Source, Splits
 from ..envs.target import Target
-from ..envs.task import JudgeSettings, PruningTask
 from ..envs.train_settings import TrainSettings
-from ..envs.training import check_augment, fit_network
 from ..rewards.errors import UserError
-from ..rewards.outcome import RewardFunction
 from ..rewards.try_and_learn import TryAndLearn, check_drop_bound
 from .api_agents import LayerAgents
-from .api_data import labelled_data, three_splits
-from .api_folder import open_folder
-from .api_progress import Callback, Reporter
-from .api_training import OwnLoop, OwnRecovery, retrained
-from .checks import PolicyFactory, resolve_device, try_network
-from .network_decide import TrainNetworkAgent
+from .api_job import Job
+from .api_progress import Callback
+from .api_result import PruningResult
+from .api_settings import FINETUNE, Settings
+from .api_training import OwnLoop
+from .network_decide import AskNetworkAgent, NetworkDecider, TrainNetworkAgent, check_network_fit
 from .network_schedule import NetworkSchedule
-from .network_search import NetworkSearchSettings
-from .recover import Recover, RecoverySettings
-from .schedule import LayerRecord, Recovery, Schedule
-from .seeds import derive_seed
+from .schedule import Recovery, Schedule
+from .trained_agents import AskAgents, check_fit, load_agents
 
-FINETUNE = TrainSettings(epochs=5, lr=0.02, distill_weight=0.5)
-POLICY: PolicyFactory = partial(SetPolicy, warm_start="taylor")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How the search goes; the defaults are those of `keepdrop prune`, but for the reward images.
-
-    Args:
-        reward_from: where reward images come from, which the network must not have been trained on: "test", or "train"
-            where it was trained elsewhere.
-        reward_size: images masks are scored on; None: a fifth of the source, at most 2,000.
-        split_seed: draws the reward images.
-        order: "forward" (low to high), "backward" or "largest_first".
-        masks: sampled an update of an agent.
-        images: reward images a mask; None for all.
-        agent: how each layer's agent is trained.
-        judge: how masks are judged, compensation among it.
-        reward: what an agent is trained on; None: `TryAndLearn(drop_bound)`.
-        policy: makes a layer's policy from whichever of n_filters, n_weights, n_statistics, statistic_names and seed
-            it asks for.
-        bn_images: fit images on which batch normalisation is measured anew after a cut; 0 leaves it.
-        network: how the agent of all layers is trained, with `macs_removed`.
-        metric: what stands wherever accuracy does: (outputs, targets) -> a score in [0, 1] an image, higher is better.
-        loss: what training minimises and Taylor looks at, (outputs, targets) -> their mean loss; None: cross-entropy
-            for integer targets, the mean squared error for floating ones.
-    """
-
-    reward_from: Source = "test"
-    reward_size: int | None = None
-    split_seed: int = 0
-    order: str = "forward"
-    masks: int = 16
-    images: int | None = 300
-    agent: AgentSettings = field(default_factory=AgentSettings)
-    judge: JudgeSettings = field(default_factory=JudgeSettings)
-    reward: RewardFunction | None = None
-    policy: PolicyFactory = POLICY
-    bn_images: int = 0
-    network: NetworkSearchSettings = field(default_factory=NetworkSearchSettings)
-    metric: Metric = TOP1.metric
-    loss: Loss | None = None
-
-    def __post_init__(self) -> None:
-        if self.masks < 2:
-            raise UserError(f"masks is {self.masks}; expected 2 or more: rewards are compared with one another.")
-
-
-@dataclass(frozen=True)
-class PruningResult:
-    """What pruning did; accuracies are fractions on the report images, which nothing was chosen on.
-
-    Attributes:
-        model: the smaller network, fine-tuned, in evaluation mode.
-        dense: a copy of what came in.
-        layers: what happened to each layer.
-        base_accuracy, pruned_accuracy, accuracy: before, after the last cut, after fine-tuning.
-        base_macs, macs: multiply-accumulates an image, before and after.
-        base_params, params: parameters, before and after.
-        bound_held: whether the drop bound held after every cut, on the reward images.
-        kept: which channels of the dense network are left.
-        example: one image (1, C, H, W).
-    """
-
-    model: nn.Module
-    dense: nn.Module
-    layers: tuple[LayerRecord, ...]
-    base_accuracy: float
-    pruned_accuracy: float
-    accuracy: float
-    base_macs: int
-    macs: int
-    base_params: int
-    params: int
-    bound_held: bool
-    kept: KeptChannels
-    example: torch.Tensor
-
-    def facts(self) -> dict[str, Any]:
-        """Every number of the result; JSON types only."""
-        hidden = ("model", "dense", "kept", "example", "layers")
-        return {name: value for name, value in vars(self).items() if name not in hidden} | {
-            "layers": [asdict(record) for record in self.layers]
-        }
-
-    def save(self, folder: str | Path, constructor: Mapping[str, Any] | None = None) -> None:
-        """Write `model.safetensors` and `architecture.json`, which `keepdrop.load_pruned(folder, make_dense)` reads."""
-        save_pruned(self.model, folder, kept=self.kept, constructor=constructor, facts=self.facts())
-
-    def latency(self, batch_sizes: Sequence[int] = (1, 64), repeats: int = 20) -> tuple[Latency, ...]:
-        """Seconds of both networks, measured side by side here and now."""
-        models = {"base": self.dense, "pruned": self.model}
-        return tuple(measure_latency(models, self.example, batch_sizes=batch_sizes, repeats=repeats))
-
-    def __str__(self) -> str:
-        return (
-            f"accuracy {self.base_accuracy:.2%} -> {self.accuracy:.2%}, "
-            f"MACs {self.base_macs:,} -> {self.macs:,} ({self.macs / self.base_macs - 1:+.1%}), "
-            f"parameters {self.base_params:,} -> {self.params:,} ({self.params / self.base_params - 1:+.1%})"
-        )
+Policies = Mapping[str, Callable[..., Policy]]
 
 
 def prune(
@@ -164,6 +50,8 @@ def prune(
     settings: Settings | None = None,
     progress: Callback | None = None,
     folder: str | Path | None = None,
+    warm_start: str | Path | None = None,
+    policies: Policies | None = None,
     seed: int = 0,
     device: str = "cpu",
 ) -> PruningResult:
@@ -185,109 +73,151 @@ def prune(
         settings: how the search goes.
         progress: called with a `Progress` for every update, layer and epoch; `print` will do.
         folder: keeps agents, decisions and networks; called again with the same arguments, an interrupted run goes on.
+        warm_start: the folder of an earlier run, of this function or of `keepdrop prune`: each layer that has an agent
+            there goes on training it.
+        policies: classes of one's own that those agents were made of, by name.
         seed: same seed, same result, bit for bit on a CPU.
         device: "cpu", "cuda", "mps" or "auto".
 
     Raises:
         UserError: what was given cannot be used; the sentence says why and what to do.
     """
-    settings = settings or Settings()
     check_drop_bound(drop_bound)
-    where = resolve_device(device)
-    data, measure = labelled_data(train, test), Measure(settings.metric, settings.loss)
-    splits = three_splits(data, settings.reward_from, settings.reward_size, settings.split_seed, measure)
-    check_augment(augment, splits.fit)
-    dense = copy.deepcopy(model).eval().to(where)
-    try_network(dense, splits)
-    task = PruningTask(
-        dense, splits, settings=settings.judge, layers=layers, seed=derive_seed(seed, "task"), device=where
+    job = Job(
+        model,
+        train,
+        test,
+        layers=layers,
+        augment=augment,
+        settings=settings,
+        progress=progress,
+        seed=seed,
+        device=device,
     )
-    reporter = Reporter(progress)
-    recovery = _recovery(recover, settings, dense, augment, reporter)
-    schedule = _schedule(settings, macs_removed, drop_bound, recovery, reporter, seed)
-    with ExitStack() as stack:
-        path = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
-        asked = {"drop_bound": drop_bound, "layers": layers, "recover": recover, "seed": seed, "settings": settings}
-        place = open_folder(path, task, asked | {"macs_removed": macs_removed})
-        pruned, kept, records = schedule.run(task, place, reporter)
-    tuned = _finetuned(pruned.model, finetune, dense, splits, augment, reporter, derive_seed(seed, "finetune"))
-    return _result(dense, pruned.model, tuned, splits, kept, records)
-
-
-def _schedule(
-    settings: Settings,
-    macs_removed: float | None,
-    drop_bound: float,
-    recovery: Recovery | None,
-    reporter: Reporter,
-    seed: int,
-) -> Schedule | NetworkSchedule:
-    """Layer by layer within the drop bound, or all layers at once at a MACs target."""
+    known = _warm(job, warm_start, policies, macs_removed)
+    asked = {"drop_bound": drop_bound, "layers": layers, "recover": recover, "macs_removed": macs_removed}
+    recovery = job.recovery(recover)
     if macs_removed is not None:
-        agent = TrainNetworkAgent(settings.network, Target(macs_removed, "network"), reporter.network)
-        repair = ReconstructionSettings() if settings.judge.compensate else None
-        return NetworkSchedule(agent, repair, drop_bound, seed, recovery)
-    reward = settings.reward or TryAndLearn(drop_bound)
-    agents = LayerAgents(settings.policy, reward, settings.agent, settings.masks, settings.images, reporter)
-    return Schedule(agents, reward, drop_bound, recovery, settings.order, seed)
+        agent = TrainNetworkAgent(job.settings.network, Target(macs_removed, "network"), job.reporter.network)
+        return job.run(_at_once(agent, job, recovery, drop_bound), finetune, folder, asked)
+    chosen = job.settings
+    reward = chosen.reward or TryAndLearn(drop_bound)
+    agents = LayerAgents(chosen.policy, reward, chosen.agent, chosen.masks, chosen.images, job.reporter, known)
+    schedule = Schedule(agents, reward, drop_bound, recovery, chosen.order, seed)
+    return job.run(schedule, finetune, folder, asked | _named(known))
 
 
-def _recovery(
-    chosen: TrainSettings | OwnLoop | None,
-    settings: Settings,
-    dense: nn.Module,
-    augment: Augment | None,
-    reporter: Reporter,
-) -> Recovery | None:
-    if callable(chosen):
-        return OwnRecovery(chosen)
-    train = chosen or TrainSettings(epochs=0)
-    report = partial(reporter.epoch, "recovery", train.epochs)
-    return Recover(RecoverySettings(settings.bn_images, train), dense, augment, report)
-
-
-def _finetuned(
-    pruned: nn.Module,
-    chosen: TrainSettings | OwnLoop | None,
-    dense: nn.Module,
-    splits: Splits,
-    augment: Augment | None,
-    reporter: Reporter,
-    seed: int,
-) -> nn.Module:
-    if callable(chosen):
-        return retrained(pruned, chosen, seed)
-    model = copy.deepcopy(pruned)
-    if chosen is not None:
-        teacher = dense if chosen.distill_weight > 0 else None
-        report = partial(reporter.epoch, "finetune", chosen.epochs)
-        fit_network(model, splits.fit, chosen, seed=seed, augment=augment, teacher=teacher, progress=report)
-    return model.eval()
-
-
-def _result(
-    dense: nn.Module,
-    pruned: nn.Module,
-    tuned: nn.Module,
-    splits: Splits,
-    kept: KeptChannels,
-    records: Sequence[LayerRecord],
+def apply_agents(
+    agents: str | Path,
+    model: nn.Module,
+    train: Any,
+    test: Any,
+    *,
+    macs_removed: float | None = None,
+    drop_bound: float = 0.02,
+    recover: TrainSettings | OwnLoop | None = None,
+    finetune: TrainSettings | OwnLoop | None = FINETUNE,
+    augment: Augment | None = None,
+    settings: Settings | None = None,
+    progress: Callback | None = None,
+    folder: str | Path | None = None,
+    policies: Policies | None = None,
+    seed: int = 0,
+    device: str = "cpu",
 ) -> PruningResult:
-    example = splits.reward.batch(torch.arange(1))[0].to(next(dense.parameters()).device)
-    before, after = count_cost(dense, example), count_cost(tuned, example)
-    base, cut, final = (accuracy_on(model, splits.report) for model in (dense, pruned, tuned))
-    return PruningResult(
-        model=tuned,
-        dense=dense,
-        layers=tuple(records),
-        base_accuracy=base,
-        pruned_accuracy=cut,
-        accuracy=final,
-        base_macs=before.macs,
-        macs=after.macs,
-        base_params=before.params,
-        params=after.params,
-        bound_held=all(record.within_bound for record in records),
-        kept=kept,
-        example=example,
+    """Let trained agents decide on a network they have never seen, without training them; the rest is `prune`'s.
+
+    Args:
+        agents: the folder of an earlier run, of `prune(..., folder=...)` or of the command line.
+        model: another training of the same architecture; never changed.
+        train, test, recover, finetune, augment, progress, folder, seed, device: as for `prune`.
+        macs_removed: for an agent of a whole network: the MACs to remove; None: what it was trained for.
+        drop_bound: accuracy that may be lost before fine-tuning; it stops nothing, `bound_held` says whether it held.
+        settings: `judge`, `order`, `bn_images`, `surgery`, `metric` and the reward images matter here.
+        policies: classes of one's own that the agents were made of, by name.
+
+    Raises:
+        UserError: there are no agents, or they do not fit the network.
+    """
+    check_drop_bound(drop_bound)
+    known = _loaded(agents, policies)
+    layers = list(known[GROUP_NAME].facts["groups"]) if GROUP_NAME in known else list(known)
+    if macs_removed is not None and GROUP_NAME not in known:
+        raise UserError(
+            f"macs_removed is {macs_removed:g}, but the agents in {str(agents)!r} decide layer by layer; leave it out, "
+            "or give an agent of a whole network."
+        )
+    job = Job(
+        model,
+        train,
+        test,
+        layers=layers,
+        augment=augment,
+        settings=settings,
+        progress=progress,
+        seed=seed,
+        device=device,
     )
+    _check(known, job)
+    recovery = job.recovery(recover)
+    asked = {"recover": recover, "macs_removed": macs_removed, **_named(known)}
+    if GROUP_NAME in known:
+        target = None if macs_removed is None else Target(macs_removed, "network")
+        schedule: Schedule | NetworkSchedule = _at_once(AskNetworkAgent(known[GROUP_NAME], target), job, recovery, None)
+    else:
+        schedule = Schedule(AskAgents(known), None, None, recovery, job.settings.order, seed)
+    result = job.run(schedule, finetune, folder, asked)
+    held = job.task.base.accuracy - result.layers[-1].pruned_accuracy <= drop_bound + 1e-9
+    return replace(result, bound_held=held)
+
+
+def _at_once(decide: NetworkDecider, job: Job, recovery: Recovery, drop_bound: float | None) -> NetworkSchedule:
+    """All layers decided together, the cut network repaired."""
+    repair = ReconstructionSettings() if job.settings.judge.compensate else None
+    return NetworkSchedule(decide, repair, drop_bound, job.seed, recovery)
+
+
+def _loaded(agents: str | Path, policies: Policies | None) -> dict[str, SavedAgent]:
+    try:
+        return load_agents(agents, policies)
+    except AgentMismatch as error:
+        raise UserError(str(error)) from error
+
+
+def _check(known: Mapping[str, SavedAgent], job: Job) -> None:
+    """Refuse agents that do not fit the layers of a job."""
+    try:
+        for name, agent in known.items():
+            if name == GROUP_NAME:
+                check_network_fit(agent, job.task)
+            else:
+                check_fit(agent, job.task.layer(name))
+    except AgentMismatch as error:
+        raise UserError(str(error)) from error
+
+
+def _warm(
+    job: Job, run: str | Path | None, policies: Policies | None, macs_removed: float | None
+) -> dict[str, SavedAgent]:
+    """The agents to start from, of the layers that have one."""
+    if run is None:
+        return {}
+    if macs_removed is not None:
+        raise UserError(
+            "warm_start is for agents of layers, and macs_removed trains one of all; leave one of them out."
+        )
+    names = [group.name for group in job.task.groups]
+    known = _loaded(run, policies)
+    common = {name: agent for name, agent in known.items() if name in names}
+    if not common:
+        raise UserError(
+            f"The agents in {str(run)!r} were trained for {', '.join(known)}, but {', '.join(names)} is to be pruned; "
+            "choose a matching run or leave warm_start out."
+        )
+    _check(common, job)
+    return common
+
+
+def _named(known: Mapping[str, SavedAgent]) -> dict[str, Any]:
+    """What a folder remembers of the agents it began with; nothing where there are none."""
+    return {"agents": {name: hash_state(agent.policy) for name, agent in known.items()}} if known else {}

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from ..agent.saved_agent import save_agent
+from ..agent.policy import Policy
+from ..agent.saved_agent import SavedAgent, save_agent
 from ..agent.trainer import AgentSettings
 from ..envs.task import LayerTask
 from ..rewards.outcome import RewardFunction
@@ -13,6 +17,7 @@ from .checks import PolicyFactory, call_policy_factory
 from .decide import AGENT, Decision
 from .search import agent_facts, train_on_layer
 from .seeds import derive_seed
+from .trained_agents import check_fit
 
 
 class LayerAgents:
@@ -24,6 +29,7 @@ class LayerAgents:
         settings: how it is trained.
         masks, images: sampled an update, and reward images a mask (None: all).
         reporter: told about every update.
+        known: trained agents by layer, which go on instead of a fresh one.
     """
 
     def __init__(
@@ -34,14 +40,15 @@ class LayerAgents:
         masks: int,
         images: int | None,
         reporter: Reporter,
+        known: Mapping[str, SavedAgent] | None = None,
     ) -> None:
         self.make_policy, self.reward, self.settings = make_policy, reward, settings
         self.masks, self.images, self.reporter = masks, images, reporter
+        self.known = dict(known or {})
 
     def __call__(self, layer: LayerTask, working: Path, seed: int) -> Decision:
         """Train on `layer` and decide."""
-        n_filters, n_weights = layer.observation.weights.shape
-        policy = call_policy_factory(self.make_policy, n_filters, n_weights, derive_seed(seed, "policy"))
+        policy = self._policy(layer, seed)
         result, decision = train_on_layer(
             layer,
             policy,
@@ -54,3 +61,12 @@ class LayerAgents:
         )
         save_agent(working / AGENT, policy, agent_facts(layer, seed, result))
         return decision
+
+    def _policy(self, layer: LayerTask, seed: int) -> Policy:
+        saved = self.known.get(layer.group.name)
+        if saved is None:
+            n_filters, n_weights = layer.observation.weights.shape
+            return call_policy_factory(self.make_policy, n_filters, n_weights, derive_seed(seed, "policy"))
+        check_fit(saved, layer)
+        module: Any = copy.deepcopy(saved.policy)
+        return module.train()

@@ -20,7 +20,7 @@ from ..envs.target import Target
 from ..envs.task import PruningTask
 from ..envs.training import TrainSettings
 from ..rewards.errors import UserError
-from .agents import AskAgents, agents_config, check_controls, check_fit, load_agents
+from .agents import agents_config, check_controls
 from .console import Terminal
 from .decide import AskCriterion, Decider
 from .doors import begin_or_resume, hydra_door, plain, settings
@@ -38,6 +38,7 @@ from .run_folder import METRICS, RunFolder
 from .schedule import LayerRecord, Schedule, check_order
 from .schema import PruneConfig, structured
 from .tracking import Tracker
+from .trained_agents import AskAgents, check_fit, load_agents
 
 INHERITED = (
     "data",

@@ -19,7 +19,6 @@ from ..envs.oracle import filter_oracle
 from ..envs.task import PruningTask
 from ..envs.training import TrainSettings
 from ..rewards.errors import UserError
-from .agents import check_fit, load_agents
 from .base import begin_task
 from .console import Terminal
 from .decide import observation_tensors
@@ -31,6 +30,7 @@ from .prepare import Inputs, prepare
 from .report import keep_report
 from .run_folder import RunFolder
 from .seeds import derive_seed
+from .trained_agents import check_fit, load_agents
 from .widened import as_prune
 
 AGENT, NETWORK_AGENT = "agent", "network agent"

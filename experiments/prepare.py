@@ -22,7 +22,6 @@ from ..envs.target import MacsMeter, Target
 from ..envs.task import Base, JudgeSettings, PruningTask, measure_base
 from ..envs.training import TrainSettings, check_augment
 from ..rewards.try_and_learn import check_drop_bound
-from .agents import load_agents
 from .build import (
     Constructor,
     build_augment,
@@ -37,6 +36,7 @@ from .doors import plain, settings
 from .network_search import NetworkSearchSettings
 from .schema import SearchConfig
 from .seeds import derive_seed
+from .trained_agents import load_agents
 
 
 @dataclass

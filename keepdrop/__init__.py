@@ -12,11 +12,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .agent.trainer import AgentSettings
     from .envs.coupling import find_groups
+    from .envs.limits import Limits
+    from .envs.metrics import Closeness, MeanIoU, PixelAccuracy, Top1, TopK, Within
     from .envs.pruned_file import load_pruned
     from .envs.task import JudgeSettings
     from .envs.train_settings import TrainSettings
-    from .experiments.api import PruningResult, Settings, prune
+    from .experiments.api import apply_agents, prune
     from .experiments.api_progress import Progress
+    from .experiments.api_result import PruningResult
+    from .experiments.api_settings import Settings
     from .rewards.budget import Budget
     from .rewards.errors import UserError
     from .rewards.outcome import Outcome, Reward
@@ -26,16 +30,24 @@ if TYPE_CHECKING:
 _HOME = {
     "AgentSettings": "agent.trainer",
     "Budget": "rewards.budget",
+    "Closeness": "envs.metrics",
     "JudgeSettings": "envs.task",
+    "Limits": "envs.limits",
+    "MeanIoU": "envs.metrics",
     "Outcome": "rewards.outcome",
+    "PixelAccuracy": "envs.metrics",
     "Priced": "rewards.priced",
     "Progress": "experiments.api_progress",
-    "PruningResult": "experiments.api",
+    "PruningResult": "experiments.api_result",
     "Reward": "rewards.outcome",
-    "Settings": "experiments.api",
+    "Settings": "experiments.api_settings",
+    "Top1": "envs.metrics",
+    "TopK": "envs.metrics",
     "TrainSettings": "envs.train_settings",
     "TryAndLearn": "rewards.try_and_learn",
     "UserError": "rewards.errors",
+    "Within": "envs.metrics",
+    "apply_agents": "experiments.api",
     "find_groups": "envs.coupling",
     "load_pruned": "envs.pruned_file",
     "prune": "experiments.api",
@@ -44,16 +56,24 @@ _HOME = {
 __all__ = [
     "AgentSettings",
     "Budget",
+    "Closeness",
     "JudgeSettings",
+    "Limits",
+    "MeanIoU",
     "Outcome",
+    "PixelAccuracy",
     "Priced",
     "Progress",
     "PruningResult",
     "Reward",
     "Settings",
+    "Top1",
+    "TopK",
     "TrainSettings",
     "TryAndLearn",
     "UserError",
+    "Within",
+    "apply_agents",
     "find_groups",
     "load_pruned",
     "prune",

@@ -1,0 +1,62 @@
+"""Agents that were trained before: found in a run folder, checked against a layer, and only asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from ..agent.policy import Policy
+from ..agent.saved_agent import WEIGHTS, SavedAgent, check_agent, load_agent
+from ..envs.task import LayerTask
+from ..rewards.errors import UserError
+from .decide import AGENT, Decision, observation_tensors
+from .search import fit_facts
+
+
+class AskAgents:
+    """Asks trained agents, without training them.
+
+    Args:
+        agents: by layer name.
+    """
+
+    def __init__(self, agents: Mapping[str, SavedAgent]) -> None:
+        self.agents = agents
+
+    def __call__(self, layer: LayerTask, working: Path, seed: int) -> Decision:
+        """The layer's own agent's greedy mask."""
+        agent = self.agents[layer.group.name]
+        check_fit(agent, layer)
+        with torch.no_grad():
+            keep = agent.policy(observation_tensors(layer)).greedy()
+        return Decision(keep, "trained agent")
+
+
+def check_fit(agent: SavedAgent, layer: LayerTask) -> None:
+    """Refuse an agent of another layer or another observation format with an `AgentMismatch`."""
+    expected = fit_facts(layer)
+    # In a chain of pruned layers D shrinks with the layers before: only a policy that is tied to it must agree.
+    tied = {"n_filters", "n_weights"} & set(agent.facts["policy"]["kwargs"])
+    check_agent(agent, **{name: expected[name] for name in ("group", "statistic_names", *sorted(tied))})
+
+
+def load_agents(run: str | Path, policies: Mapping[str, Callable[..., Policy]] | None = None) -> dict[str, SavedAgent]:
+    """All agents below a run folder (of `prune`, `train-agent`, or a sweep), by layer, in the order of the run.
+
+    Args:
+        run: the folder.
+        policies: classes of one's own that agents were made of, by name.
+    """
+    path, run = Path(run), str(run)
+    if not path.is_dir():
+        raise UserError(f"{run!r} is not a folder; expected a run folder of keepdrop prune or train-agent.")
+    folders = [facts.parent for facts in sorted(path.glob(f"**/{AGENT}/{WEIGHTS}")) if ".partial" not in str(facts)]
+    agents = {str(agent.facts.get("group")): agent for agent in (load_agent(each, policies) for each in folders)}
+    if not agents:
+        raise UserError(
+            f"No trained agent in {run!r}; expected a run folder of keepdrop prune or train-agent: look for one "
+            f"with layers/*/{AGENT}."
+        )
+    return agents
