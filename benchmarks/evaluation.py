@@ -8,8 +8,9 @@ mask remembered. Within every round the two take turns on the same slice of mask
 rounds of naive / ours; time is the processor time of the thread, so that a round in which the machine was busy with
 something else does not count double. `limit` is what leaving out the prefix alone allows: MACs of the whole network /
 MACs behind the frontier. `rate` are the nominal MACs a second of the suffix over the best of the plain network (over
-batches); `rate_run` counts only MACs that are carried out, channels left out being none. Counts are compared, too.
-Random weights: time does not depend on them.
+batches); `rate_run` counts only MACs that are carried out, channels left out being none. Answers are compared, too.
+Random weights: time does not depend on them. `--naive-images` lets the slow side look at fewer images, its time an
+image being the same. Writes after every group, and goes on with what the file already holds.
 """
 
 from __future__ import annotations
@@ -47,7 +48,16 @@ def main() -> None:
     model = NETWORKS[arguments.network]().eval().to(memory_format=torch.channels_last)
     images, labels = channels_last(torch.randn(arguments.images, 3, 32, 32)), torch.randint(10, (arguments.images,))
     groups = [group for group in find_groups(model, images[:1]).groups if group.name != "conv1"]
-    rows = [measure(model, group, images, labels, arguments) for group in groups]
+    known = {} if arguments.json is None or not arguments.json.exists() else json.loads(arguments.json.read_text())
+    rows = {row["group"]: row for row in known.get("groups", [])}
+    for group in groups:
+        if group.name not in rows:
+            rows[group.name] = measure(model, group, images, labels, arguments)
+            write(arguments, [rows[each.name] for each in groups if each.name in rows])
+
+
+def write(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """The means so far, and everything into the file."""
     mean = statistics.geometric_mean(row["ratio"] for row in rows)
     convs = [row["ratio"] for row in rows if row["limit"] < 1000]  # a linear layer alone behind it costs nothing
     facts = {
@@ -60,7 +70,7 @@ def main() -> None:
     }
     print(f"geometric mean: {mean:.2f} x, with a convolution behind {statistics.geometric_mean(convs):.2f} x")
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps(facts, indent=1) + "\n")
+        arguments.json.write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def parsed() -> argparse.Namespace:
@@ -71,33 +81,35 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=5, help="the masks are spread over them")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--json", default=None)
+    parser.add_argument("--naive-images", type=int, default=None, help="that the naive loop looks at, the first ones")
+    parser.add_argument("--json", type=Path, default=None)
     return parser.parse_args()
 
 
 def measure(
     model: nn.Module, group: FilterGroup, images: Tensor, labels: Tensor, arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    """Paired times of one group, and whether all counts agree; prints the row as well."""
+    """Paired times of one group, and whether all answers agree; prints the row as well."""
     masks = torch.rand(arguments.masks, group.n_filters, generator=torch.Generator().manual_seed(0)) < 0.5
     masks[:, 0] = True
     evaluator = MaskEvaluator(model, [group], images, labels, dtype=arguments.dtype, memory=0)
-    rounds, apart = [], 0
+    rounds, apart, few = [], 0, min(arguments.naive_images or len(images), len(images))
+    plain = best_plain(model, images)
     for turn in range(arguments.rounds):
         some = masks[turn :: arguments.rounds]
-        jobs: list[tuple[str, Callable[[], Tensor]]] = [
-            ("naive", lambda some=some: naive(model, group, some, images, labels)),
-            ("ours", lambda some=some: evaluator.correct({group.name: some})),
+        jobs: list[tuple[str, int, Callable[[], Tensor]]] = [
+            ("naive", few, lambda some=some: naive(model, group, some, images[:few], labels[:few])),
+            ("ours", len(images), lambda some=some: evaluator.correct_per_image({group.name: some})),
         ]
-        spent, counts = {}, {}
-        for name, job in jobs if turn % 2 else reversed(jobs):
+        spent, right = {}, {}
+        for name, n_images, job in jobs if turn % 2 else reversed(jobs):
             started = time.process_time()
-            counts[name] = job()
-            spent[name] = (time.process_time() - started) / len(some) / len(images)
-        spent["plain"] = best_plain(model, images, spent["naive"])
+            right[name] = job()
+            spent[name] = (time.process_time() - started) / len(some) / n_images
+        spent["plain"] = min(plain, spent["naive"])
         rounds.append(spent)
-        apart += int((counts["naive"] - counts["ours"]).abs().sum())
-    return row(model, group, masks, evaluator, images, rounds, apart)
+        apart += int((right["naive"] != right["ours"][:, :few]).sum())
+    return row(model, group, masks, evaluator, images, rounds, {"answers_apart": apart, "naive_images": few})
 
 
 def row(
@@ -107,7 +119,7 @@ def row(
     evaluator: MaskEvaluator,
     images: Tensor,
     rounds: list[dict[str, float]],
-    apart: int,
+    beside: dict[str, int],
 ) -> dict[str, Any]:
     """One group's figures: medians over the rounds."""
     whole, behind = count_cost(model, images[:1]).macs, suffix_macs(model, group, images)
@@ -127,7 +139,7 @@ def row(
         "rate_run": middle(lambda r: (behind - left_out) / r["ours"] / (whole / r["plain"])),
         "batch": evaluator.batch,
         "cached_mib": float(f"{evaluator.cached_bytes / 2**20:.4g}"),
-        "answers_apart": apart,
+        **beside,
     }
     print(" ".join(f"{key}={value}" for key, value in figures.items()), flush=True)
     return figures
@@ -135,13 +147,13 @@ def row(
 
 @torch.inference_mode()
 def naive(model: nn.Module, group: FilterGroup, masks: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-    """The loop every peer has: the whole masked network over all images, mask by mask."""
-    counts = []
+    """The loop every peer has: the whole masked network over all images, mask by mask; right or not, (M, B)."""
+    right = []
     for mask in masks:
         with multiplied(model, group, mask):
             batches = zip(images.split(NAIVE_BATCH), labels.split(NAIVE_BATCH), strict=True)
-            counts.append(sum((model(x).argmax(1) == y).sum() for x, y in batches))
-    return torch.stack(counts)
+            right.append(torch.cat([model(x).argmax(1) == y for x, y in batches]))
+    return torch.stack(right)
 
 
 @contextmanager
@@ -162,10 +174,10 @@ def multiplied(model: nn.Module, group: FilterGroup, mask: Tensor) -> Iterator[N
 
 
 @torch.inference_mode()
-def best_plain(model: nn.Module, images: Tensor, at_most: float) -> float:
-    """Seconds an image of the plain network at its best batch (the naive one, with a mask, being one of them)."""
-    found = [at_most]
-    for batch in (64, 128):
+def best_plain(model: nn.Module, images: Tensor) -> float:
+    """Seconds an image of the plain network at its best batch (the naive one, with a mask, is another)."""
+    found = []
+    for batch in (64, 128, 64, 128):
         started = time.process_time()
         model(images[:batch])
         found.append((time.process_time() - started) / batch)

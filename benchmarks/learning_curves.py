@@ -121,9 +121,9 @@ def plot(found: dict[str, Any], path: Path) -> None:
     figure.savefig(path)
 
 
-def opened(path: Path, about: dict[str, Any]) -> dict[str, Any]:
-    """The curves found in a file of the same experiment, or none yet."""
-    found = json.loads(path.read_text()) if path.is_file() else {**about, "curves": {}}
+def opened(path: Path, about: dict[str, Any], parts: str = "curves") -> dict[str, Any]:
+    """What was found in a file of the same experiment, with its parts, none of them yet if it is new."""
+    found = json.loads(path.read_text()) if path.is_file() else {**about, parts: {}}
     if {key: found.get(key) for key in about} != about:
         raise SystemExit(f"{path} holds another experiment; move it away first")
     return dict(found)
