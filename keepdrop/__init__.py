@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from .envs.coupling import find_groups
     from .envs.limits import Limits
     from .envs.metrics import Closeness, MeanIoU, PixelAccuracy, Top1, TopK, Within
-    from .envs.metrics import Closeness, MeanIoU, PixelAccuracy, Top1, TopK, Within
     from .envs.pruned_file import load_pruned
     from .envs.task import JudgeSettings
     from .envs.train_settings import TrainSettings
@@ -32,13 +31,10 @@ _HOME = {
     "AgentSettings": "agent.trainer",
     "Budget": "rewards.budget",
     "Closeness": "envs.metrics",
-    "Closeness": "envs.metrics",
     "JudgeSettings": "envs.task",
     "Limits": "envs.limits",
     "MeanIoU": "envs.metrics",
-    "MeanIoU": "envs.metrics",
     "Outcome": "rewards.outcome",
-    "PixelAccuracy": "envs.metrics",
     "PixelAccuracy": "envs.metrics",
     "Priced": "rewards.priced",
     "Progress": "experiments.api_progress",
@@ -46,13 +42,10 @@ _HOME = {
     "Reward": "rewards.outcome",
     "Settings": "experiments.api_settings",
     "Top1": "envs.metrics",
-    "Top1": "envs.metrics",
-    "TopK": "envs.metrics",
     "TopK": "envs.metrics",
     "TrainSettings": "envs.train_settings",
     "TryAndLearn": "rewards.try_and_learn",
     "UserError": "rewards.errors",
-    "Within": "envs.metrics",
     "Within": "envs.metrics",
     "apply_agents": "experiments.api",
     "find_groups": "envs.coupling",
