@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import pydoc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.errors import InstantiationException
-from hydra.utils import get_object, instantiate
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -103,8 +104,8 @@ def build_function(node: DictConfig, what: str) -> Callable[..., Any]:
 def _is_function(path: str) -> bool:
     """Whether an import path names a callable that is no class; what fails here is explained by `build`."""
     try:
-        found = get_object(path)
-    except Exception:
+        found = pydoc.locate(path)  # Hydra's own would log what fails
+    except pydoc.ErrorDuringImport:
         return False
     return callable(found) and not isinstance(found, type)
 
