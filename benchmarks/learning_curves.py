@@ -109,13 +109,13 @@ def plot(found: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4))
+    figure, axes = pyplot.subplots(figsize=(9, 4))
     for name, curves in found["curves"].items():
         mean = [statistics.mean(values) for values in zip(*curves, strict=True)]
         axes.plot(found["mask_images"], mean, label=name)
     axes.set_xlabel("mask-images (masks x reward images)")
     axes.set_ylabel("reward of the greedy decision")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path)
