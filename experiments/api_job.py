@@ -129,4 +129,5 @@ class Job:
             bound_held=all(record.within_bound for record in records),
             kept=kept,
             example=example,
+            metric=self.task.measure.name,
         )

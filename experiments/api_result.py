@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..envs.latency import Latency, measure_latency
+from ..envs.measure import TOP1
 from ..envs.pruned_file import KeptChannels, save_pruned
 from .schedule import LayerRecord
 
@@ -29,6 +30,7 @@ class PruningResult:
         bound_held: whether the drop bound held after every cut, on the reward images.
         kept: which channels of the dense network are left.
         example: one image (1, C, H, W).
+        metric: what the accuracies are.
     """
 
     model: nn.Module
@@ -44,6 +46,7 @@ class PruningResult:
     bound_held: bool
     kept: KeptChannels
     example: torch.Tensor
+    metric: str = TOP1.name
 
     def facts(self) -> dict[str, Any]:
         """Every number of the result; JSON types only."""
@@ -62,8 +65,9 @@ class PruningResult:
         return tuple(measure_latency(models, self.example, batch_sizes=batch_sizes, repeats=repeats))
 
     def __str__(self) -> str:
+        name = "accuracy" if self.metric == TOP1.name else self.metric
         return (
-            f"accuracy {self.base_accuracy:.2%} -> {self.accuracy:.2%}, "
+            f"{name} {self.base_accuracy:.2%} -> {self.accuracy:.2%}, "
             f"MACs {self.base_macs:,} -> {self.macs:,} ({self.macs / self.base_macs - 1:+.1%}), "
             f"parameters {self.base_params:,} -> {self.params:,} ({self.params / self.base_params - 1:+.1%})"
         )
