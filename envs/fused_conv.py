@@ -41,7 +41,7 @@ class FusedConv(nn.Module):
         self.weight: Tensor = conv.weight.detach()
         self.bias: Tensor | None = None if conv.bias is None else conv.bias.detach()
         self.n_groups, self.relu = conv.groups, relu
-        self._how = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
+        self._how = ([int(side) for side in conv.padding], list(conv.stride), list(conv.dilation), conv.groups)
         self._matrix_of = None if size is None or conv.groups > 1 else _small(conv, size)
         self.cast(conv.weight.dtype)
 
