@@ -8,19 +8,8 @@ import pytest
 PAGE = (Path(__file__).parents[2] / "docs/errors.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"^\$ keepdrop (.*)\nkeepdrop: (.*)$", PAGE, re.MULTILINE)
 ANCHORS = [
-    *(
-        "command-line",
-        "settings",
-        "data",
-        "metric",
-        "network",
-        "checkpoint",
-        "base-accuracy",
-        "drop-bound",
-        "layers",
-        "agents",
-    ),
-    *("run-folder", "pruned-file", "disk"),
+    *("command-line", "settings", "data", "metric", "network", "checkpoint", "base-accuracy", "drop-bound", "layers"),
+    *("agents", "run-folder", "pruned-file", "disk"),
 ]
 
 
