@@ -25,6 +25,7 @@ from .base import train_with_progress
 from .checks import resolve_device
 from .console import Terminal
 from .doors import plain, settings
+from .report_cards import bound_sentence
 from .run_folder import METRICS, RunFolder
 from .schedule import LayerRecord
 from .seeds import derive_seed
@@ -226,8 +227,8 @@ def markdown_report(metrics: Mapping[str, Any], folder: RunFolder, command: str 
         "",
     ]
     lines += [f"- {sentence}" for sentence in remarks(metrics)]
-    if metrics["gave_way"]:
-        lines.append(f"The drop bound of {metrics['drop_bound']:g} did not hold at: {', '.join(metrics['gave_way'])}.")
+    if text := bound_sentence(metrics):
+        lines.append(text)
     return "\n".join(lines) + "\n"
 
 
@@ -257,9 +258,6 @@ def show_results(metrics: Mapping[str, Any], folder: RunFolder, terminal: Termin
     terminal.totals(total_rows(metrics))
     for sentence in remarks(metrics):
         terminal.console.print(sentence, markup=False)
-    if metrics["gave_way"]:
-        terminal.warn(
-            f"the drop bound of {metrics['drop_bound']:g} did not hold at {', '.join(metrics['gave_way'])}; see "
-            f"{METRICS}."
-        )
+    if text := bound_sentence(metrics):
+        terminal.warn(text)
     terminal.console.print(f"Run folder: {folder.path}", markup=False)

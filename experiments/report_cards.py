@@ -26,6 +26,17 @@ def change(before: float, after: float) -> str:
     return f"{100 * (after / before - 1):+.1f} %".replace("-", MINUS) if before else "-"
 
 
+def bound_sentence(metrics: Mapping[str, Any]) -> str | None:
+    """What became of the drop bound where it gave way: at which layers, or everywhere."""
+    gave_way, bound = metrics.get("gave_way") or [], metrics.get("drop_bound")
+    if not gave_way or bound is None:
+        return None
+    # One decision for all layers has one accuracy, so a bound that gave way gave way at all of them.
+    everywhere = len(gave_way) > 1 and len(gave_way) == len(metrics.get("groups") or [])
+    where = "" if everywhere else f" at: {', '.join(gave_way)}"
+    return f"The drop bound of {bound:g} did not hold{where}."
+
+
 def size(n_bytes: float) -> str:
     """Bytes in kB or MB (powers of ten)."""
     return f"{n_bytes / 1e6:.2f} MB" if n_bytes >= 1e6 else f"{n_bytes / 1e3:.1f} kB"

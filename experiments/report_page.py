@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from .report_cards import cards, change, final_accuracy, percent, points
+from .report_cards import bound_sentence, cards, change, final_accuracy, percent, points
 from .report_data import Run
 from .report_frame import copyable, origin, page, section
 from .report_markup import Markup, table, tag
@@ -52,11 +52,8 @@ def _state(run: Run) -> Markup | None:
         )
         return tag("p", f"This run is unfinished: {done}. What is there is shown.", class_="note")
     gave_way = metrics.get("gave_way") or [layer.name for layer in run.layers if not layer.within_bound]
-    if not gave_way or metrics.get("drop_bound") is None:
-        return None
-    return tag(
-        "p", f"The drop bound of {metrics['drop_bound']:g} did not hold at: {', '.join(gave_way)}.", class_="note"
-    )
+    text = bound_sentence({"groups": run.layers, **metrics, "gave_way": gave_way})
+    return tag("p", text, class_="note") if text else None
 
 
 def _summary(run: Run) -> Markup | None:

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 from keepdrop.experiments.report import write_report
+from keepdrop.experiments.report_cards import bound_sentence
 from keepdrop.experiments.report_charts import Axis, Series, line_chart, ranges, span, strip, ticks
 from keepdrop.experiments.report_compare import unique_names
 from keepdrop.experiments.report_data import original_masks, read_run
@@ -182,6 +183,18 @@ def test_one_agent_for_the_whole_network(run):
     words = Checker(run_page(read_run(run))).words()
     assert "Learning curve of the whole network Mean reward from 0.500 to 0.750" in words
     assert "recovered after each layer" not in words and "agent, not recovered" in words and "16 kept" in words
+
+
+@pytest.mark.parametrize(
+    ("gave_way", "sentence"),
+    [
+        (["a"], "The drop bound of 0.02 did not hold at: a."),
+        (["a", "b", "c"], "The drop bound of 0.02 did not hold."),
+        ([], None),
+    ],
+)
+def test_the_bound_in_one_sentence(gave_way, sentence):
+    assert bound_sentence({"drop_bound": 0.02, "gave_way": gave_way, "groups": [{}] * 3}) == sentence
 
 
 def test_run_in_steps(run):
