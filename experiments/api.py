@@ -220,4 +220,5 @@ def _warm(
 
 def _named(known: Mapping[str, SavedAgent]) -> dict[str, Any]:
     """What a folder remembers of the agents it began with; nothing where there are none."""
-    return {"agents": {name: hash_state(agent.policy) for name, agent in known.items()}} if known else {}
+    modules: dict[str, Any] = {name: agent.policy for name, agent in known.items()}
+    return {"agents": {name: hash_state(module) for name, module in modules.items()}} if known else {}
