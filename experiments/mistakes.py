@@ -98,7 +98,7 @@ def known_keys(root: str, arguments: Sequence[str] = ()) -> list[str]:
     chosen = [argument for argument in arguments if argument.split("=")[0] in groups()]
     register_schemas()
     # Where a group is null by itself its option is added, not chosen anew.
-    ways = (chosen, [f"+{each}" for each in chosen], [])
+    ways: tuple[list[str], ...] = (chosen, [f"+{each}" for each in chosen], [])
     with initialize_config_module(CONF, version_base="1.3"):
         for overrides in ways:
             with suppress(HydraException):

@@ -136,7 +136,7 @@ def layer_facts(
         bar.advance(done + layer.n_filters * images / of, name)
 
     images, labels = task.reward_images
-    how = {"measure": task.measure, "method": task.settings.method, "progress": show_progress}
+    how: dict[str, Any] = {"measure": task.measure, "method": task.settings.method, "progress": show_progress}
     found = filter_oracle(task.model, layer.group, images, labels, **how)
     seen = observation_tensors(layer)
     given = layer_scores(name, seen, config)

@@ -12,7 +12,7 @@ from torch import nn
 from ..agent.parameter_search import NetworkTrainer
 from ..envs.checkpoint import hash_state
 from ..envs.export import check_exports
-from ..envs.joint import GROUP_NAME
+from ..envs.joint import GROUP_NAME, JointTask
 from ..envs.pruned_file import KeptChannels
 from ..envs.reconstruction import ReconstructionSettings
 from ..envs.runtimes import check_runtimes
@@ -78,7 +78,8 @@ def prune_network(inputs: Inputs, config: DictConfig, folder: RunFolder, termina
     name = "accuracy" if task.measure.is_top1 else task.measure.name
     terminal.say(f"Base {name} on {len(inputs.splits.reward)} reward images: {100 * task.base.accuracy:.2f} %")
     pruned_task, kept, records = run_schedule(task, config, folder, terminal, tracker)
-    write_curves(task, records, folder, terminal, config.controls, config.seed)
+    joint = None if config.target.removed is None else JointTask(task, build_repair(config))
+    write_curves(task, records, folder, terminal, config.controls, config.seed, joint)
     pruned = pruned_task.model
     finetuned, seconds = finetune(dense, pruned, inputs.splits, config, folder, terminal, tracker)
     networks = Networks(dense, pruned, finetuned)
@@ -106,11 +107,16 @@ def run_schedule(
         terminal.advance(len(trainer.history), show_update(trainer, metrics))
         tracker.scalars(f"agent/{GROUP_NAME}", metrics, len(trainer.history))
 
-    repair = settings(config.repair, ReconstructionSettings) if config.judge.compensate else None
+    repair = build_repair(config)
     target, facts = Target(**plain(config.target)), {"command": command_line(), "config": plain(config)}
     decide = TrainNetworkAgent(search, target, report, facts)
     with terminal.progress("updates", search.agent.updates):
         return NetworkSchedule(decide, repair, config.drop_bound, config.seed).run(task, folder, log)
+
+
+def build_repair(config: DictConfig) -> ReconstructionSettings | None:
+    """How a network is repaired that is cut in all layers at once; None leaves it as cut."""
+    return settings(config.repair, ReconstructionSettings) if config.judge.compensate else None
 
 
 def build_schedule(dense: nn.Module, config: DictConfig, terminal: Terminal, tracker: Tracker) -> Schedule:

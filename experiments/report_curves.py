@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import nn
 from ..envs.evaluate import accuracy_on
 from ..envs.group_cost import pruned_cost
 from ..envs.groups import FilterGroup
-from ..envs.images import LabelledImages
+from ..envs.joint import JointTask
 from ..envs.pruned_file import KeptChannels
 from ..envs.task import LayerTask, PruningTask, replace_model
 from .console import Terminal
@@ -34,6 +34,7 @@ def write_curves(
     terminal: Terminal,
     controls: Sequence[str] = (),
     seed: int = 0,
+    joint: JointTask | None = None,
 ) -> None:
     """Write MACs after every layer and, if wished, the accuracies of controls; a resumed run has them already.
 
@@ -44,6 +45,7 @@ def write_curves(
         terminal: shows progress.
         controls: criteria that keep as many filters a layer as the records do; none skips them.
         seed: of the run.
+        joint: cuts and repairs the layers together, where the run did.
     """
     if (folder / CURVES).is_file():
         return
@@ -54,7 +56,7 @@ def write_curves(
     }
     names = [record.name for record in records]
     if controls and records and len(set(names)) == len(names):
-        content["controls"] = control_curves(task, records, controls, seed, terminal)
+        content["controls"] = control_curves(task, records, controls, seed, terminal, joint)
     folder.write_json(CURVES, content)
 
 
@@ -77,12 +79,18 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def control_curves(
-    task: PruningTask, records: Sequence[LayerRecord], controls: Sequence[str], seed: int, terminal: Terminal
+    task: PruningTask,
+    records: Sequence[LayerRecord],
+    controls: Sequence[str],
+    seed: int,
+    terminal: Terminal,
+    joint: JointTask | None = None,
 ) -> dict[str, Any]:
     """Accuracies after each layer, without recovery, of the agent's own masks and of every control.
 
-    All use the reward split (its first `MAX_IMAGES` images; a split is shuffled) and the run's own compensation, so
-    that nothing but the choice of filters differs. The report split is not touched.
+    All use the reward split (its first `MAX_IMAGES` images; a split is shuffled) and the run's own compensation, with
+    `joint` its repair of the whole network, so that nothing but the choice of filters differs. The report split is not
+    touched.
     """
     images = task.splits.reward.select(torch.arange(min(MAX_IMAGES, len(task.splits.reward))))
     counts = {record.name: record.n_kept for record in records}
@@ -92,28 +100,36 @@ def control_curves(
     curves = {}
     with terminal.progress("controls", len(deciders) * len(records)) as bar:
         for name, decide in deciders.items():
-            curves[name] = _accuracies(task, decide, list(counts), images, seed, bar, name)
+            steps = (
+                _layer_by_layer(task, decide, list(counts), seed) if joint is None else _jointly(joint, decide, seed)
+            )
+            curves[name] = []
+            for layer, model in steps:
+                curves[name].append(accuracy_on(model, images))
+                bar.advance_by(1, f"{name}, {layer}")
     return {"n_images": len(images), "base_accuracy": task.measure.fraction(base), "methods": curves}
 
 
-def _accuracies(
-    task: PruningTask,
-    decide: Decider,
-    names: Sequence[str],
-    images: LabelledImages,
-    seed: int,
-    bar: Terminal,
-    what: str,
-) -> list[float]:
-    found, kept = [], KeptChannels()
+Steps = Iterator[tuple[str, nn.Module]]
+"""A layer's name, and the network with it and all before it cut."""
+
+
+def _layer_by_layer(task: PruningTask, decide: Decider, names: Sequence[str], seed: int) -> Steps:
+    kept = KeptChannels()
     for name in names:
         layer = task.layer(name)
         keep = layer.allowed(decide(layer, Path(), derive_seed(seed, name)).keep[None])[0]
         kept = kept.after(task.model, {layer.group: keep})
         task = replace_model(task, layer.cut(keep), kept)
-        found.append(accuracy_on(task.model, images))
-        bar.advance_by(1, f"{what}, {name}")
-    return found
+        yield name, task.model
+
+
+def _jointly(joint: JointTask, decide: Decider, seed: int) -> Steps:
+    masks = {group.name: torch.ones(group.n_filters, dtype=torch.bool) for group in joint.groups}
+    for layer in joint.layers:
+        name = layer.group.name
+        masks[name] = layer.allowed(decide(layer, Path(), derive_seed(seed, name)).keep[None])[0]
+        yield name, joint.cut(joint.joined(masks))
 
 
 class _Replay:

@@ -94,16 +94,10 @@ def _trade_off_text(run: Run) -> str:
     controls = run.curves.get("controls")
     if not controls:
         return text
-    if run.joint:
-        return (
-            f"{text} Lines marked 'not recovered' cut layer by layer, on {controls['n_images']:,} reward images, and "
-            "compensate single layers where the run repaired the whole network: compare them with each other, not "
-            "with the run's accuracy."
-        )
     return (
         f"{text} Lines marked 'not recovered' were measured on {controls['n_images']:,} reward images without any "
-        "training between layers: the agent's own masks, and controls that keep as many filters in every layer, all "
-        "with the same compensation. They say what the choice of filters alone is worth."
+        "training: the agent's own masks, and controls that keep as many filters in every layer, all with the run's "
+        "own compensation. They say what the choice of filters alone is worth."
     )
 
 

@@ -39,6 +39,10 @@ def test_a_macs_target_is_met_by_one_agent_and_the_result_loads(keepdrop, checkp
     agent = load_agent(tmp_path / "run/network/agent")
     assert agent.facts["target"] == {"removed": 0.5, "of": "network"} and len(agent.facts["reward_curve"]) == 3
     assert agent.facts["widths"] == [group["n_filters"] for group in metrics["groups"]]
+    # The replay cuts and repairs as the run did, so its last point is the run's own accuracy.
+    replay = read(tmp_path / "run/curves.json")["controls"]["methods"]
+    assert replay["agent"][-1] == read(tmp_path / "run/network/decisions.json")[0]["pruned_accuracy"]
+    assert list(replay) == ["agent", "l1", "random"] and {len(each) for each in replay.values()} == {5}
     model = load_pruned(tmp_path / "run/pruned")
     assert sum(p.numel() for p in model.parameters()) == metrics["pruned_params"]
     assert not list((tmp_path / "run").rglob("*state*"))
