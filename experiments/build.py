@@ -91,7 +91,7 @@ def build_function(node: DictConfig, what: str) -> Callable[..., Any]:
     A function there that makes such functions needs `_partial_: false`.
     """
     if not OmegaConf.is_missing(node, "_target_") and "_partial_" not in node and _is_function(node["_target_"]):
-        node = OmegaConf.merge(node, {"_partial_": True})
+        node = DictConfig({**node, "_partial_": True})
     made = build(node, what)
     if not callable(made):
         raise UserError(

@@ -97,7 +97,7 @@ def control_curves(
     deciders: dict[str, Decider] = {REPLAYED: _Replay(records)}
     deciders |= {name: AskCriterion(name, counts) for name in controls}
     base = task.base.correct[: len(images)]
-    curves = {}
+    curves: dict[str, list[float]] = {}
     with terminal.progress("controls", len(deciders) * len(records)) as bar:
         for name, decide in deciders.items():
             steps = (
