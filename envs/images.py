@@ -63,8 +63,8 @@ class LabelledData:
         if min(counts.values()) == 0 < max(counts.values()):
             name, other = sorted(counts, key=lambda each: counts[each])
             raise UserError(
-                f"The targets of {name} are no class labels, those of {other} are; expected integers from 0 in both, or "
-                "targets of one kind and a metric for them."
+                f"The targets of {name} are no class labels, those of {other} are; expected integers from 0 in both, "
+                "or targets of one kind and a metric for them."
             )
         for what in ("image_shape", "n_classes", "target_shape"):
             ours, theirs = getattr(self.train, what, None), getattr(self.test, what, None)
