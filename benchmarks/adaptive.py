@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import make_task, opened
 from keepdrop.agent.policy import SetPolicy
 from keepdrop.agent.trainer import AgentSettings, Trainer
 from keepdrop.envs.adaptive import AdaptiveSettings
@@ -27,7 +28,6 @@ from keepdrop.envs.filter_pruning import FilterPruningVectorEnv
 from keepdrop.envs.observation import STATISTIC_NAMES
 from keepdrop.envs.task import LayerTask
 from keepdrop.rewards.try_and_learn import TryAndLearn
-from learning_curves import make_task, opened
 
 RESULTS = Path(__file__).parent / "results" / "adaptive.json"
 ARMS = ("full", "adaptive", "fixed")

@@ -17,16 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import make_task, opened
 from keepdrop.agent.layer_matrix import LayerMatrixPolicy
 from keepdrop.agent.policy import SetPolicy
 from keepdrop.agent.trainer import AgentSettings, Trainer
-from keepdrop.envs.checkpoint import load_checkpoint
-from keepdrop.envs.data import npz
 from keepdrop.envs.filter_pruning import FilterPruningVectorEnv
-from keepdrop.envs.networks import cifar_resnet
 from keepdrop.envs.observation import STATISTIC_NAMES
-from keepdrop.envs.splits import split
-from keepdrop.envs.task import LayerTask, PruningTask
+from keepdrop.envs.task import LayerTask
 from keepdrop.rewards.try_and_learn import TryAndLearn
 
 ROOT = Path(__file__).parents[1]
@@ -40,15 +37,6 @@ AGENTS: dict[str, dict[str, Any]] = {
     "set, control variate": {"control_variate": True},
     "paper's policy (layer matrix)": {"policy": "layer_matrix", "exploration": "bernoulli"},
 }
-
-
-def make_task(data: str, checkpoint: str, layer: str) -> LayerTask:
-    """The layer of a ResNet-20, judged on 5,000 of the test images."""
-    model = cifar_resnet(20)
-    load_checkpoint(model, checkpoint)
-    images = npz(data, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    splits = split(images, reward_from="test", reward_size=5000, seed=0)
-    return PruningTask(model.eval(), splits).layer(layer)
 
 
 def make_policy(layer: LayerTask, options: dict[str, Any], seed: int) -> Any:
@@ -121,14 +109,6 @@ def plot(found: dict[str, Any], path: Path) -> None:
     figure.savefig(path)
 
 
-def opened(path: Path, about: dict[str, Any], parts: str = "curves") -> dict[str, Any]:
-    """What was found in a file of the same experiment, with its parts, none of them yet if it is new."""
-    found = json.loads(path.read_text()) if path.is_file() else {**about, parts: {}}
-    if {key: found.get(key) for key in about} != about:
-        raise SystemExit(f"{path} holds another experiment; move it away first")
-    return dict(found)
-
-
 def main() -> None:
     """Run and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -143,7 +123,7 @@ def main() -> None:
     options = parser.parse_args()
     steps = [2 * MASKS * IMAGES * i for i in range(options.updates // 2 + 1)]
     about = {"layer": options.layer, "drop_bound": options.drop_bound, "mask_images": steps}
-    found = opened(options.json, about)
+    found = opened(options.json, about, "curves")
     layer = make_task(options.data, options.checkpoint, options.layer)
     for name, agent in {**AGENTS, "best of random masks": None}.items():
         curves = found["curves"].setdefault(name, [])

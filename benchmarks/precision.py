@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import make_task
 from keepdrop.envs.judge import JudgeSettings
 from keepdrop.envs.task import LayerTask
-from learning_curves import make_task
 
 RESULTS = Path(__file__).parent / "results" / "precision.json"
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import opened
 from keepdrop.agent.parameter_search import NetworkAgentSettings
 from keepdrop.agent.policy import SetPolicy
 from keepdrop.agent.trainer import AgentSettings
@@ -39,7 +40,6 @@ from keepdrop.envs.task import PruningTask
 from keepdrop.experiments.network_search import NetworkAgent, NetworkSearchSettings
 from keepdrop.experiments.search import train_on_layer
 from keepdrop.rewards.try_and_learn import TryAndLearn
-from learning_curves import opened
 
 RESULTS = Path(__file__).parent / "results" / "search.json"
 BASE = {"groups": 6, "filters": 8, "masks": 8, "images": 125}

@@ -26,7 +26,7 @@ from .run_folder import RunFolder
 from .search import agent_facts, train_on_layer
 from .seeds import derive_seed
 from .tracking import Tracker
-from .trained_agents import check_fit, load_agents
+from .trained_agents import load_agents, trained_further
 
 
 class TrainAgents:
@@ -71,9 +71,7 @@ class TrainAgents:
         saved = self.known.get(layer.group.name)
         if saved is None:
             return build_policy(self.config.policy, layer, derive_seed(seed, "policy"))
-        check_fit(saved, layer)
-        module: Any = saved.policy
-        return module.train()
+        return trained_further(saved, layer)
 
     def _report(self, layer: LayerTask, bar: Terminal, trainer: Trainer, metrics: Mapping[str, float]) -> None:
         name, step = layer.group.name, len(trainer.history)

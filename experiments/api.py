@@ -28,10 +28,10 @@ from .api_progress import Callback
 from .api_result import PruningResult
 from .api_settings import FINETUNE, Settings
 from .api_training import OwnLoop
-from .network_decide import AskNetworkAgent, NetworkDecider, TrainNetworkAgent, check_network_fit
+from .network_decide import AskNetworkAgent, NetworkDecider, TrainNetworkAgent
 from .network_schedule import NetworkSchedule
 from .schedule import Recovery, Schedule
-from .trained_agents import AskAgents, check_fit, load_agents
+from .trained_agents import AskAgents, check_agents, load_agents
 
 Policies = Mapping[str, Callable[..., Policy]]
 
@@ -187,11 +187,7 @@ def _loaded(agents: str | Path, policies: Policies | None) -> dict[str, SavedAge
 def _check(known: Mapping[str, SavedAgent], job: Job) -> None:
     """Refuse agents that do not fit the layers of a job."""
     try:
-        for name, agent in known.items():
-            if name == GROUP_NAME:
-                check_network_fit(agent, job.task)
-            else:
-                check_fit(agent, job.task.layer(name))
+        check_agents(known, job.task)
     except AgentMismatch as error:
         raise UserError(str(error)) from error
 

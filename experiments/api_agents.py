@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from ..agent.policy import Policy
 from ..agent.saved_agent import SavedAgent, save_agent
@@ -17,7 +15,7 @@ from .checks import PolicyFactory, call_policy_factory
 from .decide import AGENT, Decision
 from .search import agent_facts, train_on_layer
 from .seeds import derive_seed
-from .trained_agents import check_fit
+from .trained_agents import trained_further
 
 
 class LayerAgents:
@@ -67,6 +65,4 @@ class LayerAgents:
         if saved is None:
             n_filters, n_weights = layer.observation.weights.shape
             return call_policy_factory(self.make_policy, n_filters, n_weights, derive_seed(seed, "policy"))
-        check_fit(saved, layer)
-        module: Any = copy.deepcopy(saved.policy)
-        return module.train()
+        return trained_further(saved, layer)

@@ -27,7 +27,7 @@ from .doors import begin_or_resume, hydra_door, plain, settings
 from .facts import keep_facts
 from .finish import Networks, finetune, group_facts, remarks, report_accuracy, save_result
 from .mistakes import groups, nearest
-from .network_decide import AskNetworkAgent, AskNetworkCriterion, NetworkDecider, check_network_fit
+from .network_decide import AskNetworkAgent, AskNetworkCriterion, NetworkDecider
 from .network_schedule import NetworkSchedule
 from .prepare import Inputs, prepare
 from .prune import ScheduleLog, build_recovery
@@ -38,7 +38,7 @@ from .run_folder import METRICS, RunFolder
 from .schedule import LayerRecord, Schedule, check_order
 from .schema import PruneConfig, structured
 from .tracking import Tracker
-from .trained_agents import AskAgents, check_fit, load_agents
+from .trained_agents import AskAgents, check_agents, load_agents
 
 INHERITED = (
     "data",
@@ -141,12 +141,7 @@ def check(config: DictConfig) -> Inputs:
     check_exports(config.export)
     inputs = prepare(config)
     assert inputs.dense is not None
-    task = inputs.task(inputs.dense, config)
-    for name, agent in load_agents(config.agents).items():
-        if name == GROUP_NAME:
-            check_network_fit(agent, task)
-        else:
-            check_fit(agent, task.layer(name))
+    check_agents(load_agents(config.agents), inputs.task(inputs.dense, config))
     return inputs
 
 

@@ -25,15 +25,13 @@ from .decide import observation_tensors
 from .doors import begin_or_resume, hydra_door, settings
 from .mistakes import nearest
 from .network_decide import check_network_fit
-from .oracle_report import correlation_rows, show, write_all
+from .oracle_report import AGENT, NETWORK_AGENT, correlation_rows, show, write_all
 from .prepare import Inputs, prepare
 from .report import keep_report
 from .run_folder import RunFolder
 from .seeds import derive_seed
-from .trained_agents import check_fit, load_agents
+from .trained_agents import check_agents, check_fit, load_agents
 from .widened import as_prune
-
-AGENT, NETWORK_AGENT = "agent", "network agent"
 
 
 def door() -> None:
@@ -63,11 +61,11 @@ def check(config: DictConfig) -> Inputs:
         raise UserError("There is nothing to compare the oracle with; give criteria or agents.")
     known = load_agents(config.agents) if config.agents is not None else {}
     inputs = prepare(as_prune(config))
-    check_agents(known, inputs, config)
+    check_layers(known, inputs, config)
     return inputs
 
 
-def check_agents(known: Mapping[str, SavedAgent], inputs: Inputs, config: DictConfig) -> None:
+def check_layers(known: Mapping[str, SavedAgent], inputs: Inputs, config: DictConfig) -> None:
     """UserError for agents of other layers, or of other observations."""
     mine = set(known) & {GROUP_NAME, *(group.name for group in inputs.groups)}
     if known and not mine:
@@ -76,12 +74,7 @@ def check_agents(known: Mapping[str, SavedAgent], inputs: Inputs, config: DictCo
             f"{', '.join(group.name for group in inputs.groups)}; choose a matching run or leave agents out."
         )
     if mine and inputs.dense is not None:
-        task = inputs.task(inputs.dense, as_prune(config))
-        for name in mine:
-            if name == GROUP_NAME:
-                check_network_fit(known[name], task)
-            else:
-                check_fit(known[name], task.layer(name))
+        check_agents({name: known[name] for name in mine}, inputs.task(inputs.dense, as_prune(config)))
 
 
 def network_scores(agent: SavedAgent, task: PruningTask) -> dict[str, Tensor]:

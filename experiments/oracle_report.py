@@ -21,7 +21,7 @@ from .run_folder import METRICS, RunFolder
 
 ORACLES = ("absolute_loss", "loss", "accuracy")
 """What a score should foresee: |change of the loss| (the paper's oracle), its rise, and the accuracy lost."""
-RANDOM = "random-"
+RANDOM, AGENT, NETWORK_AGENT = "random-", "agent", "network agent"  # methods
 
 
 def spearman(first: Tensor, second: Tensor) -> float | None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .oracle_report import ORACLES, TITLES, table
+from .oracle_report import AGENT, ORACLES, TITLES, table
 from .report_charts import signed_bar
 from .report_data import Run
 from .report_frame import origin, page, section
 from .report_markup import Markup, join, tag
 from .report_markup import table as table_of
 
-AGENT = "agent"
 EXPLAINED = {
     "absolute_loss": "The oracle of Molchanov et al. (2017): a filter matters if the loss changes without it.",
     "loss": "A filter matters if the loss rises without it.",

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..agent.policy import Policy
 from ..agent.saved_agent import WEIGHTS, SavedAgent, check_agent, load_agent
-from ..envs.task import LayerTask
+from ..envs.joint import GROUP_NAME
+from ..envs.task import LayerTask, PruningTask
 from ..rewards.errors import UserError
 from .decide import AGENT, Decision, observation_tensors
+from .network_decide import check_network_fit
 from .search import fit_facts
 
 
@@ -40,6 +44,22 @@ def check_fit(agent: SavedAgent, layer: LayerTask) -> None:
     # In a chain of pruned layers D shrinks with the layers before: only a policy that is tied to it must agree.
     tied = {"n_filters", "n_weights"} & set(agent.facts["policy"]["kwargs"])
     check_agent(agent, **{name: expected[name] for name in ("group", "statistic_names", *sorted(tied))})
+
+
+def check_agents(agents: Mapping[str, SavedAgent], task: PruningTask) -> None:
+    """Refuse agents, by layer or of the whole network, that do not fit a task with an `AgentMismatch`."""
+    for name, agent in agents.items():
+        if name == GROUP_NAME:
+            check_network_fit(agent, task)
+        else:
+            check_fit(agent, task.layer(name))
+
+
+def trained_further(saved: SavedAgent, layer: LayerTask) -> Policy:
+    """A copy of a saved agent's policy, ready to go on learning; `AgentMismatch` where it does not fit the layer."""
+    check_fit(saved, layer)
+    module: Any = copy.deepcopy(saved.policy)
+    return module.train()
 
 
 def load_agents(run: str | Path, policies: Mapping[str, Callable[..., Policy]] | None = None) -> dict[str, SavedAgent]:

@@ -5,7 +5,7 @@ import sys
 import keepdrop as public
 import pytest
 import torch
-from keepdrop import AgentSettings, JudgeSettings, Settings, TrainSettings, UserError, prune
+from keepdrop import Settings, TrainSettings, UserError, prune
 from keepdrop.agent.parameter_search import NetworkAgentSettings
 from keepdrop.envs.checkpoint import hash_state, load_checkpoint
 from keepdrop.envs.data import digits
@@ -13,14 +13,7 @@ from keepdrop.envs.networks import small_cnn
 from keepdrop.experiments.network_search import NetworkSearchSettings
 from torch.utils.data import DataLoader, TensorDataset
 
-QUICK = Settings(
-    reward_size=200,
-    masks=4,
-    images=60,
-    agent=AgentSettings(updates=2),
-    judge=JudgeSettings(compensation_images=100, statistics_images=100),
-)
-CALL = {"drop_bound": 0.2, "layers": ["conv1", "conv2"], "finetune": None, "settings": QUICK}
+from .quick import CALL, QUICK
 
 
 def tensors(images):

@@ -8,24 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from keepdrop import AgentSettings, JudgeSettings, Limits, Settings, UserError, apply_agents, prune
-from keepdrop.agent.parameter_search import NetworkAgentSettings
+from keepdrop import AgentSettings, Limits, Settings, UserError, apply_agents, prune
 from keepdrop.envs.checkpoint import hash_state, load_checkpoint
 from keepdrop.envs.data import digits
 from keepdrop.envs.networks import small_cnn
 from keepdrop.envs.train_settings import TrainSettings
 from keepdrop.envs.training import fit_network
-from keepdrop.experiments.network_search import NetworkSearchSettings
 
-QUICK = Settings(
-    reward_size=200,
-    masks=4,
-    images=60,
-    agent=AgentSettings(updates=2),
-    judge=JudgeSettings(compensation_images=100, statistics_images=100),
-    network=NetworkSearchSettings(masks=4, images=60, repair_images=40, agent=NetworkAgentSettings(updates=2)),
-)
-CALL = {"drop_bound": 0.2, "layers": ["conv1", "conv2"], "finetune": None, "settings": QUICK}
+from .quick import CALL, QUICK
+
 ASK = {"finetune": None, "settings": QUICK}
 
 

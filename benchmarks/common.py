@@ -1,0 +1,30 @@
+"""What several benchmarks share: the ResNet-20 on CIFAR-10 that is judged, and files that are gone on with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from keepdrop.envs.checkpoint import load_checkpoint
+from keepdrop.envs.data import npz
+from keepdrop.envs.networks import cifar_resnet
+from keepdrop.envs.splits import split
+from keepdrop.envs.task import LayerTask, PruningTask
+
+
+def make_task(data: str, checkpoint: str, layer: str) -> LayerTask:
+    """The layer of a ResNet-20, judged on 5,000 of the test images."""
+    model = cifar_resnet(20)
+    load_checkpoint(model, checkpoint)
+    images = npz(data, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    splits = split(images, reward_from="test", reward_size=5000, seed=0)
+    return PruningTask(model.eval(), splits).layer(layer)
+
+
+def opened(path: Path, about: dict[str, Any], parts: str) -> dict[str, Any]:
+    """What was found in a file of the same experiment, with its parts, none of them yet if it is new."""
+    found = json.loads(path.read_text()) if path.is_file() else {**about, parts: {}}
+    if {key: found.get(key) for key in about} != about:
+        raise SystemExit(f"{path} holds another experiment; move it away first")
+    return dict(found)
