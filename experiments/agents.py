@@ -100,4 +100,7 @@ def agents_config(run: str) -> DictConfig:
     for folder in (path, *sorted(path.glob("*/"))):
         if (folder / "config.yaml").is_file():
             return RunFolder.open(folder).config()
-    raise AgentMismatch(f"{run!r} has agents but no config.yaml; expected the whole run folder: copy it again.")
+    raise AgentMismatch(
+        f"{run!r} has agents but no config.yaml; expected the whole folder of a command: copy it again, or call "
+        "keepdrop.apply_agents if it was written from Python."
+    )

@@ -31,7 +31,7 @@ from .api_training import OwnLoop
 from .network_decide import AskNetworkAgent, NetworkDecider, TrainNetworkAgent
 from .network_schedule import NetworkSchedule
 from .schedule import Recovery, Schedule
-from .trained_agents import AskAgents, check_agents, load_agents
+from .trained_agents import AskAgents, agents_of, check_agents, load_agents
 
 Policies = Mapping[str, Callable[..., Policy]]
 
@@ -203,13 +203,7 @@ def _warm(
             "warm_start is for agents of layers, and macs_removed trains one of all; leave one of them out."
         )
     names = [group.name for group in job.task.groups]
-    known = _loaded(run, policies)
-    common = {name: agent for name, agent in known.items() if name in names}
-    if not common:
-        raise UserError(
-            f"The agents in {str(run)!r} were trained for {', '.join(known)}, but {', '.join(names)} is to be pruned; "
-            "choose a matching run or leave warm_start out."
-        )
+    common = agents_of(_loaded(run, policies), names, run, "warm_start")
     _check(common, job)
     return common
 

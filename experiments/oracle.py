@@ -30,7 +30,7 @@ from .prepare import Inputs, prepare
 from .report import keep_report
 from .run_folder import RunFolder
 from .seeds import derive_seed
-from .trained_agents import check_agents, check_fit, load_agents
+from .trained_agents import agents_of, check_agents, check_fit, load_agents
 from .widened import as_prune
 
 
@@ -67,14 +67,11 @@ def check(config: DictConfig) -> Inputs:
 
 def check_layers(known: Mapping[str, SavedAgent], inputs: Inputs, config: DictConfig) -> None:
     """UserError for agents of other layers, or of other observations."""
-    mine = set(known) & {GROUP_NAME, *(group.name for group in inputs.groups)}
-    if known and not mine:
-        raise UserError(
-            f"The agents in {config.agents!r} were trained for {', '.join(known)}, but the layers are "
-            f"{', '.join(group.name for group in inputs.groups)}; choose a matching run or leave agents out."
-        )
+    # An agent of the whole network is called as no layer is, so it is named only where it is there.
+    whole = [GROUP_NAME] if GROUP_NAME in known else []
+    mine = agents_of(known, [*whole, *(group.name for group in inputs.groups)], config.agents, "agents")
     if mine and inputs.dense is not None:
-        check_agents({name: known[name] for name in mine}, inputs.task(inputs.dense, as_prune(config)))
+        check_agents(mine, inputs.task(inputs.dense, as_prune(config)))
 
 
 def network_scores(agent: SavedAgent, task: PruningTask) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ..agent.saved_agent import AgentMismatch, check_agent
+from ..agent.saved_agent import check_agent
 from ..agent.trainer import AgentSettings
 from ..envs.cost import count_cost
 from ..envs.coupling import find_groups
@@ -36,7 +36,7 @@ from .doors import plain, settings
 from .network_search import NetworkSearchSettings
 from .schema import SearchConfig
 from .seeds import derive_seed
-from .trained_agents import load_agents
+from .trained_agents import agents_of, load_agents
 
 
 @dataclass
@@ -106,12 +106,8 @@ def check_search(config: DictConfig, inputs: Inputs) -> None:
     make_policy(config.policy, n_filters=inputs.groups[0].n_filters, n_weights=9)
     if config.warm_start is None:
         return
-    known, names = load_agents(config.warm_start), [group.name for group in inputs.groups]
-    if not set(known) & set(names):
-        raise AgentMismatch(
-            f"the agents in {config.warm_start} were trained for {', '.join(known)}, but {', '.join(names)} is to be "
-            "pruned; choose a matching run or leave warm_start out"
-        )
+    names = [group.name for group in inputs.groups]
+    known = agents_of(load_agents(config.warm_start), names, config.warm_start, "warm_start")
     for group in inputs.groups:
         if group.name in known:
             agent = known[group.name]

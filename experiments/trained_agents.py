@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,23 @@ def check_agents(agents: Mapping[str, SavedAgent], task: PruningTask) -> None:
             check_network_fit(agent, task)
         else:
             check_fit(agent, task.layer(name))
+
+
+def agents_of(
+    known: Mapping[str, SavedAgent], layers: Iterable[str], run: str | Path, leave_out: str
+) -> dict[str, SavedAgent]:
+    """Those of `known` that are called as `layers` are; `UserError` where a run has agents, but none of these.
+
+    `leave_out` is what its sentence says to leave out instead.
+    """
+    wanted = list(layers)
+    mine = {name: agent for name, agent in known.items() if name in wanted}
+    if known and not mine:
+        raise UserError(
+            f"The agents in {str(run)!r} were trained for {', '.join(known)}, but the layers are {', '.join(wanted)}; "
+            f"choose a matching run or leave {leave_out} out."
+        )
+    return mine
 
 
 def trained_further(saved: SavedAgent, layer: LayerTask) -> Policy:

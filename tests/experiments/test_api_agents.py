@@ -137,7 +137,7 @@ def test_mistakes_are_sentences(run, first, data, tmp_path):
         "decide layer by layer; leave it out": lambda: apply_agents(folder, first, *images, **ASK, macs_removed=0.3),
         "No prunable layer is called 'conv1'": lambda: apply_agents(folder, other, *images, **ASK),
         "leave one of them out": lambda: prune(first, *images, **CALL, warm_start=folder, macs_removed=0.3),
-        "were trained for conv1, conv2, but conv3": lambda: prune(
+        "were trained for conv1, conv2, but the layers are conv3": lambda: prune(
             first, *images, **CALL | {"layers": ["conv3"]}, warm_start=folder
         ),
         "no chosen layer can lose": lambda: prune(

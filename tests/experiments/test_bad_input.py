@@ -173,7 +173,7 @@ def test_empty_splits(refused):
 @pytest.mark.parametrize("layers", ["[conv3]", "[conv3,conv4]"])
 def test_agents_of_other_layers(refused, finished, layers):
     sentence = refused("prune", f"warm_start={finished}", f"layers={layers}")
-    assert "were trained for conv1, conv2, but conv3" in sentence
+    assert "were trained for conv1, conv2, but the layers are conv3" in sentence
 
 
 def edited_agents(finished, target, **changed):
