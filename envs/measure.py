@@ -155,6 +155,15 @@ class Measure:
 TOP1 = Measure()
 
 
+def spoken(name: str | None, *, opens: bool = False) -> str:
+    """What a metric is called where people read: top-1 is "accuracy", as is what runs of earlier versions do not name.
+
+    `opens` is for the first word of a sentence or a title.
+    """
+    said = "accuracy" if name in (None, TOP1.name) else name
+    return said[0].upper() + said[1:] if opens else said
+
+
 class MeasuredImages:
     """Images with what answers to them are judged by; everything else is the images' own (`LabelledImages`)."""
 

@@ -79,7 +79,7 @@ class TrainAgents:
         bar.advance(
             step,
             f"update {step} of {self.settings.updates}, reward {metrics['reward_mean']:+.3f}, kept {kept:.0%}, "
-            f"accuracy drop {100 * drop:.1f} points",
+            f"{100 * drop:.1f} points lost",
         )
         self.tracker.scalars(f"agent/{name}", metrics, step)
         with torch.no_grad():

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..envs.latency import Latency, measure_latency
-from ..envs.measure import TOP1
+from ..envs.measure import TOP1, spoken
 from ..envs.pruned_file import KeptChannels, save_pruned
 from .schedule import LayerRecord
 
@@ -65,9 +65,8 @@ class PruningResult:
         return tuple(measure_latency(models, self.example, batch_sizes=batch_sizes, repeats=repeats))
 
     def __str__(self) -> str:
-        name = "accuracy" if self.metric == TOP1.name else self.metric
         return (
-            f"{name} {self.base_accuracy:.2%} -> {self.accuracy:.2%}, "
+            f"{spoken(self.metric)} {self.base_accuracy:.2%} -> {self.accuracy:.2%}, "
             f"MACs {self.base_macs:,} -> {self.macs:,} ({self.macs / self.base_macs - 1:+.1%}), "
             f"parameters {self.base_params:,} -> {self.params:,} ({self.params / self.base_params - 1:+.1%})"
         )

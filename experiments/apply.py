@@ -14,6 +14,7 @@ from ..envs.checkpoint import hash_state
 from ..envs.cost import count_cost
 from ..envs.export import check_exports
 from ..envs.joint import GROUP_NAME
+from ..envs.measure import spoken
 from ..envs.pruned_file import KeptChannels
 from ..envs.reconstruction import ReconstructionSettings
 from ..envs.target import Target
@@ -71,7 +72,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     config = config if config.resume else completed(config)
     metrics, folder, terminal = begin_or_resume(config, check, apply_agents)
     keep_report(folder, terminal)
-    terminal.methods(metrics["methods"], metrics["base_accuracy"])
+    terminal.methods(metrics["methods"], metrics["base_accuracy"], spoken(metrics.get("metric"), opens=True))
     for sentence in remarks(metrics):
         terminal.console.print(sentence, markup=False)
     terminal.console.print(f"Run folder: {folder.path}", markup=False)
@@ -220,7 +221,7 @@ def prune_with(
     tracker = Tracker(folder / "tensorboard" / name)
     terminal.say(f"Pruning with {name}")
     with terminal.progress(name, len(task.groups)):
-        pruned, kept, records = schedule.run(task, own, ScheduleLog(terminal, tracker))
+        pruned, kept, records = schedule.run(task, own, ScheduleLog(terminal, tracker, task.measure.name))
     finetuned, seconds = pruned.model, None
     if name == AGENT or config.finetune_controls:
         finetuned, seconds = finetune(dense, pruned.model, task.splits, config, own, terminal, tracker)

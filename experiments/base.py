@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ..envs.checkpoint import save_weights
+from ..envs.measure import spoken
 from ..envs.splits import Splits
 from ..envs.task import PruningTask
 from ..envs.training import TrainProgress, TrainSettings, fit_network
@@ -100,10 +101,11 @@ def train_with_progress(
     snapshot: Path | None = None,
 ) -> None:
     """`fit_network` on the fit split with a progress bar and scalars."""
+    metric = spoken(splits.measure.name)
     with terminal.progress(what, chosen.epochs) as bar:
 
         def report(progress: TrainProgress) -> None:
-            bar.advance(progress.epoch, f"loss {progress.loss:.3f}, accuracy {100 * progress.accuracy:.1f} %")
+            bar.advance(progress.epoch, f"loss {progress.loss:.3f}, {metric} {100 * progress.accuracy:.1f} %")
             tracker.scalars(
                 what.replace(" ", "_"), {"loss": progress.loss, "accuracy": progress.accuracy}, progress.step
             )

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from ..envs.measure import spoken
 from .compare_methods import AGENT, FOLLOWS, PEERS
 from .console import Terminal
 from .run_folder import RunFolder
@@ -33,7 +34,7 @@ def picture(metrics: Mapping[str, Any], stage: str, title: str) -> str:
         for panel, compensate in zip(panels, settings, strict=True):
             _draw(panel, [row for row in metrics["rows"] if row["compensate"] == compensate], stage, metrics)
             panel.set_title(f"{title}, {'with' if compensate else 'without'} compensation")
-        panels[0].set_ylabel("accuracy on the report split (%)")
+        panels[0].set_ylabel(f"{spoken(metrics.get('metric'))} on the report split (%)")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     return text.getvalue()
 

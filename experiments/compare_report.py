@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from rich.table import Table
 
 from ..envs.evaluate import accuracy_on
+from ..envs.measure import spoken
 from .compare_choices import Choices
 from .compare_measure import result_name
 from .compare_methods import AGENT
@@ -156,8 +157,9 @@ def headline(metrics: Mapping[str, Any]) -> str:
     """What the tables are about, in one sentence."""
     whose = {"groups": "the pruned layers' own MACs", "network": "the network's MACs"}[metrics["targets_of"]]
     seeds = max(len(row["seeds"]) for row in metrics["rows"])
+    metric, base = spoken(metrics.get("metric"), opens=True), f"{100 * metrics['base_accuracy']:.2f}"
     return (
-        f"Accuracy in percent on the report split (base {100 * metrics['base_accuracy']:.2f}), mean +- standard "
+        f"{metric} in percent on the report split (base {base}), mean +- standard "
         f"deviation over up to {seeds} seeds; targets are fractions of {whose}."
     )
 

@@ -96,9 +96,9 @@ class Terminal:
             table.add_row(*row)
         self.console.print(table)
 
-    def methods(self, rows: Mapping[str, Mapping[str, Any]], base_accuracy: float) -> None:
-        """The table of an agent beside its controls, at equal counts."""
-        table = Table(title=f"Accuracy on the report split (base {100 * base_accuracy:.2f} %)", title_justify="left")
+    def methods(self, rows: Mapping[str, Mapping[str, Any]], base_accuracy: float, metric: str) -> None:
+        """The table of an agent beside its controls, at equal counts; `metric` is what its title calls it."""
+        table = Table(title=f"{metric} on the report split (base {100 * base_accuracy:.2f} %)", title_justify="left")
         table.add_column("decided by")
         for name in ("pruned", "fine-tuned", "MACs", "parameters"):
             table.add_column(name, justify="right")

@@ -17,7 +17,7 @@ from ..envs.cost import count_cost
 from ..envs.evaluate import accuracy_on
 from ..envs.export import export_all
 from ..envs.latency import measure_latency, speed_advice
-from ..envs.measure import TOP1
+from ..envs.measure import spoken
 from ..envs.pruned_file import KeptChannels, save_pruned
 from ..envs.splits import Splits
 from ..envs.training import TrainSettings
@@ -181,7 +181,7 @@ def total_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
         before, after = metrics[f"base_{name}"], metrics[f"pruned_{name}"]
         return label, f"{before:,}", f"{after:,}", f"{100 * (after / before - 1):+.1f} %"
 
-    base, metric = f"{100 * metrics['base_accuracy']:.2f} %", metric_name(metrics)
+    base, metric = f"{100 * metrics['base_accuracy']:.2f} %", spoken(metrics.get("metric"))
     rows = [
         (f"{metric}, pruned", base, f"{100 * metrics['pruned_accuracy']:.2f} %", points("pruned_accuracy")),
         (f"{metric}, fine-tuned", base, f"{100 * metrics['finetuned_accuracy']:.2f} %", points("finetuned_accuracy")),
@@ -189,11 +189,6 @@ def total_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
         amount("parameters", "params"),
     ]
     return rows + latency_rows(metrics["latency"])
-
-
-def metric_name(metrics: Mapping[str, Any]) -> str:
-    """What a run's accuracies are, in a table; runs of earlier versions do not say."""
-    return "accuracy" if metrics.get("metric") in (None, TOP1.name) else str(metrics["metric"])
 
 
 def latency_rows(latency: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, str]]:
@@ -220,8 +215,8 @@ def markdown_report(metrics: Mapping[str, Any], folder: RunFolder, command: str 
     lines += [f"| {' | '.join(row)} |" for row in total_rows(metrics)]
     lines += ["", "| layer | filters before | after | decided by |", "|---|---:|---:|---|"]
     lines += [f"| {g['name']} | {g['n_filters']} | {g['n_kept']} | {g['decided_by']} |" for g in metrics["groups"]]
-    name = metric_name(metrics)
-    lines += ["", f"{name[0].upper()}{name[1:]} is measured on the report split, which nothing was chosen on.", ""]
+    name = spoken(metrics.get("metric"), opens=True)
+    lines += ["", f"{name} is measured on the report split, which nothing was chosen on.", ""]
     lines += [
         f"Latency is the median of {_repeats(metrics)} passes (quartiles in brackets), both networks in turn.",
         "",

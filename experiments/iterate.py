@@ -16,6 +16,7 @@ from ..envs.augment import Augment
 from ..envs.checkpoint import hash_state, load_checkpoint, save_weights
 from ..envs.cost import count_cost
 from ..envs.groups import FilterGroup
+from ..envs.measure import spoken
 from ..envs.pruned_file import KeptChannels
 from ..envs.regroup import regrouped
 from ..envs.runtimes import check_runtimes
@@ -262,7 +263,7 @@ class Iteration:
         gone = 1 - last[self.config.target.resource] / getattr(base, self.config.target.resource)
         done = gone / (self.goal.removed or 1.0)
         text = f"{last['n_filters']} filters, MACs {100 * (last['macs'] / base.macs - 1):+.1f} %"
-        text += f", accuracy {100 * last['accuracy']:.2f} %"
+        text += f", {spoken(self.task.measure.name)} {100 * last['accuracy']:.2f} %"
         bar.advance(min(done, 1.0), text)
         if not self.terminal.console.is_terminal:
             self.terminal.say(f"[{last['step']}] {text}")

@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from ..envs.measure import spoken
 from ..envs.task import PruningTask
 from .compare_plot import MISSING, svg_figure
 from .console import Terminal
@@ -32,7 +33,7 @@ def write_curve(
     if importlib.util.find_spec("matplotlib") is None:
         terminal.warn(MISSING)
         return
-    folder.write_text("curve.svg", picture(points, base, config.criterion))
+    folder.write_text("curve.svg", picture(points, base, config.criterion, spoken(task.measure.name)))
 
 
 def as_csv(records: Sequence[Mapping[str, Any]]) -> str:
@@ -44,14 +45,14 @@ def as_csv(records: Sequence[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
-def picture(points: Sequence[Mapping[str, Any]], base: Mapping[str, Any], criterion: str) -> str:
-    """An SVG of accuracy against MACs."""
+def picture(points: Sequence[Mapping[str, Any]], base: Mapping[str, Any], criterion: str, metric: str) -> str:
+    """An SVG of accuracy, which is the `metric`, against MACs."""
     with svg_figure(6, 4) as (figure, text):
         axes = figure.subplots()
         axes.plot([p["macs"] / 1e6 for p in points], [100 * p["accuracy"] for p in points], marker="o", markersize=3)
         axes.axhline(100 * base["accuracy"], color="grey", linewidth=0.8)
         axes.set_xlabel("million MACs an image")
-        axes.set_ylabel("accuracy on the reward split (%)")
+        axes.set_ylabel(f"{metric} on the reward split (%)")
         axes.set_title(f"iterate, {criterion}")
         axes.grid(alpha=0.3)
     return text.getvalue()

@@ -13,6 +13,7 @@ from ..agent.parameter_search import NetworkTrainer
 from ..envs.checkpoint import hash_state
 from ..envs.export import check_exports
 from ..envs.joint import GROUP_NAME, JointTask
+from ..envs.measure import spoken
 from ..envs.pruned_file import KeptChannels
 from ..envs.reconstruction import ReconstructionSettings
 from ..envs.runtimes import check_runtimes
@@ -75,8 +76,8 @@ def prune_network(inputs: Inputs, config: DictConfig, folder: RunFolder, termina
     tracker = Tracker(folder / "tensorboard")
     task = begin_task(inputs, config, folder, terminal, tracker)
     dense = task.model
-    name = "accuracy" if task.measure.is_top1 else task.measure.name
-    terminal.say(f"Base {name} on {len(inputs.splits.reward)} reward images: {100 * task.base.accuracy:.2f} %")
+    base, n_images = f"Base {spoken(task.measure.name)}", len(inputs.splits.reward)
+    terminal.say(f"{base} on {n_images} reward images: {100 * task.base.accuracy:.2f} %")
     pruned_task, kept, records = run_schedule(task, config, folder, terminal, tracker)
     joint = None if config.target.removed is None else JointTask(task, build_repair(config))
     write_curves(task, records, folder, terminal, config.controls, config.seed, joint)
@@ -97,7 +98,7 @@ def run_schedule(
     task: PruningTask, config: DictConfig, folder: RunFolder, terminal: Terminal, tracker: Tracker
 ) -> tuple[PruningTask, KeptChannels, list[LayerRecord]]:
     """Layer by layer within a drop bound, or all layers at once at a MACs target."""
-    log = ScheduleLog(terminal, tracker)
+    log = ScheduleLog(terminal, tracker, task.measure.name)
     if config.target.removed is None:
         with terminal.progress("layers", len(task.groups)):
             return build_schedule(task.model, config, terminal, tracker).run(task, folder, log)
@@ -134,26 +135,27 @@ def build_schedule(dense: nn.Module, config: DictConfig, terminal: Terminal, tra
 
 def build_recovery(dense: nn.Module, config: DictConfig, terminal: Terminal) -> Recovery:
     """What follows every cut, with a bar of its own."""
-    chosen = settings(config.recovery, RecoverySettings)
-
-    def report(progress: TrainProgress) -> None:
-        terminal.advance(progress.epoch, f"loss {progress.loss:.3f}, accuracy {100 * progress.accuracy:.1f} %")
-
-    recover = Recover(chosen, dense, build_augment(config.augment), report)
+    chosen, augment = settings(config.recovery, RecoverySettings), build_augment(config.augment)
 
     def shown(task: PruningTask, seed: int, working: Path) -> nn.Module:
+        metric = spoken(task.measure.name)
+
+        def report(progress: TrainProgress) -> None:
+            terminal.advance(progress.epoch, f"loss {progress.loss:.3f}, {metric} {100 * progress.accuracy:.1f} %")
+
         with terminal.progress("recovery", chosen.train.epochs):
-            return recover(task, seed, working)
+            return Recover(chosen, dense, augment, report)(task, seed, working)
 
     return shown
 
 
 class ScheduleLog:
-    """Says and logs what happens to each layer."""
+    """Says and logs what happens to each layer; `metric` is the metric's name."""
 
-    def __init__(self, terminal: Terminal, tracker: Tracker) -> None:
+    def __init__(self, terminal: Terminal, tracker: Tracker, metric: str) -> None:
         self.terminal = terminal
         self.tracker = tracker
+        self.metric = spoken(metric)
 
     def layer_begins(self, position: int, total: int, layer: LayerTask) -> None:
         """The bar of the layers; the decider shows its own progress below it."""
@@ -164,7 +166,7 @@ class ScheduleLog:
         self.terminal.advance(position + 1)
         self.terminal.say(
             f"[{position + 1}/{total}] {record.name}: kept {record.n_kept} of {record.n_filters} "
-            f"({record.decided_by}), accuracy {100 * record.pruned_accuracy:.2f} %, "
+            f"({record.decided_by}), {self.metric} {100 * record.pruned_accuracy:.2f} %, "
             f"recovered {100 * record.recovered_accuracy:.2f} %, "
             f"{record.search_seconds + record.recovery_seconds:.0f} s"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..envs.measure import spoken
 from .report_data import Run
 from .report_markup import Markup, tag
 
@@ -71,15 +72,15 @@ def card(title: str, value: str, *below: str) -> Markup:
 
 def _accuracy(run: Run) -> Markup | None:
     metrics = run.metrics or {}
-    last, base = final_accuracy(metrics), metrics.get("base_accuracy")
+    last, base, name = final_accuracy(metrics), metrics.get("base_accuracy"), spoken(run.metric, opens=True)
     if last is None:
         known = (run.facts.get("base") or {}).get("reward_split_accuracy")
         return None if known is None else card("Base accuracy", percent(known), "on the reward split")
     if base is None:
-        return card("Accuracy", percent(last), "on the report split")
+        return card(name, percent(last), "on the report split")
     tuned = metrics.get("finetuned_accuracy") is not None
     states = f"base {percent(base)}" + (f", pruned {percent(metrics['pruned_accuracy'])}" if tuned else "")
-    title = "Accuracy, fine-tuned" if tuned else "Accuracy, pruned"
+    title = f"{name}, fine-tuned" if tuned else f"{name}, pruned"
     return card(title, percent(last), f"{points(last - base)} to the base", states)
 
 

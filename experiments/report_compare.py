@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ..envs.measure import spoken
 from .report_cards import change, final_accuracy, percent, points, speed
 from .report_charts import Axis, Series, line_chart
 from .report_data import Run, original_masks
@@ -69,15 +70,22 @@ def _trade_off(runs: Sequence[Run], names: Sequence[str]) -> Markup | None:
     words = "; ".join(
         f"{each.name}: {each.points[0][1]:.2f} % at {each.points[0][0]:.1f} % of the MACs" for each in series
     )
-    x, y = Axis("MACs left, % of the base", "{:g}".format, falling=True), Axis("accuracy, %", "{:g}".format)
-    plot = line_chart("Accuracy against MACs", f"Accuracy on the report split. {words}.", series, x, y)
-    return section("Accuracy against MACs", "After fine-tuning, on the report split.", tag("figure", plot))
+    name = _metric(runs)
+    x, y = Axis("MACs left, % of the base", "{:g}".format, falling=True), Axis(f"{name}, %", "{:g}".format)
+    plot = line_chart(f"{name} against MACs", f"{name} on the report split. {words}.", series, x, y)
+    return section(f"{name} against MACs", "After fine-tuning, on the report split.", tag("figure", plot))
 
 
 def _totals(runs: Sequence[Run], names: Sequence[str]) -> Markup | None:
     head = ["run", "command", "base", "pruned", "fine-tuned", "to the base", "MACs", "parameters", "latency"]
     rows = [[name, run.command, *_figures(run.metrics or {})] for run, name in zip(runs, names, strict=True)]
-    return section("Figures", "Accuracy on the report split; latency at the largest batch measured.", table(head, rows))
+    text = f"{_metric(runs)} on the report split; latency at the largest batch measured."
+    return section("Figures", text, table(head, rows))
+
+
+def _metric(runs: Sequence[Run]) -> str:
+    """What the runs' accuracies are; all their names, where they differ."""
+    return " or ".join(dict.fromkeys(spoken(run.metric, opens=True) for run in runs if run.finished)) or "Accuracy"
 
 
 def _figures(metrics: Mapping[str, Any]) -> list[str]:

@@ -68,6 +68,11 @@ class Run:
     searches: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     @property
+    def metric(self) -> str | None:
+        """The metric's name, where it is known."""
+        return (self.metrics or {}).get("metric")
+
+    @property
     def finished(self) -> bool:
         """Whether the run wrote its last file."""
         return self.metrics is not None

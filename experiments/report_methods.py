@@ -7,6 +7,7 @@ from itertools import product
 from statistics import mean
 from typing import Any
 
+from ..envs.measure import spoken
 from .compare_methods import AGENT, FOLLOWS
 from .compare_report import STAGE_TITLES, Grid, grids, headline
 from .report_cards import card, percent, points
@@ -124,7 +125,7 @@ def _table(grid: Grid) -> Markup:
         [tag("b", name) if name == AGENT else name, *map(shown, cells, highest)]
         for name, *cells in grid.rows
     ]  # fmt: skip
-    text = tag("p", "Accuracy on the report split, %; the highest of each column in bold.", class_="soft")
+    text = tag("p", "On the report split, %; the highest of each column in bold.", class_="soft")
     return join((text, table(grid.header, body)))
 
 
@@ -148,8 +149,8 @@ def _lines(metrics: Mapping[str, Any], rows: Sequence[Row], stage: str) -> Marku
     low, high = span(heights(series[: len(front)]))
     high = max(high, max(heights(series)) + 0.03 * (high - low))
     x = Axis("MACs left, % of the base", "{:g}".format, falling=True)
-    y = Axis("accuracy, %", "{:g}".format, (low, high))
-    title = f"Accuracy against MACs, {STAGE_TITLES[stage]}"
+    y = Axis(f"{spoken(metrics.get('metric'))}, %", "{:g}".format, (low, high))
+    title = f"{spoken(metrics.get('metric'), opens=True)} against MACs, {STAGE_TITLES[stage]}"
     return line_chart(title, f"Mean over the seeds, on the report split: {ends}.", series, x, y, key)
 
 
@@ -254,7 +255,8 @@ def _searches(run: Run) -> Markup | None:
     """How each agent's reward rose."""
     curves = {key: curve for key, curve in run.searches.items() if curve}
     plots = [learning_curve(_title(key), curve, False) for key, curve in curves.items()]
-    text = "Accuracy of the masks of each update on the reward split: mean (solid) and the highest so far (dashed)."
+    name = spoken(run.metric, opens=True)
+    text = f"{name} of the masks of each update on the reward split: mean (solid) and the highest so far (dashed)."
     return section("What the agents learned", text, tag("div", *plots, class_="many")) if plots else None
 
 

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from ..envs.measure import spoken
 from .report_cards import bound_sentence, cards, change, final_accuracy, percent, points
 from .report_data import Run
 from .report_frame import copyable, origin, page, section
@@ -64,7 +65,8 @@ def _summary(run: Run) -> Markup | None:
     less = change(metrics["base_macs"], metrics["pruned_macs"])
     report = (run.facts.get("splits") or {}).get("report") or {}
     images = f" on {report['n_images']:,} report images, which nothing was chosen on" if report.get("n_images") else ""
-    text = f"{less} MACs at {points(last - base)} of accuracy: {percent(base)} before, {percent(last)} now{images}."
+    lost = f"{points(last - base)} of {spoken(run.metric)}"
+    text = f"{less} MACs at {lost}: {percent(base)} before, {percent(last)} now{images}."
     return tag("p", text, class_="lead")
 
 
@@ -84,7 +86,7 @@ def _methods(run: Run) -> Markup | None:
     if not rows:
         return None
     head = ["decided by", "pruned", "fine-tuned", "MACs", "parameters"]
-    text = "All keep as many filters in every layer; accuracy on the report split."
+    text = f"All keep as many filters in every layer; {spoken(run.metric)} on the report split."
     return section("The agent beside controls", text, table(head, rows))
 
 

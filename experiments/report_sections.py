@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..envs.measure import spoken
 from .report_cards import percent
 from .report_charts import Axis, Series, bar, line_chart, mini_chart, ranges, strip
 from .report_data import Layer, Run, original_masks
@@ -33,15 +34,16 @@ def trade_off(run: Run) -> Markup | None:
         for name, style, accuracies in lines
     ]
     ends = "; ".join(f"{each.name} ends at {each.points[-1][1]:.2f} %" for each in series)
-    words = f"Accuracy on the reward split as one layer after the other is cut: {ends}."
-    plot = line_chart("Accuracy against MACs", words, series, x, Axis("accuracy, %", "{:g}".format))
+    name = spoken(run.metric, opens=True)
+    words = f"{name} on the reward split as one layer after the other is cut: {ends}."
+    plot = line_chart(f"{name} against MACs", words, series, x, Axis(f"{spoken(run.metric)}, %", "{:g}".format))
     rows = [
         [name, f"{steps[i]:.1f}", *(f"{each.points[i][1]:.2f}" if i < len(each.points) else "-" for each in series)]
         for i, name in enumerate(["base", *(layer.name for layer in run.layers)])
     ]
     head = ["after", x.label, *(f"{each.name}, %" for each in series)]
     figure = tag("figure", plot, fold("As a table", table(head, rows)))
-    return section("Accuracy against MACs", _trade_off_text(run), figure)
+    return section(f"{name} against MACs", _trade_off_text(run), figure)
 
 
 def _steps_of(run: Run) -> Markup | None:
@@ -50,14 +52,16 @@ def _steps_of(run: Run) -> Markup | None:
     if not points:
         return None
     drawn = [(100 * point["macs"] / base["macs"], 100 * point["accuracy"]) for point in points]
-    x, y = Axis("MACs left, % of the base", "{:g}".format, falling=True), Axis("accuracy, %", "{:g}".format)
+    name = spoken(run.metric, opens=True)
+    x = Axis("MACs left, % of the base", "{:g}".format, falling=True)
+    y = Axis(f"{spoken(run.metric)}, %", "{:g}".format)
     words = f"From {drawn[0][1]:.2f} % to {drawn[-1][1]:.2f} % over {len(drawn) - 1} steps."
     series = Series(label(str(run.steps.get("criterion", "criterion"))), drawn, "agent")
-    plot = line_chart("Accuracy against MACs", words, [series], x, y)
+    plot = line_chart(f"{name} against MACs", words, [series], x, y)
     rows = [[p["step"], p["n_filters"], f"{a:.1f}", f"{b:.2f}"] for p, (a, b) in zip(points, drawn, strict=True)]
     values = fold("As a table", table(["step", "filters", x.label, y.label], rows))
-    text = "One point a step: the least important filters go, a little training follows. Accuracy on the reward split."
-    return section("Accuracy against MACs", text, tag("figure", plot, values))
+    text = f"One point a step: the least important filters go, a little training follows. {name} on the reward split."
+    return section(f"{name} against MACs", text, tag("figure", plot, values))
 
 
 def _accuracies(run: Run) -> list[tuple[str, str, list[float]]]:
@@ -88,7 +92,10 @@ def _steps(run: Run) -> tuple[Axis, list[float]]:
 
 
 def _trade_off_text(run: Run) -> str:
-    text = "One point a layer, from the base on the left to all layers cut on the right. Accuracy on the reward split."
+    text = (
+        "One point a layer, from the base on the left to all layers cut on the right. "
+        f"{spoken(run.metric, opens=True)} on the reward split."
+    )
     if run.joint:
         text += " The agent decided all layers at once: only the last point is what it aimed at."
     controls = run.curves.get("controls")
@@ -114,7 +121,7 @@ def kept_bars(run: Run) -> Markup | None:
         rows.append(tag("div", f"{kept} of {total}"))
     key = tag("p", kept_key(), class_="soft")
     decided = {layer.name: layer for layer in run.layers}
-    head = ["layer", "filters", "kept", "kept, %", "accuracy after the cut", "recovered", "decided by"]
+    head = ["layer", "filters", "kept", "kept, %", f"{spoken(run.metric)} after the cut", "recovered", "decided by"]
     body = [[name, len(mask), sum(mask), f"{100 * sum(mask) / len(mask):.0f}", *_decided(decided[name])]
             for name, mask in masks.items()]  # fmt: skip
     text = "Bars are as long as the layer has filters."

@@ -6,6 +6,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from ..envs.measure import spoken
 from ..envs.training import TrainSettings
 from ..rewards.errors import UserError
 from .agents import TrainAgents
@@ -31,9 +32,10 @@ def run(config: DictConfig) -> dict[str, Any]:
     folder, config = open_run(config)
     terminal = Terminal(config.quiet)
     metrics = train_layer(inputs, config, folder, terminal)
+    base, pruned = (f"{100 * metrics[f'{name}_accuracy']:.2f} %" for name in ("base", "pruned"))
     terminal.console.print(
-        f"{metrics['name']}: kept {metrics['n_kept']} of {metrics['n_filters']} ({metrics['decided_by']}), accuracy "
-        f"{100 * metrics['base_accuracy']:.2f} % -> {100 * metrics['pruned_accuracy']:.2f} % on the reward split",
+        f"{metrics['name']}: kept {metrics['n_kept']} of {metrics['n_filters']} ({metrics['decided_by']}), "
+        f"{spoken(inputs.splits.measure.name)} {base} -> {pruned} on the reward split",
         markup=False,
     )
     keep_report(folder, terminal)

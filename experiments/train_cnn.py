@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from ..envs.checkpoint import save_weights
 from ..envs.cost import count_cost
 from ..envs.evaluate import accuracy_on
+from ..envs.measure import spoken
 from ..envs.splits import Splits
 from ..envs.training import TrainSettings, check_augment
 from .base import WEIGHTS, train_base
@@ -39,8 +40,9 @@ def run(config: DictConfig) -> dict[str, Any]:
     if metrics is None:
         with interruptible(folder):
             metrics = train(config, folder, terminal)
+    metric = spoken(metrics.get("metric"), opens=True)
     terminal.console.print(
-        f"Accuracy: {100 * metrics['report_accuracy']:.2f} % on {metrics['n_report']} report images, "
+        f"{metric}: {100 * metrics['report_accuracy']:.2f} % on {metrics['n_report']} report images, "
         f"{metrics['macs']:,} MACs, {metrics['params']:,} parameters",
         markup=False,
     )

@@ -1,5 +1,8 @@
 """`metric=` and `loss=` from the command line: what cannot be judged is refused before anything is written."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -25,3 +28,13 @@ def test_what_cannot_be_judged_is_refused(refused, tmp_path, name):
     chosen = overrides if name == "augment" else ["augment=null", *overrides]
     line = refused("prune", "data=npz", "data.path=maps.npz", "split.reward_size=10", *chosen)
     assert line.startswith(sentence)
+
+
+def test_people_read_the_name_of_the_metric(keepdrop, tiny, checkpoint):
+    done = keepdrop("prune", *tiny, f"checkpoint={checkpoint}", "metric=topk", "metric.k=3", "run_dir=run")
+    assert done.code == 0
+    assert "TopK(k=3), pruned" in done.out and "Base TopK(k=3) on" in done.out
+    page = re.sub(r"<style>.*?</style>|<[^>]*>", " ", Path("run/report.html").read_text(), flags=re.DOTALL)
+    assert "TopK(k=3) against MACs" in page and "TopK(k=3), fine-tuned" in page
+    said = re.findall(r".{0,30}\baccurac.{0,30}", done.out + page, flags=re.IGNORECASE)
+    assert said == []
