@@ -16,8 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ValidationError
 
 OPTIONS = [(group, option) for group, options in groups().items() for option in options]
+PRESETS = ("cifar10", "compare", "iterate", "oracle")
 # What a user has to give, where an option leaves it open.
-REQUIRED = {name: ["data.path=a.npz"] for name in ("npz", "resnet20_cifar10", "resnet20_compare")}
+REQUIRED = {name: ["data.path=a.npz"] for name in ("npz", *(f"resnet20_{each}" for each in PRESETS))}
 OWN_FUNCTION = {"custom"}
 
 
