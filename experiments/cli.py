@@ -12,7 +12,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from ..rewards.errors import UserError
-from . import completion
+from . import command_help, completion
 from .mistakes import DISK_ERRORS, check_flags, explain, groups, nearest
 
 COMMANDS = {
@@ -69,6 +69,9 @@ def run(arguments: list[str]) -> int:
     if command not in COMMANDS:
         hint = nearest(command, COMMANDS) or f"expected one of {', '.join(COMMANDS)}."
         raise UserError(f"{command!r} is not a command; {hint}")
+    if set(command_help.FLAGS) & set(arguments):
+        print(command_help.command_help(command.replace("-", "_")))
+        return 0
     if command == "inspect":
         arguments = ["json=true" if argument == "--json" else argument for argument in arguments]
     check_flags(command.replace("-", "_"), arguments[1:])

@@ -3,6 +3,8 @@ import dataclasses
 import functools
 import inspect
 import re
+import subprocess
+import sys
 from importlib import resources
 from importlib.metadata import version
 
@@ -10,6 +12,7 @@ import pytest
 from hydra import compose, initialize_config_module
 from hydra.utils import get_object
 from keepdrop.experiments.cli import COMMANDS
+from keepdrop.experiments.command_help import command_help, offered
 from keepdrop.experiments.mistakes import groups, known_keys
 from keepdrop.experiments.schema import ROOTS, register_schemas, structured
 from omegaconf import DictConfig, OmegaConf
@@ -57,13 +60,29 @@ def test_every_group_is_in_some_root():
     assert {group for group in groups() if roots_with(group)} == set(groups())
 
 
-@pytest.mark.parametrize(("group", "option"), OPTIONS)
-def test_every_option_composes_in_every_root_with_its_group(group, option):
-    assert roots_with(group, option)
-    for root in roots_with(group, option):
-        extra = [f"{group}._target_=math.sqrt"] if option in OWN_FUNCTION else REQUIRED.get(option, [])
-        config = composed(root, [f"{group}={option}", *extra])
-        assert group == "experiment" or config[group]["_target_"]
+def combinations():
+    """Every option with some root, and every root with some option of its groups; all pairs would take minutes."""
+    for group, options in groups().items():
+        for option in options if group == "experiment" else ():
+            yield from ((root, group, option) for root in roots_with(group, option))
+        roots = roots_with(group) if group != "experiment" else []
+        for index in range(max(len(roots), len(options)) if roots else 0):
+            yield roots[index % len(roots)], group, options[index % len(options)]
+
+
+def test_combinations_leave_out_no_option_and_no_root():
+    made = set(combinations())
+    assert {(group, option) for _, group, option in made} == set(OPTIONS)
+    assert {(root, group) for root, group, _ in made} == {
+        (root, group) for group in groups() for root in roots_with(group)
+    }
+
+
+@pytest.mark.parametrize(("root", "group", "option"), list(combinations()))
+def test_options_and_roots_compose(root, group, option):
+    extra = [f"{group}._target_=math.sqrt"] if option in OWN_FUNCTION else REQUIRED.get(option, [])
+    config = composed(root, [f"{group}={option}", *extra])
+    assert group == "experiment" or config[group]["_target_"]
 
 
 @pytest.mark.parametrize(("group", "option"), [pair for pair in OPTIONS if pair[1] not in OWN_FUNCTION])
@@ -145,16 +164,36 @@ def test_help_has_options_groups_and_three_examples(keepdrop, command):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_examples_and_options_of_the_help_compose(keepdrop, command):
+def test_examples_and_options_of_the_help_compose(command):
     """What --help names must exist: every example composes, every option `key=` is a key."""
-    out = keepdrop(command, "--help").out
     root = command.replace("-", "_")
+    out = command_help(root)
     for line in out.split("Examples:")[1].splitlines():
         if line.strip().startswith("keepdrop"):
             overrides = [part for part in line.split()[2:] if "=" in part]
             composed(root, [re.sub(r"^(seed|layer)=.*,.*", r"\1=0", override) for override in overrides])
     keys = re.findall(r"(?:^|[ ;,])([a-z_]+(?:\.[a-z_]+)*)=", out.split("usage:")[1].split("Groups")[0], re.MULTILINE)
     assert set(keys) <= set(known_keys(root)) and len(keys) >= 2
+
+
+@pytest.mark.parametrize("root", [root for root in ROOTS if root != "report"])
+def test_help_offers_the_groups_that_the_command_takes(root):
+    assert set(offered(root)) - {"experiment"} == set(groups()) & {
+        field.name for field in dataclasses.fields(ROOTS[root])
+    }
+    for experiment in offered(root).get("experiment", []):
+        assert root in roots_with("experiment", experiment)
+
+
+def test_every_experiment_is_offered_by_some_command():
+    assert {each for root in ROOTS for each in offered(root).get("experiment", [])} == set(groups()["experiment"])
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys; from keepdrop.experiments.cli import run; run(['prune', '-h']); sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 @pytest.mark.parametrize(
