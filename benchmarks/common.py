@@ -1,11 +1,15 @@
-"""What several benchmarks share: the ResNet-20 on CIFAR-10 that is judged, and files that are gone on with."""
+"""What several benchmarks share: the ResNet-20 on CIFAR-10 that is judged, files that are gone on with, the machine."""
 
 from __future__ import annotations
 
 import json
+import os
+import platform
+import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from keepdrop.envs.checkpoint import load_checkpoint
 from keepdrop.envs.data import npz
 from keepdrop.envs.networks import cifar_resnet
@@ -28,3 +32,16 @@ def opened(path: Path, about: dict[str, Any], parts: str) -> dict[str, Any]:
     if {key: found.get(key) for key in about} != about:
         raise SystemExit(f"{path} holds another experiment; move it away first")
     return dict(found)
+
+
+def machine() -> dict[str, Any]:
+    """On what it was measured."""
+    facts = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*: (.*)", facts.read_text()) if facts.is_file() else None
+    return {
+        "processor": named[1] if named else platform.processor(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "load": os.getloadavg()[1],
+    }

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import machine
 from keepdrop.envs.cost import count_cost
 from keepdrop.envs.coupling import find_groups
 from keepdrop.envs.evaluate import MaskEvaluator, channels_last
@@ -199,16 +199,6 @@ def suffix_macs(model: nn.Module, group: FilterGroup, images: Tensor) -> int:
     first = min(order.index(cut.module) for cut in group.consumers)
     cost = count_cost(model, images[:1])
     return sum(cost.modules[name].macs for name in set(order[first:]) if name in cost.modules)
-
-
-def machine() -> dict[str, Any]:
-    """On what it was measured."""
-    return {
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "cpus": os.cpu_count(),
-        "load": os.getloadavg()[1],
-    }
 
 
 if __name__ == "__main__":
