@@ -34,11 +34,13 @@ def opened(path: Path, about: dict[str, Any], parts: str) -> dict[str, Any]:
     return dict(found)
 
 
-def machine() -> dict[str, Any]:
+def machine(device: str = "cpu") -> dict[str, Any]:
     """On what it was measured."""
     facts = Path("/proc/cpuinfo")
     named = re.search(r"model name\s*: (.*)", facts.read_text()) if facts.is_file() else None
+    gpu = {"gpu": torch.cuda.get_device_name(device)} if device.startswith("cuda") else {}
     return {
+        **gpu,
         "processor": named[1] if named else platform.processor(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),

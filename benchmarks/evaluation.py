@@ -6,9 +6,11 @@ Naive, and fair: the whole network for every mask, eager, one mask at a time, ba
 the mask is one multiplication at the input of each consumer. Ours: `MaskEvaluator`, its frontier cached beforehand, no
 mask remembered. Within every round the two take turns on the same slice of masks, and the ratio is the median over
 rounds of naive / ours; time is the processor time of the thread, so that a round in which the machine was busy with
-something else does not count double. `limit` is what leaving out the prefix alone allows: MACs of the whole network /
-MACs behind the frontier. `rate` are the nominal MACs a second of the suffix over the best of the plain network (over
-batches); `rate_run` counts only MACs that are carried out, channels left out being none. Answers are compared, too.
+something else does not count double (with `--device cuda` it is wall-clock time until the GPU is done, all masks take
+part in every round, the first round is for warming up, and the naive loop computes in float32 proper, or in TF32, torch's
+own default, with `--tf32`). `limit` is what leaving out the prefix alone allows: MACs of the whole network / MACs behind
+the frontier. `rate` are the nominal MACs a second of the suffix over the best of the plain network (over batches);
+`rate_run` counts only MACs that are carried out, channels left out being none. Answers are compared, too.
 Random weights: time does not depend on them. `--naive-images` lets the slow side look at fewer images, its time an
 image being the same. Writes after every group, and goes on with what the file already holds.
 """
@@ -26,12 +28,14 @@ from typing import Any
 
 import torch
 from common import machine
+from keepdrop.envs.batches import wait_for
 from keepdrop.envs.cost import count_cost
 from keepdrop.envs.coupling import find_groups
 from keepdrop.envs.evaluate import MaskEvaluator, channels_last
 from keepdrop.envs.groups import FilterGroup
 from keepdrop.envs.networks import cifar_resnet, vgg16_bn
 from torch import Tensor, nn
+from torch.backends import cudnn
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "resnet20": lambda: cifar_resnet(20),
@@ -45,8 +49,10 @@ def main() -> None:
     """Run the benchmark and print one row a group."""
     arguments = parsed()
     torch.manual_seed(0)
-    model = NETWORKS[arguments.network]().eval().to(memory_format=torch.channels_last)
-    images, labels = channels_last(torch.randn(arguments.images, 3, 32, 32)), torch.randint(10, (arguments.images,))
+    torch.backends.cudnn.allow_tf32 = False
+    model = NETWORKS[arguments.network]().eval().to(arguments.device, memory_format=torch.channels_last)
+    images, labels = torch.randn(arguments.images, 3, 32, 32), torch.randint(10, (arguments.images,))
+    images, labels = channels_last(images.to(arguments.device)), labels.to(arguments.device)
     groups = [group for group in find_groups(model, images[:1]).groups if group.name != "conv1"]
     known = {} if arguments.json is None or not arguments.json.exists() else json.loads(arguments.json.read_text())
     rows = {row["group"]: row for row in known.get("groups", [])}
@@ -61,8 +67,8 @@ def write(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     mean = statistics.geometric_mean(row["ratio"] for row in rows)
     convs = [row["ratio"] for row in rows if row["limit"] < 1000]  # a linear layer alone behind it costs nothing
     facts = {
-        **{name: getattr(arguments, name) for name in ("network", "masks", "images", "rounds", "dtype")},
-        **machine(),
+        **{name: getattr(arguments, name) for name in ("network", "masks", "images", "rounds", "dtype", "tf32")},
+        **machine(arguments.device),
         "geometric_mean": mean,
         "geometric_mean_with_a_convolution_behind": statistics.geometric_mean(convs),
         "geometric_mean_of_limits": statistics.geometric_mean(row["limit"] for row in rows),
@@ -81,6 +87,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=5, help="the masks are spread over them")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--compile", action="store_true", help="our suffix through torch.compile")
+    parser.add_argument("--tf32", action="store_true", help="the naive loop on a GPU may round to TF32")
     parser.add_argument("--naive-images", type=int, default=None, help="that the naive loop looks at, the first ones")
     parser.add_argument("--json", type=Path, default=None)
     return parser.parse_args()
@@ -92,24 +101,35 @@ def measure(
     """Paired times of one group, and whether all answers agree; prints the row as well."""
     masks = torch.rand(arguments.masks, group.n_filters, generator=torch.Generator().manual_seed(0)) < 0.5
     masks[:, 0] = True
-    evaluator = MaskEvaluator(model, [group], images, labels, dtype=arguments.dtype, memory=0)
+    evaluator = MaskEvaluator(
+        model, [group], images, labels, dtype=arguments.dtype, memory=0, compile=arguments.compile
+    )
+    warming_up = int(images.is_cuda)
     rounds, apart, few = [], 0, min(arguments.naive_images or len(images), len(images))
-    plain = best_plain(model, images)
-    for turn in range(arguments.rounds):
-        some = masks[turn :: arguments.rounds]
+    plain = best_plain(model, images, arguments.tf32)
+    for turn in range(-warming_up, arguments.rounds):
+        some = masks if images.is_cuda else masks[turn :: arguments.rounds]  # a GPU takes them all at once
         jobs: list[tuple[str, int, Callable[[], Tensor]]] = [
-            ("naive", few, lambda some=some: naive(model, group, some, images[:few], labels[:few])),
+            ("naive", few, lambda some=some: naive(model, group, some, images[:few], labels[:few], arguments.tf32)),
             ("ours", len(images), lambda some=some: evaluator.correct_per_image({group.name: some})),
         ]
         spent, right = {}, {}
         for name, n_images, job in jobs if turn % 2 else reversed(jobs):
-            started = time.process_time()
+            started = clock(images)
             right[name] = job()
-            spent[name] = (time.process_time() - started) / len(some) / n_images
+            spent[name] = (clock(images) - started) / len(some) / n_images
         spent["plain"] = min(plain, spent["naive"])
+        if turn < 0:
+            continue
         rounds.append(spent)
         apart += int((right["naive"] != right["ours"][:, :few]).sum())
     return row(model, group, masks, evaluator, images, rounds, {"answers_apart": apart, "naive_images": few})
+
+
+def clock(images: Tensor) -> float:
+    """Processor time of this thread, or the time once a GPU has done everything; seconds."""
+    wait_for(images.device)
+    return time.perf_counter() if images.is_cuda else time.process_time()
 
 
 def row(
@@ -146,14 +166,16 @@ def row(
 
 
 @torch.inference_mode()
-def naive(model: nn.Module, group: FilterGroup, masks: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+def naive(
+    model: nn.Module, group: FilterGroup, masks: Tensor, images: Tensor, labels: Tensor, tf32: bool = False
+) -> Tensor:
     """The loop every peer has: the whole masked network over all images, mask by mask; right or not, (M, B)."""
     right = []
     for mask in masks:
-        with multiplied(model, group, mask):
+        with multiplied(model, group, mask), cudnn.flags(enabled=True, allow_tf32=tf32):
             batches = zip(images.split(NAIVE_BATCH), labels.split(NAIVE_BATCH), strict=True)
             right.append(torch.cat([model(x).argmax(1) == y for x, y in batches]))
-    return torch.stack(right)
+    return torch.stack(right).cpu()
 
 
 @contextmanager
@@ -162,7 +184,7 @@ def multiplied(model: nn.Module, group: FilterGroup, mask: Tensor) -> Iterator[N
     handles = []
     for cut in group.consumers:
         module = model.get_submodule(cut.module)
-        factor = torch.ones(module.weight.shape[1])
+        factor = torch.ones(module.weight.shape[1], device=module.weight.device)
         factor[torch.from_numpy(cut.channels)[~mask].flatten()] = 0
         factor = factor[:, None, None] if isinstance(module, nn.Conv2d) else factor
         handles.append(module.register_forward_pre_hook(lambda _, inputs, factor=factor: (inputs[0] * factor,)))
@@ -174,13 +196,14 @@ def multiplied(model: nn.Module, group: FilterGroup, mask: Tensor) -> Iterator[N
 
 
 @torch.inference_mode()
-def best_plain(model: nn.Module, images: Tensor) -> float:
+def best_plain(model: nn.Module, images: Tensor, tf32: bool = False) -> float:
     """Seconds an image of the plain network at its best batch (the naive one, with a mask, is another)."""
     found = []
-    for batch in (64, 128, 64, 128):
-        started = time.process_time()
-        model(images[:batch])
-        found.append((time.process_time() - started) / batch)
+    for batch in 2 * ((256, 1024) if images.is_cuda else (64, 128)):
+        started = clock(images)
+        with cudnn.flags(enabled=True, allow_tf32=tf32):
+            model(images[:batch])
+        found.append((clock(images) - started) / batch)
     return min(found)
 
 

@@ -12,7 +12,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from ..rewards.errors import UserError
 from .groups import Axis, Cut, FilterGroup, GroupPlan, Kind, Skipped, select_groups
@@ -42,8 +43,11 @@ def find_groups(model: nn.Module, example_inputs: Inputs, *, verify: bool = True
         example_inputs: what it runs on: a tensor (B, C, H, W), a tuple of positional or a mapping of keyword arguments.
         verify: check masked == pruned for every group, on random weights and inputs in float64 (`Verifier`).
 
+    All of it runs on the CPU, wherever the network is, so that the groups are the same everywhere.
+
     Raises UserError if the network cannot be copied or does not run on the example.
     """
+    example_inputs = tree_map_only(Tensor, Tensor.cpu, example_inputs)
     owners = _trace(model, example_inputs)
     found = _assemble(model, owners)
     trials = TRIALS if owners.reads_values else 1
@@ -58,7 +62,7 @@ def find_groups(model: nn.Module, example_inputs: Inputs, *, verify: bool = True
 
 def _trace(model: nn.Module, inputs: Inputs) -> Ownership:
     try:
-        probe = copy.deepcopy(model).eval()
+        probe = copy.deepcopy(model).cpu().eval()
     except Exception as error:
         raise UserError(f"The network cannot be copied ({error}); give a model that copy.deepcopy accepts.") from error
     try:

@@ -8,16 +8,17 @@ Shapes: M masks, N filters, B images.
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..rewards.errors import UserError
+from .batches import chunks, default_batch, fastest_batch
 from .groups import FilterGroup
 from .mask_memory import MaskMemory, mask_key
+from .mask_passes import MaskPasses
 from .masking import MixKey
 from .measure import TOP1, Measure, measure_of
 from .modes import evaluating
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
     from .data import LabelledImages
 
 GIB = 2**30
-DEFAULT_BATCH = 128
-BATCHES = (64, 128, 256, 512)
-CALIBRATION_SECONDS = 0.4
 
 
 class MaskEvaluator:
@@ -42,9 +40,11 @@ class MaskEvaluator:
         labels: (B,) int64, or other targets (B, ...).
         cache_gib: memory for the frontier; if it needs more, it is computed again chunk by chunk.
         method: "auto", "split" or "whole" (`MaskedNetwork`).
-        batch: images a pass; None measures which of `BATCHES` is the fastest, in half a second at most.
+        batch: images a pass, times masks where these run in one batch; None measures which is the fastest,
+            in half a second at most.
         dtype: "float32" or "bfloat16" (`MaskedNetwork`).
         compile: run the suffix through `torch.compile`.
+        stack: run many masks in one batch; None does so on a GPU (`MaskedNetwork`).
         memory: answers (one byte an image; four but for top-1) of so many masks are remembered, and not computed again.
         measure: what answers are judged by.
 
@@ -64,6 +64,7 @@ class MaskEvaluator:
         batch: int | None = None,
         dtype: str = "float32",
         compile: bool = False,
+        stack: bool | None = None,
         memory: int = 1024,
         measure: Measure = TOP1,
     ) -> None:
@@ -74,16 +75,18 @@ class MaskEvaluator:
             )
         images = channels_last(images)
         self._budget_bytes, self._memory_size, self._measure = int(cache_gib * GIB), memory, measure
-        network = MaskedNetwork(model, groups, images[:3], method=method, dtype=dtype, compile=compile)
+        how: dict[str, Any] = {"method": method, "dtype": dtype, "compile": compile, "stack": stack}
+        network = MaskedNetwork(model, groups, images[:3], **how)
         self._adopt(network, (images,), labels, batch)
 
     def _adopt(self, network: MaskedNetwork, inputs: Frontier, labels: Tensor, batch: int | None) -> None:
         self.network, self._inputs, self._labels = network, inputs, labels
         self._memory = MaskMemory(len(labels), self._memory_size, self._measure.dtype)
-        self.batch = batch or DEFAULT_BATCH
+        self._passes = MaskPasses(network, self._measure, batch or default_batch(labels.device))
         self._frontier = self._cache()
-        if batch is None:
-            self.batch = self._fastest_batch()
+        if batch is None and self._frontier is not None:
+            with self.network.masked({}, 0) as run:
+                self._passes.batch = fastest_batch(run, self._frontier)
 
     def advanced(self, masks: Mapping[str, Tensor], mixes: Mapping[MixKey, Tensor] | None = None) -> MaskEvaluator:
         """An evaluator in which some groups are decided for good, and whose frontier lies behind them.
@@ -108,6 +111,11 @@ class MaskEvaluator:
         result = copy.copy(self)
         result._adopt(network, inputs, self._labels, self.batch)
         return result
+
+    @property
+    def batch(self) -> int:
+        """Images a pass, times masks where these run in one batch."""
+        return self._passes.batch
 
     @property
     def method(self) -> str:
@@ -169,25 +177,20 @@ class MaskEvaluator:
         if len(images) != len(self._labels) or not torch.equal(images.cpu(), torch.arange(len(images))):
             values = tuple(value[images] for value in values)
         labels = self._labels[images]
-        n_masks = len(next(iter(masks.values())))
-        flags = torch.empty(n_masks, len(labels), dtype=self._measure.dtype)
+        if self._frontier is not None:
+            return self._passes.points(values, labels, masks, mixes)
         # Without a cache every chunk goes through the prefix once and then through all masks.
-        for outer in [slice(0, len(labels))] if self._frontier is not None else self._chunks(len(labels)):
-            frontier = tuple(value[outer] for value in values)
-            if self._frontier is None:
-                frontier = self.network.prefix(*frontier)
-            for index in range(n_masks):
-                with self.network.masked(masks, index, mixes) as run:
-                    for rows in self._chunks(len(labels[outer])):
-                        outputs = run(tuple(value[rows] for value in frontier))
-                        flags[index, outer][rows] = self._measure.points(outputs, labels[outer][rows]).cpu()
-        return flags
+        found = []
+        for rows in chunks(len(labels), self.batch):
+            frontier = self.network.prefix(*(value[rows] for value in values))
+            found.append(self._passes.points(frontier, labels[rows], masks, mixes))
+        return torch.cat(found, 1)
 
     def _cache(self) -> Frontier | None:
         if self.network.method == "whole":
             return self.network.prefix(*self._inputs)
         kept: Frontier | None = None
-        for rows in self._chunks(len(self._labels)):
+        for rows in chunks(len(self._labels), self.batch):
             frontier = self.network.prefix(*(value[rows] for value in self._inputs))
             if kept is None:
                 row_bytes = sum(value[0].numel() * value.element_size() for value in frontier)
@@ -197,33 +200,6 @@ class MaskEvaluator:
             for place, value in zip(kept, frontier, strict=True):
                 place[rows] = value
         return kept
-
-    def _chunks(self, count: int) -> Iterator[slice]:
-        """Slices of `self.batch` images or so, none of them of one image alone."""
-        start = 0
-        while start < count:
-            end = min(start + max(2, self.batch), count)
-            if count - end == 1:
-                end += 1 if end - start < 3 else -1
-            yield slice(start, end)
-            start = end
-
-    def _fastest_batch(self) -> int:
-        """The batch with the least time an image; the default one unless another is clearly better."""
-        if self._frontier is None or len(self._labels) < 2 * DEFAULT_BATCH:
-            return DEFAULT_BATCH
-        seconds = {batch: float("inf") for batch in BATCHES if batch <= len(self._labels)}
-        deadline = time.perf_counter() + CALIBRATION_SECONDS
-        with self.network.masked({}, 0) as run:
-            for batch in list(seconds) * 3:
-                values = tuple(value[:batch] for value in self._frontier)
-                started = time.perf_counter()
-                if started + batch * min(seconds.values()) > deadline and min(seconds.values()) < float("inf"):
-                    continue
-                run(values)
-                seconds[batch] = min(seconds[batch], (time.perf_counter() - started) / batch)
-        best = min(seconds, key=lambda batch: seconds[batch])
-        return best if seconds[best] < 0.9 * seconds[DEFAULT_BATCH] else DEFAULT_BATCH
 
     def _checked(self, masks: Mapping[str, Tensor]) -> int:
         sizes = {group.name: group.n_filters for group in self.network.groups}

@@ -3,7 +3,8 @@
 Exact for convolutions (whatever their padding), transposed convolutions and linear layers. With a mask not even a bit
 changes (zero weight instead of zero input), and no activation has to be copied.
 
-Shapes: C input channels of a consumer, N filters, R channels of the consumer that belong to one filter.
+Shapes: C input channels of a consumer, K outputs, M masks, N filters, R channels of the consumer that belong to one
+filter.
 """
 
 from __future__ import annotations
@@ -66,3 +67,20 @@ def fold(module: nn.Module, weight: Tensor, cut: Cut, choice: Tensor) -> Tensor:
         # x'_i = sum_k P_ik x_k, so the weight that filter i had goes to filter k with factor P_ik.
         first[rows] = torch.einsum("ik,ir...->kr...", choice.to(weight), first[rows])
     return from_input(module, first)
+
+
+def fold_all(weights: Tensor, cut: Cut, choices: Tensor) -> Tensor:
+    """`fold` for M masks at once, of a convolution without groups or a linear layer.
+
+    Args:
+        weights: (M, K, C, ...), one for each mask; written over.
+        cut: the group's channels at this consumer.
+        choices: keep masks (M, N) bool, or mixes (M, N, N).
+    """
+    rows = torch.as_tensor(cut.channels, device=weights.device)
+    first, choices = weights.transpose(1, 2), choices.to(weights)
+    if choices.dim() == 2:
+        first[:, rows] *= choices.view(*choices.shape, *[1] * (first.dim() - 1))
+    else:
+        first[:, rows] = torch.einsum("mik,mir...->mkr...", choices, first[:, rows])
+    return weights

@@ -68,7 +68,7 @@ def split(model: nn.Module, groups: Sequence[FilterGroup], example: Tensor, *, f
     fold_batch_norms(traced)
     with torch.inference_mode():
         halves = cut_again(traced, groups, (example,), fusing=fusing)
-        _check(original(example), halves.suffix(*halves.prefix(example)))
+        check_same(original(example), halves.suffix(*halves.prefix(example)))
     return halves
 
 
@@ -91,10 +91,11 @@ def _runs_once(traced: fx.GraphModule) -> set[str]:
     return {name for name, module in zip(calls, modules, strict=True) if modules.count(module) == 1}
 
 
-def _check(expected: Any, got: Any) -> None:
+def check_same(expected: Any, got: Any, tolerance: float = 1e-3) -> None:
+    """ValueError unless both are the same logits, to rounding."""
     if not isinstance(expected, Tensor):
         raise ValueError(f"it returns {type(expected).__name__}, not logits")
-    if not torch.allclose(expected, got, rtol=1e-3, atol=1e-4 * float(expected.abs().max())):
+    if not torch.allclose(expected, got, rtol=tolerance, atol=tolerance / 10 * float(expected.abs().max())):
         raise ValueError("the traced network does not give the same logits")
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..rewards.errors import UserError
+from .batches import wait_for
 from .inputs import as_call, resized, tensors_of
 from .leaves import Inputs
 from .modes import evaluating
@@ -133,10 +134,10 @@ def _interleaved(
             runners[key](inputs)  # a new batch size is compiled anew
     for repeat in range(-warmup, repeats):
         for key in list(runners)[:: 1 if repeat % 2 else -1]:
-            _wait_for(device)
+            wait_for(device)
             start = time.perf_counter()
             runners[key](inputs)
-            _wait_for(device)
+            wait_for(device)
             if repeat >= 0:
                 seconds[key].append(time.perf_counter() - start)
     return seconds
@@ -150,8 +151,3 @@ def _record(runtime: str, name: str, size: int, seconds: list[float], inputs: In
 
 def _device(inputs: Inputs) -> torch.device:
     return tensors_of(inputs)[0].device
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

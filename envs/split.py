@@ -14,14 +14,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ..rewards.errors import UserError
-from .folding import by_input, fold, from_input, mixing_obstacle
+from .cudnn_conv import fuse_relu
+from .folding import by_input, fold, fold_all, from_input, mixing_obstacle
 from .fused_conv import FusedConv
 from .groups import FilterGroup
 from .halves import Frontier, Halves, cut_again, split, whole
 from .masking import MixKey
+from .stacked import stack
 
 METHODS = ("auto", "split", "whole")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -37,8 +39,10 @@ class MaskedNetwork:
         method: "split" (traced, with a frontier), "whole" (every mask runs everything), or "auto": split if possible.
         dtype: "float32" or "bfloat16": in what everything is computed.
         compile: run the suffix through `torch.compile`, in place of the fused convolutions.
+        stack: run many masks in one batch where the network allows it (`stacked`); None does so on a GPU.
 
-    `method` says which one is used, `why_whole` the reason if it is not "split".
+    `method` says which one is used, `why_whole` the reason if it is not "split", `stacks` whether masks run in one
+    batch.
     """
 
     def __init__(
@@ -50,6 +54,7 @@ class MaskedNetwork:
         method: str = "auto",
         dtype: str = "float32",
         compile: bool = False,
+        stack: bool | None = None,
     ) -> None:
         if method not in METHODS:
             raise UserError(f"The evaluation method must be one of {', '.join(METHODS)}, got {method!r}.")
@@ -57,16 +62,18 @@ class MaskedNetwork:
             raise UserError(f"The dtype of evaluation must be one of {', '.join(DTYPES)}, got {dtype!r}.")
         self.why_whole = "it was asked for" if method == "whole" else ""
         self.compile = compile
+        self._stack = example.device.type != "cpu" if stack is None else stack
         halves = None if method == "whole" else self._split(model, groups, example, method)
         self.method = "whole" if halves is None else "split"
         self.dtype = DTYPES[dtype]
         self._adopt(groups, halves or whole(model))
         if self.dtype != torch.float32:
             self._cast(example)
+        self._set_up_stack((example,))
 
     def _split(self, model: nn.Module, groups: Sequence[FilterGroup], example: Tensor, method: str) -> Halves | None:
         try:
-            return split(model, groups, example, fusing=not self.compile)
+            return split(model, groups, example, fusing=self._fusing)
         except Exception as error:
             if method == "split":
                 raise UserError(f'The network cannot be split ({error}); use method "whole" or "auto".') from error
@@ -78,6 +85,24 @@ class MaskedNetwork:
         names = {cut.module for group in groups for cut in group.consumers}
         self._weights = {name: _weight(halves.masked, name).detach().clone() for name in names}
         self._run = torch.compile(halves.suffix, dynamic=False) if self.compile else halves.suffix
+
+    @property
+    def _fusing(self) -> bool:
+        return not self.compile and not self._stack
+
+    def _set_up_stack(self, example: Frontier) -> None:
+        """Masks in one batch, if that is wished and possible; on a GPU everything in as few kernels as possible."""
+        self._stacked = None
+        if self._stack and isinstance(self._halves.suffix, fx.GraphModule):
+            self._stacked = stack(self._halves.suffix, self.prefix(*example), self._weights)
+        if self.compile:
+            if self._stacked is not None:
+                self._stacked.run = torch.compile(self._stacked.graph, dynamic=False)
+        elif example[0].is_cuda:
+            stacked = None if self._stacked is None else self._stacked.graph
+            for graph in (self._halves.prefix, self._halves.suffix, stacked):
+                if isinstance(graph, fx.GraphModule):
+                    fuse_relu(graph)
 
     def _cast(self, example: Tensor) -> None:
         halves = self._halves
@@ -124,6 +149,26 @@ class MaskedNetwork:
         """
         return _Folded(self, self._folded(masks, index, mixes or {}))
 
+    @property
+    def stacks(self) -> bool:
+        """Whether `together` can run."""
+        return self._stacked is not None
+
+    @torch.no_grad()
+    def together(
+        self, masks: Mapping[str, Tensor], mixes: Mapping[MixKey, Tensor] | None = None
+    ) -> Callable[[Frontier], Tensor]:
+        """Runs the suffix under all M masks in one batch: logits (M, B, C) of a frontier; arguments as for `suffix`."""
+        stacked, n_masks = self._stacked, len(next(iter(masks.values())))
+        if stacked is None:
+            raise ValueError("this network's masks run one by one; see `stacks`.")
+        weights = {name: weight.expand(n_masks, *weight.shape).clone() for name, weight in self._weights.items()}
+        for group in self.groups:
+            for cut in group.consumers if group.name in masks else ():
+                choices = (mixes or {}).get((group.name, cut.module), masks[group.name])
+                fold_all(weights[cut.module], cut, choices)
+        return torch.inference_mode()(lambda frontier: stacked(frontier, weights))
+
     def advanced(
         self,
         masks: Mapping[str, Tensor],
@@ -149,12 +194,12 @@ class MaskedNetwork:
             for name, (weight, _) in decided.items():
                 _weight(whole_halves.masked if traced is None else traced, name).copy_(weight)
         network = copy.copy(self)
-        fusing = not self.compile
-        network._adopt(rest, whole_halves if traced is None else cut_again(traced, rest, example, fusing=fusing))
+        network._adopt(rest, whole_halves if traced is None else cut_again(traced, rest, example, fusing=self._fusing))
         # In full precision, which the copy of a network that was cast has lost.
         kept = {name: decided[name][0] if name in decided else self._weights[name] for name in network._weights}
         network._weights = {name: weight.clone() for name, weight in kept.items()}
         network._install(decided)
+        network._set_up_stack(example)
         return network
 
     def _folded(

@@ -113,6 +113,8 @@ class PruningTask:
     @cached_property
     def reward_images(self) -> tuple[Tensor, Tensor]:
         """The whole reward split: images (B, C, H, W) and labels (B,), or other targets (B, ...)."""
+        if self.origin is not self:
+            return self.origin.reward_images  # once on the device, however many layers are cut
         images, labels = self.splits.reward.batch(torch.arange(len(self.splits.reward)))
         return images.to(self.device), labels.to(self.device)
 

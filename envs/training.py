@@ -66,7 +66,7 @@ def fit_network(
     Same seed, same weights, bitwise, on a CPU with the same number of threads. `teacher` (untouched) is needed when
     `distill_weight` > 0. `progress` is called after every epoch. With `snapshot`, weights and momentum are written
     there after every epoch, and a later call with the same arguments goes on from it to the same final weights; the
-    file stays, so that a finished training is not repeated. `device` defaults to the model's.
+    file stays, so that a finished training is not repeated. The model is moved to `device`, which defaults to its own.
 
     Raises UserError when the loss stops being finite, nothing is trainable, the data holds fewer than 2 images, the
     teacher is missing, `augment` would move images away from their target maps, or the snapshot belongs to another
@@ -132,8 +132,8 @@ class _Run:
         measure.check_smoothing(settings.label_smoothing, data.batch(torch.arange(1))[1])
         # Batch normalisation cannot train on one image, so only a ragged last batch of one is dropped.
         steps_per_epoch = math.ceil(len(data) / settings.batch_size) - (len(data) % settings.batch_size == 1)
-        optimizer = _optimizer(model, settings)
         where = torch.device(device) if device is not None else next(model.parameters()).device
+        optimizer = _optimizer(model.to(where), settings)
         n_steps = round(settings.epochs * steps_per_epoch)
         return cls(
             model, data, settings, seed, augment, teacher, where, optimizer, max(1, steps_per_epoch), n_steps, measure
@@ -182,7 +182,9 @@ class _Run:
         loss.backward()
         self.optimizer.step()
         n_correct = self.measure.points(outputs, labels).sum()
-        self.totals += torch.stack([loss.detach() * len(labels), n_correct, torch.tensor(len(labels))]).cpu().double()
+        self.totals += (
+            torch.stack([loss.detach() * len(labels), n_correct, n_correct.new_tensor(len(labels))]).cpu().double()
+        )
 
     def _loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         weight, measure = self.settings.distill_weight, self.measure

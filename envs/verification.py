@@ -33,8 +33,7 @@ class Verifier:
 
     def __init__(self, model: nn.Module, example_inputs: Inputs, seed: int = 0, trials: int = 1) -> None:
         self._generator = torch.Generator().manual_seed(seed)
-        self._probe = randomised(copy.deepcopy(model), self._generator)
-
+        self._probe = randomised(copy.deepcopy(model).cpu(), self._generator)
         self._trials = [self._drawn(example_inputs, trial) for trial in range(trials)]
         self._tolerance = TOLERANCE
         if not _runs(self._probe, self._trials[0]):

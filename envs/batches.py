@@ -1,0 +1,74 @@
+"""How many images go through a network at once.
+
+Shapes: B images.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# The first one is taken unless another is clearly better.
+BATCHES = {"cpu": (128, 64, 256, 512), "cuda": (1024, 4096, 16384)}
+CALIBRATION_SECONDS = {"cpu": 0.4, "cuda": 0.1}
+
+
+def default_batch(device: torch.device) -> int:
+    """Images a pass where nothing was measured."""
+    return BATCHES.get(device.type, BATCHES["cpu"])[0]
+
+
+def chunks(count: int, batch: int) -> Iterator[slice]:
+    """Slices of `batch` images or so, none of them of one image alone."""
+    start = 0
+    while start < count:
+        end = min(start + max(2, batch), count)
+        if count - end == 1:
+            end += 1 if end - start < 3 else -1
+        yield slice(start, end)
+        start = end
+
+
+def fastest_batch(run: Callable[[tuple[Tensor, ...]], Any], values: tuple[Tensor, ...]) -> int:
+    """The batch of B rows of `values` with the least time a row; the default one unless another is clearly better.
+
+    A GPU gets more rows than there are, the same ones again: there masks share a batch.
+    """
+    device, total = values[0].device, len(values[0])
+    default, candidates = default_batch(device), BATCHES.get(device.type, BATCHES["cpu"])
+    if device.type != "cuda":
+        candidates = tuple(batch for batch in candidates if batch <= total)
+    if total < 256:
+        return default
+    seconds = {batch: float("inf") for batch in candidates}
+    deadline = time.perf_counter() + CALIBRATION_SECONDS.get(device.type, CALIBRATION_SECONDS["cpu"])
+    for batch in candidates * 3:
+        if time.perf_counter() + batch * min(seconds.values()) > deadline and min(seconds.values()) < float("inf"):
+            continue
+        try:
+            seconds[batch] = min(seconds[batch], _seconds_a_row(run, values, batch))
+        except torch.OutOfMemoryError:
+            continue
+    best = min(seconds, key=lambda batch: seconds[batch])
+    return best if seconds[best] < 0.9 * seconds[default] else default
+
+
+def _seconds_a_row(run: Callable[[tuple[Tensor, ...]], Any], values: tuple[Tensor, ...], batch: int) -> float:
+    total, device = len(values[0]), values[0].device
+    rows = slice(0, batch) if batch <= total else torch.arange(batch, device=device) % total
+    some = tuple(value[rows] for value in values)
+    wait_for(device)
+    started = time.perf_counter()
+    run(some)
+    wait_for(device)
+    return (time.perf_counter() - started) / batch
+
+
+def wait_for(device: torch.device) -> None:
+    """Until a GPU has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
