@@ -7,10 +7,10 @@ the mask is one multiplication at the input of each consumer. Ours: `MaskEvaluat
 mask remembered. Within every round the two take turns on the same slice of masks, and the ratio is the median over
 rounds of naive / ours; time is the processor time of the thread, so that a round in which the machine was busy with
 something else does not count double (with `--device cuda` it is wall-clock time until the GPU is done, all masks take
-part in every round, the first round is for warming up, and the naive loop computes in float32 proper, or in TF32, torch's
-own default, with `--tf32`). `limit` is what leaving out the prefix alone allows: MACs of the whole network / MACs behind
-the frontier. `rate` are the nominal MACs a second of the suffix over the best of the plain network (over batches);
-`rate_run` counts only MACs that are carried out, channels left out being none. Answers are compared, too.
+part in every round, the first round is for warming up, and the naive loop computes in float32 proper, or in TF32,
+torch's own default, with `--tf32`). `limit` is what leaving out the prefix alone allows: MACs of the whole network /
+MACs behind the frontier. `rate` are the nominal MACs a second of the suffix over the best of the plain network (over
+batches); `rate_run` counts only MACs that are carried out, channels left out being none. Answers are compared, too.
 Random weights: time does not depend on them. `--naive-images` lets the slow side look at fewer images, its time an
 image being the same. Writes after every group, and goes on with what the file already holds.
 """
