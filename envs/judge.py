@@ -26,7 +26,8 @@ class JudgeSettings:
         method: "auto", "split" or "whole" (`MaskedNetwork`).
         dtype: in what masks are evaluated during a search, "float32" or "bfloat16"; a decision is always verified in
             float32, and how often the two disagree is measured.
-        compile: run the part behind the cached one through `torch.compile` (for a GPU; on a CPU it is fused anyway).
+        compile: run the part behind the cached one through `torch.compile` instead of the fused kernels; it compiles
+            anew for every layer, and was slower where it was measured (docs/performance.md).
         memory: so many masks a layer are remembered with their answers.
     """
 
