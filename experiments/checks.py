@@ -69,8 +69,13 @@ def resolve_device(name: str) -> torch.device:
     and a cut network differ by more than rounding.
     """
     torch.backends.cudnn.allow_tf32 = False
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device is {name!r}; expected cpu, cuda, cuda:1, mps or auto.") from error
+    try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         first = str(error).splitlines()[0]
