@@ -19,7 +19,12 @@ CALIBRATION_SECONDS = {"cpu": 0.4, "cuda": 0.1}
 
 def default_batch(device: torch.device) -> int:
     """Images a pass where nothing was measured."""
-    return BATCHES.get(device.type, BATCHES["cpu"])[0]
+    return BATCHES[_kind(device)][0]
+
+
+def _kind(device: torch.device) -> str:
+    """Whose settings count."""
+    return device.type if device.type in BATCHES else "cpu"
 
 
 def chunks(count: int, batch: int) -> Iterator[slice]:
@@ -39,13 +44,13 @@ def fastest_batch(run: Callable[[tuple[Tensor, ...]], Any], values: tuple[Tensor
     A GPU gets more rows than there are, the same ones again: there masks share a batch.
     """
     device, total = values[0].device, len(values[0])
-    default, candidates = default_batch(device), BATCHES.get(device.type, BATCHES["cpu"])
-    if device.type != "cuda":
-        candidates = tuple(batch for batch in candidates if batch <= total)
+    default, candidates = default_batch(device), BATCHES[_kind(device)]
     if total < 256:
         return default
+    if device.type != "cuda":
+        candidates = tuple(batch for batch in candidates if batch <= total)
     seconds = {batch: float("inf") for batch in candidates}
-    deadline = time.perf_counter() + CALIBRATION_SECONDS.get(device.type, CALIBRATION_SECONDS["cpu"])
+    deadline = time.perf_counter() + CALIBRATION_SECONDS[_kind(device)]
     for batch in candidates * 3:
         if time.perf_counter() + batch * min(seconds.values()) > deadline and min(seconds.values()) < float("inf"):
             continue

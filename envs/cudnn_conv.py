@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx, nn
 
-from .graph_passes import alike_summands, is_relu, is_sum, only_user
-from .leaves import is_leaf
+from .graph_passes import alike_summands, exchange, is_sum, only_user, relu_after
+from .leaves import is_plain_conv2d
 
 
 class CudnnConv(nn.Module):
@@ -49,8 +49,7 @@ def fuse_relu(graph: fx.GraphModule) -> int:
     count = 0
     for node in list(graph.graph.nodes):
         conv = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
-        plain = isinstance(conv, nn.Conv2d) and is_leaf(conv) and conv.padding_mode == "zeros"
-        if plain and isinstance(conv, nn.Conv2d) and not isinstance(conv.padding, str):
+        if is_plain_conv2d(conv):
             count += _fuse_one(graph, node, conv)
     graph.graph.lint()
     graph.recompile()
@@ -58,20 +57,16 @@ def fuse_relu(graph: fx.GraphModule) -> int:
 
 
 def _fuse_one(graph: fx.GraphModule, node: fx.Node, conv: nn.Conv2d) -> int:
+    chain, inputs = [node], [node.args[0]]
     total = only_user(node)
     residual = None if total is None else _summed_with(node, total)
-    last = node if residual is None or total is None else total
-    relu = only_user(last)
-    if relu is None or not (is_relu(graph, relu) or relu.target is torch.relu_) or relu.args[0] is not last:
+    if total is not None and residual is not None:
+        chain.append(total)
+        inputs.append(residual)
+    relu = relu_after(graph, chain[-1])
+    if relu is None:
         return 0
-    place = f"cudnn_{str(node.target).replace('.', '_')}"
-    graph.add_submodule(place, CudnnConv(conv))
-    with graph.graph.inserting_before(relu):
-        made = graph.graph.call_module(place, (node.args[0],) if residual is None else (node.args[0], residual))
-    made.meta = dict(relu.meta)
-    relu.replace_all_uses_with(made)
-    for old in dict.fromkeys((relu, last, node)):
-        graph.graph.erase_node(old)
+    exchange(graph, [*chain, relu], f"cudnn_{str(node.target).replace('.', '_')}", CudnnConv(conv), *inputs)
     return 1
 
 

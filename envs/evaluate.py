@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -75,8 +75,7 @@ class MaskEvaluator:
             )
         images = channels_last(images)
         self._budget_bytes, self._memory_size, self._measure = int(cache_gib * GIB), memory, measure
-        how: dict[str, Any] = {"method": method, "dtype": dtype, "compile": compile, "stack": stack}
-        network = MaskedNetwork(model, groups, images[:3], **how)
+        network = MaskedNetwork(model, groups, images[:3], method=method, dtype=dtype, compile=compile, stack=stack)
         self._adopt(network, (images,), labels, batch)
 
     def _adopt(self, network: MaskedNetwork, inputs: Frontier, labels: Tensor, batch: int | None) -> None:

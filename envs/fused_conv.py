@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from .graph_passes import is_relu, only_user
-from .leaves import is_leaf
+from .graph_passes import exchange, only_user, relu_after
+from .leaves import is_plain_conv2d
 from .small_maps import as_matrix, is_small, map_after
 
 _PER_CHANNEL = (nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Dropout, nn.Identity)
@@ -157,36 +157,26 @@ def fuse(graph: fx.GraphModule, once: set[str]) -> dict[str, FusedConv]:
     for node in list(graph.graph.nodes):
         name = str(node.target)
         conv = graph.get_submodule(name) if node.op == "call_module" and name in once else None
-        if isinstance(conv, nn.Conv2d) and is_leaf(conv) and _is_plain(conv):
+        if is_plain_conv2d(conv) and conv.weight.dtype in _DTYPES:
             fused[name] = _fuse_one(graph, node, conv)
     graph.graph.lint()
     graph.recompile()
     return fused
 
 
-def _is_plain(conv: nn.Conv2d) -> bool:
-    return conv.padding_mode == "zeros" and not isinstance(conv.padding, str) and conv.weight.dtype in _DTYPES
-
-
 def _fuse_one(graph: fx.GraphModule, node: fx.Node, conv: nn.Conv2d) -> FusedConv:
-    last, residual = node, None
+    chain, inputs = [node], [node.args[0]]
     follower = only_user(node)
     if follower is not None and follower.op == "call_method" and follower.target == "add_":
         target, other = follower.args
         if target is node and _may_overwrite(graph, other, follower):
-            last, residual = follower, other
-    after = only_user(last)
-    relu = after is not None and (is_relu(graph, after) or after.target is torch.relu_) and after.args[0] is last
-    made = FusedConv(conv, relu, _size(node.args[0]))
-    place = f"fused_{str(node.target).replace('.', '_')}"
-    graph.add_submodule(place, made)
-    end = after if relu and after is not None else last
-    with graph.graph.inserting_before(end):
-        new = graph.graph.call_module(place, (node.args[0],) if residual is None else (node.args[0], residual))
-    new.meta = dict(end.meta)
-    end.replace_all_uses_with(new)
-    for old in dict.fromkeys((end, last, node)):
-        graph.graph.erase_node(old)
+            chain.append(follower)
+            inputs.append(other)
+    relu = relu_after(graph, chain[-1])
+    if relu is not None:
+        chain.append(relu)
+    made = FusedConv(conv, relu is not None, _size(node.args[0]))
+    exchange(graph, chain, f"fused_{str(node.target).replace('.', '_')}", made, *inputs)
     return made
 
 

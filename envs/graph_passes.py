@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -166,6 +167,28 @@ def is_relu(traced: fx.GraphModule, node: fx.Node) -> bool:
     if node.op == "call_function":
         return node.target in (functional.relu, torch.relu)
     return node.op == "call_method" and node.target == "relu"
+
+
+def relu_after(traced: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    """The ReLU, in place or not, that alone reads the value of `node`; None where something else does."""
+    after = only_user(node)
+    if after is None or not (is_relu(traced, after) or after.target is torch.relu_):
+        return None
+    return after if after.args[0] is node else None
+
+
+def exchange(traced: fx.GraphModule, chain: Sequence[fx.Node], place: str, made: nn.Module, *inputs: Any) -> None:
+    """Call the module `made`, as submodule `place`, instead of a chain of nodes of which only the last is read.
+
+    The graph is not compiled anew.
+    """
+    traced.add_submodule(place, made)
+    with traced.graph.inserting_before(chain[-1]):
+        new = traced.graph.call_module(place, inputs)
+    new.meta = dict(chain[-1].meta)
+    chain[-1].replace_all_uses_with(new)
+    for old in reversed(chain):
+        traced.graph.erase_node(old)
 
 
 def is_fresh(traced: fx.GraphModule, node: fx.Node) -> bool:

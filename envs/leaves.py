@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -33,6 +33,13 @@ def is_leaf(module: nn.Module) -> bool:
     ):
         return False
     return "weight" in module._parameters
+
+
+def is_plain_conv2d(module: object) -> TypeGuard[nn.Conv2d]:
+    """A 2d convolution as torch's own, padded with zeros by numbers."""
+    if not isinstance(module, nn.Conv2d) or not is_leaf(module):
+        return False
+    return module.padding_mode == "zeros" and not isinstance(module.padding, str)
 
 
 def is_extended(module: nn.Module) -> bool:

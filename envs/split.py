@@ -23,7 +23,7 @@ from .fused_conv import FusedConv
 from .groups import FilterGroup
 from .halves import Frontier, Halves, cut_again, split, whole
 from .masking import MixKey
-from .stacked import stack
+from .stacked import stacked_suffix
 
 METHODS = ("auto", "split", "whole")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -94,7 +94,7 @@ class MaskedNetwork:
         """Masks in one batch, if that is wished and possible; on a GPU everything in as few kernels as possible."""
         self._stacked = None
         if self._stack and isinstance(self._halves.suffix, fx.GraphModule):
-            self._stacked = stack(self._halves.suffix, self.prefix(*example), self._weights)
+            self._stacked = stacked_suffix(self._halves.suffix, self.prefix(*example), self._weights)
         if self.compile:
             if self._stacked is not None:
                 self._stacked.run = torch.compile(self._stacked.graph, dynamic=False)

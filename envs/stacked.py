@@ -19,7 +19,9 @@ from .leaves import is_leaf
 
 
 @torch.inference_mode()
-def stack(suffix: fx.GraphModule, frontier: tuple[Tensor, ...], weights: Mapping[str, Tensor]) -> StackedSuffix | None:
+def stacked_suffix(
+    suffix: fx.GraphModule, frontier: tuple[Tensor, ...], weights: Mapping[str, Tensor]
+) -> StackedSuffix | None:
     """A suffix whose masks run in one batch; None where it cannot.
 
     Args:
@@ -30,8 +32,9 @@ def stack(suffix: fx.GraphModule, frontier: tuple[Tensor, ...], weights: Mapping
     exact = all(value.dtype == torch.float32 for value in frontier)
     try:
         stacked = StackedSuffix(suffix, weights)
+        alone = suffix(*frontier)
         for logits in stacked(frontier, {name: torch.stack([weight, weight]) for name, weight in weights.items()}):
-            check_same(suffix(*frontier), logits, 1e-3 if exact else 0.1)
+            check_same(alone, logits, 1e-3 if exact else 0.1)
     except (RuntimeError, ValueError):
         return None
     return stacked
@@ -114,12 +117,9 @@ class StackedSuffix:
     def _exchange(self, node: fx.Node) -> None:
         name = str(node.target)
         layer = self.graph.get_submodule(name)
-        plain = is_leaf(layer) and (
-            isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
-        )
-        if not plain or name in self.layers:
+        grouped = isinstance(layer, nn.Conv2d) and layer.groups > 1
+        if not isinstance(layer, (nn.Conv2d, nn.Linear)) or grouped or not is_leaf(layer) or name in self.layers:
             raise ValueError(f"masks of {name!r} cannot run in one batch")
-        assert isinstance(layer, (nn.Conv2d, nn.Linear))
         source = node.args[0]
         assert isinstance(source, fx.Node)
         self.layers[name] = StackedLayer(layer, shared=source.op == "placeholder")

@@ -182,9 +182,8 @@ class _Run:
         loss.backward()
         self.optimizer.step()
         n_correct = self.measure.points(outputs, labels).sum()
-        self.totals += (
-            torch.stack([loss.detach() * len(labels), n_correct, n_correct.new_tensor(len(labels))]).cpu().double()
-        )
+        n_images = n_correct.new_tensor(len(labels))
+        self.totals += torch.stack([loss.detach() * len(labels), n_correct, n_images]).cpu().double()
 
     def _loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         weight, measure = self.settings.distill_weight, self.measure

@@ -49,7 +49,7 @@ class Verifier:
         def draw(value: Tensor) -> Tensor:
             if not value.is_floating_point():
                 return value
-            return (scale * _normal(value, self._generator) + shift).to(value.device)
+            return scale * _normal(value, self._generator) + shift
 
         return tree_map_only(Tensor, draw, example_inputs)
 

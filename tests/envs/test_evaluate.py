@@ -6,26 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from answered import NETWORKS, answered, some_masks
 from keepdrop.envs.coupling import find_groups, select_groups
 from keepdrop.envs.evaluate import MaskEvaluator, correct_flags, count_correct
 from keepdrop.envs.masking import masked_inputs
-from keepdrop.envs.networks import cifar_resnet, small_cnn, vgg16_bn
-from keepdrop.envs.verification import randomised
+from keepdrop.envs.networks import cifar_resnet, vgg16_bn
 from keepdrop.rewards.errors import UserError
-from zoo import ZOO
 
 SHARED = Path(__file__).parents[3] / "shared" / "checkpoints"
 CIFAR = Path(__file__).parents[3] / "data" / "cifar10.npz"
-
-
-def _prepared(make=small_cnn, shape=(1, 8, 8), count=50):
-    generator = torch.Generator().manual_seed(5)
-    model = randomised(make(), generator).float()
-    images = torch.randn(count, *shape, generator=generator)
-    groups = [g for g in find_groups(model, images[:1], verify=False).groups if g.n_filters > 1]
-    with torch.no_grad():
-        labels = model(images).argmax(1)
-    return model, images, labels, groups, generator
 
 
 def _naive(model, images, labels, choices):
@@ -33,24 +22,11 @@ def _naive(model, images, labels, choices):
         return model(images).argmax(1) == labels
 
 
-def _masks(group, m, generator):
-    masks = torch.rand(m, group.n_filters, generator=generator) < 0.5
-    masks[:, 0] = True
-    return masks
-
-
-NETWORKS = {
-    **{name: (make, (3, 8, 8)) for name, make in ZOO.items()},
-    "small_cnn": (small_cnn, (1, 8, 8)),
-    "cifar_resnet": (lambda: cifar_resnet(8), (3, 16, 16)),
-}
-
-
 @pytest.mark.parametrize("name", NETWORKS)
 def test_fast_equals_naive(name):
-    model, images, labels, groups, generator = _prepared(*NETWORKS[name])
+    model, images, labels, groups, generator = answered(*NETWORKS[name])
     for group in groups:
-        masks = _masks(group, 4, generator)
+        masks = some_masks(group, 4, generator)
         evaluator = MaskEvaluator(model, [group], images, labels, batch=16)
         got = evaluator.correct_per_image({group.name: masks})
         expected = torch.stack([_naive(model, images, labels, {group: mask}) for mask in masks])
@@ -59,17 +35,17 @@ def test_fast_equals_naive(name):
 
 
 def test_fast_equals_naive_on_vgg():
-    model, images, labels, groups, generator = _prepared(vgg16_bn, (3, 32, 32), 6)
+    model, images, labels, groups, generator = answered(vgg16_bn, (3, 32, 32), 6)
     for group in groups[3::5]:
-        masks = _masks(group, 2, generator)
+        masks = some_masks(group, 2, generator)
         got = MaskEvaluator(model, [group], images, labels).correct_per_image({group.name: masks})
         assert torch.equal(got, torch.stack([_naive(model, images, labels, {group: mask}) for mask in masks]))
 
 
 def test_counts_do_not_depend_on_chunks_cache_method_order_or_company():
-    model, images, labels, groups, generator = _prepared(lambda: cifar_resnet(8), (3, 16, 16))
+    model, images, labels, groups, generator = answered(lambda: cifar_resnet(8), (3, 16, 16))
     group = groups[1]
-    masks = _masks(group, 6, generator)
+    masks = some_masks(group, 6, generator)
     reference = MaskEvaluator(model, [group], images, labels).correct({group.name: masks})
     assert reference.dtype == torch.int64 and len(set(reference.tolist())) > 1
     for batch in (7, 16, 64):
@@ -87,8 +63,8 @@ def test_counts_do_not_depend_on_chunks_cache_method_order_or_company():
 
 @pytest.mark.parametrize("cache_gib", [1.0, 0.0])
 def test_a_subset_of_the_images(cache_gib):
-    model, images, labels, groups, generator = _prepared()
-    masks = {groups[2].name: _masks(groups[2], 3, generator)}
+    model, images, labels, groups, generator = answered()
+    masks = {groups[2].name: some_masks(groups[2], 3, generator)}
     evaluator = MaskEvaluator(model, [groups[2]], images, labels, cache_gib=cache_gib, batch=8)
     every = evaluator.correct_per_image(masks)
     chosen = torch.tensor([40, 3, 17, 3, 0, 49, 22, 21, 20])
@@ -97,8 +73,8 @@ def test_a_subset_of_the_images(cache_gib):
 
 
 def test_whole_network_masks():
-    model, images, labels, groups, generator = _prepared(lambda: cifar_resnet(8), (3, 16, 16))
-    masks = {group.name: _masks(group, 3, generator) for group in groups}
+    model, images, labels, groups, generator = answered(lambda: cifar_resnet(8), (3, 16, 16))
+    masks = {group.name: some_masks(group, 3, generator) for group in groups}
     got = MaskEvaluator(model, groups, images, labels).correct_per_image(masks)
     for index in range(3):
         choices = {group: masks[group.name][index] for group in groups}
@@ -106,13 +82,13 @@ def test_whole_network_masks():
 
 
 def test_everything_kept_is_the_plain_network():
-    model, images, labels, groups, _ = _prepared()
+    model, images, labels, groups, _ = answered()
     evaluator = MaskEvaluator(model, groups, images, labels)
     assert evaluator.correct({groups[0].name: torch.ones(1, 16, dtype=torch.bool)}).tolist() == [50]
 
 
 def test_the_cache_stays_within_its_budget():
-    model, images, labels, groups, _ = _prepared()
+    model, images, labels, groups, _ = answered()
     evaluator = MaskEvaluator(model, groups[:1], images, labels)
     assert evaluator.cached_bytes == 50 * 16 * 8 * 8 * 4  # the input of conv2
     budget = evaluator.cached_bytes / 2**30
@@ -121,7 +97,7 @@ def test_the_cache_stays_within_its_budget():
 
 
 def test_programming_errors_are_named():
-    model, images, labels, groups, _ = _prepared()
+    model, images, labels, groups, _ = answered()
     evaluator = MaskEvaluator(model, groups[:1], images, labels)
     with pytest.raises(ValueError, match=r"no group 'conv9' here; expected some of \['conv1'\]"):
         evaluator.correct({"conv9": torch.ones(1, 16, dtype=torch.bool)})
@@ -132,7 +108,7 @@ def test_programming_errors_are_named():
 
 
 def test_correct_flags_leaves_the_model_alone():
-    model, images, labels, _, _ = _prepared()
+    model, images, labels, _, _ = answered()
     model.train()
     model.bn1.eval()
     before = copy.deepcopy(model.state_dict())
@@ -143,7 +119,7 @@ def test_correct_flags_leaves_the_model_alone():
 
 
 def test_count_correct_reads_a_data_set():
-    model, images, labels, _, _ = _prepared()
+    model, images, labels, _, _ = answered()
     labels = labels.clone()
     labels[:7] = (labels[:7] + 1) % 10
 

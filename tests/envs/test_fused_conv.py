@@ -2,35 +2,18 @@
 
 import pytest
 import torch
-from keepdrop.envs.coupling import find_groups
+from answered import answered, some_masks
 from keepdrop.envs.evaluate import MaskEvaluator
 from keepdrop.envs.fused_conv import FusedConv, can_fuse, picked
 from keepdrop.envs.judge import JudgeSettings
 from keepdrop.envs.networks import cifar_resnet, small_cnn, vgg16_bn
 from keepdrop.envs.search_judge import disagreement
 from keepdrop.envs.split import MaskedNetwork
-from keepdrop.envs.verification import randomised
 from keepdrop.rewards.errors import UserError
 from torch import nn
 from zoo import ZOO
 
 pytestmark = pytest.mark.skipif(not can_fuse(torch.zeros(1, 1, 4, 4)), reason="this torch has no fused convolution")
-
-
-def _prepared(make, shape, count=40):
-    generator = torch.Generator().manual_seed(5)
-    model = randomised(make(), generator).float().eval()
-    images = torch.randn(count, *shape, generator=generator)
-    groups = [g for g in find_groups(model, images[:1], verify=False).groups if g.n_filters > 1]
-    with torch.no_grad():
-        labels = model(images).argmax(1)
-    return model, images, labels, groups, generator
-
-
-def _masks(group, m, generator):
-    masks = torch.rand(m, group.n_filters, generator=generator) < 0.5
-    masks[:, 0] = True
-    return masks
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -61,7 +44,7 @@ def test_channels_left_out_at_either_end():
 
 
 def test_everything_of_a_resnet_is_fused_and_sums_are_inside():
-    model, images, _, groups, _ = _prepared(lambda: cifar_resnet(8), (3, 16, 16))
+    model, images, _, groups, _ = answered(lambda: cifar_resnet(8), (3, 16, 16), 40)
     network = MaskedNetwork(model, groups[1:2], images[:3])
     targets = [str(node.target) for node in network._halves.suffix.graph.nodes]
     assert sum("fused" in target for target in targets) == 5  # of 7: the stem and one more lie in the prefix
@@ -69,11 +52,11 @@ def test_everything_of_a_resnet_is_fused_and_sums_are_inside():
 
 
 def test_a_chain_computes_only_what_is_read():
-    model, images, _, groups, generator = _prepared(small_cnn, (1, 8, 8))
+    model, images, _, groups, generator = answered(small_cnn, (1, 8, 8), 40)
     network = MaskedNetwork(model, groups, images[:3])
     # The first group's channels come with the frontier.
     assert len(network._halves.feeders) == 3
-    masks = {group.name: _masks(group, 1, generator) for group in groups}
+    masks = {group.name: some_masks(group, 1, generator) for group in groups}
     with network.masked(masks, 0):
         widths = [fused._now[0].shape[0] for fused in network._halves.feeders.values()]
     kept = [int(masks[group.name].sum()) for group in groups[1:4]]
@@ -84,8 +67,8 @@ def test_a_chain_computes_only_what_is_read():
 def test_advancing_is_masking(name):
     special = {"resnet": (lambda: cifar_resnet(8), (3, 16, 16)), "vgg": (vgg16_bn, (3, 32, 32))}
     make, shape = special.get(name) or (ZOO[name], (3, 8, 8))
-    model, images, labels, groups, generator = _prepared(make, shape, 8 if name == "vgg" else 40)
-    masks = {group.name: _masks(group, 2, generator) for group in groups[:: 6 if name == "vgg" else 1]}
+    model, images, labels, groups, generator = answered(make, shape, 8 if name == "vgg" else 40)
+    masks = {group.name: some_masks(group, 2, generator) for group in groups[:: 6 if name == "vgg" else 1]}
     chosen = [group for group in groups if group.name in masks]
     for cache_gib in (1.0, 0.0):
         evaluator = MaskEvaluator(model, chosen, images, labels, cache_gib=cache_gib)
@@ -101,11 +84,11 @@ def test_advancing_is_masking(name):
 
 
 def test_advancing_with_a_mix_and_in_bfloat16():
-    model, images, labels, groups, generator = _prepared(lambda: cifar_resnet(8), (3, 16, 16))
-    mask = _masks(groups[1], 1, generator)
+    model, images, labels, groups, generator = answered(lambda: cifar_resnet(8), (3, 16, 16), 40)
+    mask = some_masks(groups[1], 1, generator)
     key = (groups[1].name, groups[1].consumers[0].module)
     mixes = {key: torch.randn(1, groups[1].n_filters, groups[1].n_filters, generator=generator) * mask[:, None]}
-    last = _masks(groups[-1], 3, generator)
+    last = some_masks(groups[-1], 3, generator)
     for dtype, tolerance in (("float32", 0.0), ("bfloat16", 0.1)):
         evaluator = MaskEvaluator(model, [groups[1], groups[-1]], images, labels, dtype=dtype)
         both = {groups[1].name: mask.expand(3, -1), groups[-1].name: last}
@@ -117,8 +100,8 @@ def test_advancing_with_a_mix_and_in_bfloat16():
 
 
 def test_bfloat16_is_near_and_half_the_size():
-    model, images, labels, groups, generator = _prepared(lambda: cifar_resnet(8), (3, 16, 16))
-    masks = {groups[1].name: _masks(groups[1], 4, generator)}
+    model, images, labels, groups, generator = answered(lambda: cifar_resnet(8), (3, 16, 16), 40)
+    masks = {groups[1].name: some_masks(groups[1], 4, generator)}
     exact = MaskEvaluator(model, groups[1:2], images, labels)
     quick = MaskEvaluator(model, groups[1:2], images, labels, dtype="bfloat16")
     assert quick.cached_bytes * 2 == exact.cached_bytes
@@ -145,8 +128,8 @@ def test_the_disagreement_of_a_precision_is_measured():
 
 @pytest.mark.slow
 def test_a_compiled_suffix_counts_the_same():
-    model, images, labels, groups, generator = _prepared(small_cnn, (1, 8, 8))
-    masks = {groups[1].name: _masks(groups[1], 3, generator)}
+    model, images, labels, groups, generator = answered(small_cnn, (1, 8, 8), 40)
+    masks = {groups[1].name: some_masks(groups[1], 3, generator)}
     plain = MaskEvaluator(model, groups[1:2], images, labels).correct(masks)
     assert torch.equal(MaskEvaluator(model, groups[1:2], images, labels, compile=True).correct(masks), plain)
 
@@ -186,7 +169,7 @@ def test_large_maps_stay_convolutions():
 
 
 def test_last_convolutions_of_a_vgg_are_matrices():
-    model, images, _, groups, _ = _prepared(vgg16_bn, (3, 32, 32), 4)
+    model, images, _, groups, _ = answered(vgg16_bn, (3, 32, 32), 4)
     network = MaskedNetwork(model, groups[-2:], images[:3])
     assert [name for name, fused in network._halves.fused.items() if fused.is_matrix] == [
         "features.34",

@@ -2,40 +2,17 @@
 
 import pytest
 import torch
+from answered import NETWORKS, answered, some_masks
 from keepdrop.envs.batches import chunks, fastest_batch
-from keepdrop.envs.coupling import find_groups
 from keepdrop.envs.cudnn_conv import CudnnConv, fuse_relu
 from keepdrop.envs.evaluate import MaskEvaluator
 from keepdrop.envs.masking import masked_inputs
-from keepdrop.envs.networks import cifar_resnet, vgg16_bn
+from keepdrop.envs.networks import vgg16_bn
 from keepdrop.envs.split import MaskedNetwork
-from keepdrop.envs.verification import randomised
-from zoo import ZOO
 
 # Grouped or transposed consumers, other than 2d, run twice, of an unknown class, or not traced at all.
 ONE_BY_ONE = {"Grouped", "Reused", "Decoder", "Branching", "OneDimensional", "ThreeDimensional", "Extended"}
-NETWORKS = {
-    **{name: (make, (3, 8, 8)) for name, make in ZOO.items()},
-    "cifar_resnet": (lambda: cifar_resnet(8), (3, 16, 16)),
-    "vgg": (vgg16_bn, (3, 32, 32)),
-}
-
-
-def _prepared(name, count=5):
-    make, shape = NETWORKS[name]
-    generator = torch.Generator().manual_seed(5)
-    model = randomised(make(), generator).float()
-    images = torch.randn(count, *shape, generator=generator)
-    groups = [g for g in find_groups(model, images[:1], verify=False).groups if g.n_filters > 1]
-    with torch.no_grad():
-        labels = model(images).argmax(1)
-    return model, images, labels, groups, generator
-
-
-def _masks(group, m, generator):
-    masks = torch.rand(m, group.n_filters, generator=generator) < 0.5
-    masks[:, 0] = True
-    return masks
+NETWORKS = {**NETWORKS, "vgg": (vgg16_bn, (3, 32, 32))}
 
 
 def _same(a, b):
@@ -44,8 +21,8 @@ def _same(a, b):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_all_masks_at_once_are_the_masked_networks(name):
-    model, images, _, groups, generator = _prepared(name)
-    choices = {group: _masks(group, 3, generator) for group in groups}
+    model, images, _, groups, generator = answered(*NETWORKS[name], 5)
+    choices = {group: some_masks(group, 3, generator) for group in groups}
     mixes = {
         (group.name, cut.module): torch.randn(3, group.n_filters, group.n_filters, generator=generator)
         for group in groups[::2]
@@ -66,18 +43,18 @@ def test_all_masks_at_once_are_the_masked_networks(name):
 
 
 def test_only_the_masks_of_one_group_and_nothing_stays_behind():
-    model, images, _, groups, generator = _prepared("cifar_resnet")
+    model, images, _, groups, generator = answered(*NETWORKS["cifar_resnet"], 5)
     network = MaskedNetwork(model, groups, images[:3], stack=True)
-    frontier, first = network.prefix(images), {groups[0].name: _masks(groups[0], 4, generator)}
-    network.together({groups[1].name: _masks(groups[1], 2, generator)})(frontier)
+    frontier, first = network.prefix(images), {groups[0].name: some_masks(groups[0], 4, generator)}
+    network.together({groups[1].name: some_masks(groups[1], 2, generator)})(frontier)
     assert _same(network.together(first)(frontier), network.suffix(frontier, first))
 
 
 @pytest.mark.parametrize("cache_gib", [1.0, 0.0])
 @pytest.mark.parametrize("batch", [7, 64])
 def test_counts_are_those_of_masks_one_by_one(cache_gib, batch):
-    model, images, labels, groups, generator = _prepared("cifar_resnet", 50)
-    masks = {groups[1].name: _masks(groups[1], 5, generator)}
+    model, images, labels, groups, generator = answered(*NETWORKS["cifar_resnet"])
+    masks = {groups[1].name: some_masks(groups[1], 5, generator)}
     alone = MaskEvaluator(model, groups[1:2], images, labels)
     together = MaskEvaluator(model, groups[1:2], images, labels, stack=True, batch=batch, cache_gib=cache_gib)
     assert together.network.stacks and not alone.network.stacks
@@ -89,9 +66,9 @@ def test_counts_are_those_of_masks_one_by_one(cache_gib, batch):
 
 
 def test_decided_groups_stay_decided():
-    model, images, labels, groups, generator = _prepared("cifar_resnet", 50)
-    decided = {groups[0].name: _masks(groups[0], 1, generator)[0]}
-    rest = {group.name: _masks(group, 3, generator) for group in groups[1:]}
+    model, images, labels, groups, generator = answered(*NETWORKS["cifar_resnet"])
+    decided = {groups[0].name: some_masks(groups[0], 1, generator)[0]}
+    rest = {group.name: some_masks(group, 3, generator) for group in groups[1:]}
     alone = MaskEvaluator(model, groups, images, labels).advanced(decided)
     together = MaskEvaluator(model, groups, images, labels, stack=True).advanced(decided)
     assert together.network.stacks
@@ -99,8 +76,8 @@ def test_decided_groups_stay_decided():
 
 
 def test_bfloat16():
-    model, images, labels, groups, generator = _prepared("cifar_resnet", 50)
-    masks = {groups[0].name: _masks(groups[0], 4, generator)}
+    model, images, labels, groups, generator = answered(*NETWORKS["cifar_resnet"])
+    masks = {groups[0].name: some_masks(groups[0], 4, generator)}
     how = {"dtype": "bfloat16", "batch": 64}
     together = MaskEvaluator(model, groups[:1], images, labels, stack=True, **how)
     assert together.network.stacks
@@ -109,8 +86,8 @@ def test_bfloat16():
 
 
 def test_smaller_batches_where_memory_is_not_enough(monkeypatch):
-    model, images, labels, groups, generator = _prepared("cifar_resnet", 50)
-    masks = {groups[0].name: _masks(groups[0], 4, generator)}
+    model, images, labels, groups, generator = answered(*NETWORKS["cifar_resnet"])
+    masks = {groups[0].name: some_masks(groups[0], 4, generator)}
     evaluator = MaskEvaluator(model, groups[:1], images, labels, stack=True, batch=256)
     expected = MaskEvaluator(model, groups[:1], images, labels).correct(masks)
     real, rows = evaluator.network.together, []
@@ -140,9 +117,9 @@ def _no_memory(_frontier):
 
 @pytest.mark.parametrize("name", ["ResidualStream", "PadShortcut", "cifar_resnet", "vgg"])
 def test_convolution_sum_and_relu_in_one_module(name):
-    model, images, _, groups, generator = _prepared(name)
+    model, images, _, groups, generator = answered(*NETWORKS[name], 5)
     network = MaskedNetwork(model, groups[:1], images[:3], stack=True)
-    masks = {groups[0].name: _masks(groups[0], 3, generator)}
+    masks = {groups[0].name: some_masks(groups[0], 3, generator)}
     frontier = network.prefix(images)
     expected = network.together(masks)(frontier)
     graph = network._stacked.graph
