@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .distributions import top_mask
-from .features import check_observation
+from .policies.distributions import top_mask
+from .policies.features import check_observation
 
 
 def _l1(weights_ND: Tensor) -> Tensor:

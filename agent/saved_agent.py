@@ -18,10 +18,10 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import nn
 
-from .files import write_atomically
-from .layer_matrix import LayerMatrixPolicy
-from .network_policy import NetworkPolicy
-from .policy import Policy, SetPolicy
+from ..atomic import write_atomically
+from .policies.layer_matrix import LayerMatrixPolicy
+from .policies.network import NetworkPolicy
+from .policies.set_policy import Policy, SetPolicy
 
 FORMAT_VERSION = 1
 WEIGHTS, FACTS = "policy.safetensors", "facts.json"
@@ -63,7 +63,7 @@ def save_agent(folder: Path | str, policy: Policy | NetworkPolicy, facts: Mappin
             Format version, policy kind and arguments and library versions are added.
 
     Raises:
-        OSError: the disk is full or not writable; the old agent is intact.
+        UserError: the disk is full or not writable; the old agent is intact.
         TypeError: facts that JSON cannot hold.
     """
     folder = Path(folder)

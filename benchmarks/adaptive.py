@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 from common import make_task, opened
-from keepdrop.agent.policy import SetPolicy
-from keepdrop.agent.trainer import AgentSettings, Trainer
+from keepdrop.agent.learning.trainer import AgentSettings, Trainer
+from keepdrop.agent.policies.set_policy import SetPolicy
 from keepdrop.envs.adaptive import AdaptiveSettings
 from keepdrop.envs.filter_pruning import FilterPruningVectorEnv
 from keepdrop.envs.observation import STATISTIC_NAMES

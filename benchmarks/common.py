@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from keepdrop.envs.checkpoint import load_checkpoint
-from keepdrop.envs.data import npz
-from keepdrop.envs.networks import cifar_resnet
-from keepdrop.envs.splits import split
+from keepdrop.envs.data.sources import npz
+from keepdrop.envs.data.splits import split
+from keepdrop.envs.networks.built_in import cifar_resnet
+from keepdrop.envs.networks.checkpoint import load_checkpoint
 from keepdrop.envs.task import LayerTask, PruningTask
 
 

@@ -123,7 +123,7 @@ def side(name: str) -> int:
 
 def examine(library: str, name: str) -> dict[str, Any]:
     """One row of the page."""
-    from keepdrop.envs.coupling import find_groups
+    from keepdrop.envs.groups.finding import find_groups
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -146,7 +146,7 @@ def examine(library: str, name: str) -> dict[str, Any]:
 
 def convs_in(model: nn.Module, groups: Sequence[Any]) -> set[str]:
     """Convolutions whose filters are in a group."""
-    from keepdrop.envs.leaves import is_conv
+    from keepdrop.envs.networks.module_kinds import is_conv
 
     return {cut.module for group in groups for cut in group.producers if is_conv(model.get_submodule(cut.module))}
 

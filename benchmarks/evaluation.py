@@ -28,12 +28,12 @@ from typing import Any
 
 import torch
 from common import machine
-from keepdrop.envs.batches import wait_for
-from keepdrop.envs.cost import count_cost
-from keepdrop.envs.coupling import find_groups
-from keepdrop.envs.evaluate import MaskEvaluator, channels_last
-from keepdrop.envs.groups import FilterGroup
-from keepdrop.envs.networks import cifar_resnet, vgg16_bn
+from keepdrop.envs.evaluation.mask_evaluator import MaskEvaluator, channels_last
+from keepdrop.envs.groups.finding import find_groups
+from keepdrop.envs.networks.batch_size import wait_for
+from keepdrop.envs.networks.built_in import cifar_resnet, vgg16_bn
+from keepdrop.envs.networks.cost import count_cost
+from keepdrop.envs.surgery.filter_group import FilterGroup
 from torch import Tensor, nn
 from torch.backends import cudnn
 

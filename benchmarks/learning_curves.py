@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 from common import make_task, opened
-from keepdrop.agent.layer_matrix import LayerMatrixPolicy
-from keepdrop.agent.policy import SetPolicy
-from keepdrop.agent.trainer import AgentSettings, Trainer
+from keepdrop.agent.learning.trainer import AgentSettings, Trainer
+from keepdrop.agent.policies.layer_matrix import LayerMatrixPolicy
+from keepdrop.agent.policies.set_policy import SetPolicy
 from keepdrop.envs.filter_pruning import FilterPruningVectorEnv
 from keepdrop.envs.observation import STATISTIC_NAMES
 from keepdrop.envs.task import LayerTask

@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/precision.py --data cifar10.npz --checkpoint resnet20.th
 
 Masks keep each filter with a probability of one half and are judged with compensation on the whole reward split, 5,000
-of the test images, in both precisions (`judge.dtype`). Beside it the processor time of the two.
+of the test images, in both precisions (`evaluation.dtype`). Beside it the processor time of the two.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from common import make_task
-from keepdrop.envs.judge import JudgeSettings
+from keepdrop.envs.evaluation.settings import EvaluationSettings
 from keepdrop.envs.task import LayerTask
 
 RESULTS = Path(__file__).parent / "results" / "precision.json"
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=RESULTS)
     options = parser.parse_args()
     task = make_task(options.data, options.checkpoint, "layer1.0.conv1").task
-    task.settings = replace(JudgeSettings(), dtype="bfloat16")
+    task.settings = replace(EvaluationSettings(), dtype="bfloat16")
     rows = []
     for name in [group.name for group in task.plan.groups if group.name.endswith(".conv1")]:
         rows.append({"group": name, **measure(task.layer(name), options.masks)})

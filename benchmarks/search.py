@@ -23,22 +23,22 @@ from typing import Any
 
 import torch
 from common import opened
-from keepdrop.agent.parameter_search import NetworkAgentSettings
-from keepdrop.agent.policy import SetPolicy
-from keepdrop.agent.trainer import AgentSettings
-from keepdrop.envs.base import Base
-from keepdrop.envs.cost import count_cost
-from keepdrop.envs.data import LabelledData
-from keepdrop.envs.images import ArrayImages
-from keepdrop.envs.joint import JointTask
-from keepdrop.envs.networks import cifar_resnet
+from keepdrop.agent.learning.natural_evolution import NetworkAgentSettings
+from keepdrop.agent.learning.trainer import AgentSettings
+from keepdrop.agent.policies.set_policy import SetPolicy
+from keepdrop.envs.data.images import ArrayImages
+from keepdrop.envs.data.sources import LabelledData
+from keepdrop.envs.data.splits import split
+from keepdrop.envs.evaluation.dense_baseline import DenseBaseline
+from keepdrop.envs.networks.built_in import cifar_resnet
+from keepdrop.envs.networks.cost import count_cost
 from keepdrop.envs.observation import STATISTIC_NAMES
-from keepdrop.envs.reconstruction import ReconstructionSettings
-from keepdrop.envs.splits import split
-from keepdrop.envs.target import Target
+from keepdrop.envs.one_shot import OneShotTask
+from keepdrop.envs.repair.reconstruction import ReconstructionSettings
+from keepdrop.envs.surgery.macs_target import Target
 from keepdrop.envs.task import PruningTask
-from keepdrop.experiments.network_search import NetworkAgent, NetworkSearchSettings
-from keepdrop.experiments.search import train_on_layer
+from keepdrop.experiments.pruning.network_search import NetworkAgent, NetworkSearchSettings
+from keepdrop.experiments.pruning.search import train_on_layer
 from keepdrop.rewards.try_and_learn import TryAndLearn
 
 RESULTS = Path(__file__).parent / "results" / "search.json"
@@ -99,7 +99,9 @@ def make_task(point: dict[str, int]) -> PruningTask:
         ArrayImages(images[rows], labels[rows], [0.0] * 3, [1.0] * 3, 10) for rows in (slice(1100), slice(1100, None))
     ]
     data = LabelledData(*parts)
-    base = Base(torch.rand(1000) < 0.9, count_cost(model, images[:1]))  # a network that guesses would be refused
+    base = DenseBaseline(
+        torch.rand(1000) < 0.9, count_cost(model, images[:1])
+    )  # a network that guesses would be refused
     splits = split(data, reward_from="test", reward_size=1000, seed=0)
     task = PruningTask(model, splits, base=base, layers=["layer*.conv1"])
     assert len(task.groups) == point["groups"] and task.cost and len(task.reward_images[0]) == 1000
@@ -118,7 +120,7 @@ def by_layers(task: PruningTask, point: dict[str, int], seed: int) -> None:
 def whole(task: PruningTask, point: dict[str, int], seed: int) -> None:
     """One agent for all groups."""
     settings = NetworkSearchSettings(point["masks"], point["images"], agent=NetworkAgentSettings(updates=UPDATES))
-    NetworkAgent(settings, JointTask(task, ReconstructionSettings())).choose(Target(0.3, "network"), seed)
+    NetworkAgent(settings, OneShotTask(task, ReconstructionSettings())).choose(Target(0.3, "network"), seed)
 
 
 def medians(cells: dict[str, Any], kind: str, axis: str) -> list[dict[str, float]]:

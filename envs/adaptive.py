@@ -31,7 +31,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from ..rewards.errors import UserError
+from ..errors import UserError
 
 Answers = Callable[[Tensor, Tensor], Tensor]
 """Masks (M',) and images (B',), both by index -> right or wrong, (M', B') bool, or points of scores in [0, 1]."""

@@ -17,14 +17,14 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 from torch import nn
 
-from ..rewards.errors import UserError
+from ..errors import UserError
 from ..rewards.outcome import Outcome, Reward, RewardFunction
 from .adaptive import AdaptiveSettings
+from .data.splits import Splits
 from .observation import STATISTIC_NAMES
 from .search_judge import adaptive_outcomes, check_adaptive
-from .splits import Splits
-from .task import JudgeSettings, LayerTask, PruningTask
-from .whole_network import NetworkTask
+from .sequential import SequentialTask
+from .task import EvaluationSettings, LayerTask, PruningTask
 
 Observations = dict[str, NDArray[np.float32]]
 
@@ -53,7 +53,7 @@ class FilterPruningEnv(gymnasium.Env[Observations, NDArray[np.int8]]):
     `reset` shows the first group. The episode terminates after the last group; it is never truncated.
 
     ## Arguments
-    layer: a `LayerTask` (one decision) or a `NetworkTask` (one decision a group).
+    layer: a `LayerTask` (one decision) or a `SequentialTask` (one decision a group).
     reward: a pure function of an `Outcome`.
 
     ## Info
@@ -66,7 +66,7 @@ class FilterPruningEnv(gymnasium.Env[Observations, NDArray[np.int8]]):
 
     metadata = {"render_modes": []}
 
-    def __init__(self, layer: LayerTask | NetworkTask, reward: RewardFunction) -> None:
+    def __init__(self, layer: LayerTask | SequentialTask, reward: RewardFunction) -> None:
         self.layer = layer
         self.reward = reward
         self.statistic_names = STATISTIC_NAMES
@@ -108,7 +108,7 @@ class FilterPruningVectorEnv(VectorEnv[Observations, NDArray[np.int8], NDArray[A
     one-step episode a no-op).
 
     Args:
-        layer: a `LayerTask` or a `NetworkTask`.
+        layer: a `LayerTask` or a `SequentialTask`.
         reward: a pure function of an `Outcome`.
         num_envs: M.
         images_per_step: reward images drawn afresh for each evaluation, the same ones for all M masks (common random
@@ -125,7 +125,7 @@ class FilterPruningVectorEnv(VectorEnv[Observations, NDArray[np.int8], NDArray[A
 
     def __init__(
         self,
-        layer: LayerTask | NetworkTask,
+        layer: LayerTask | SequentialTask,
         reward: RewardFunction,
         num_envs: int = 16,
         images_per_step: int | None = None,
@@ -213,14 +213,14 @@ def make_env(
     reward: RewardFunction | None = None,
     group: str | None = None,
     layers: Sequence[str] | None = None,
-    settings: JudgeSettings | None = None,
+    settings: EvaluationSettings | None = None,
     seed: int = 0,
 ) -> FilterPruningEnv:
     """Entry point of the id `keepdrop.envs.registration:keepdrop/FilterPruning-v0` in `gymnasium.make(id, ...)`.
 
     Args:
         model: a trained CNN.
-        splits: fit, reward and report images (`keepdrop.envs.splits`).
+        splits: fit, reward and report images (`keepdrop.envs.data.splits`).
         reward: a pure function of an `Outcome`.
         group: the filter group of a one-layer episode; None plays the whole network, one decision a group.
         layers: globs of the groups of a whole-network episode; None means all.
@@ -235,7 +235,7 @@ def make_env(
             'reward=TryAndLearn(0.02), group="conv2").'
         )
     task = PruningTask(model, splits, settings=settings, layers=layers, seed=seed)
-    return FilterPruningEnv(NetworkTask(task) if group is None else task.layer(group), reward)
+    return FilterPruningEnv(SequentialTask(task) if group is None else task.layer(group), reward)
 
 
 def make_vector_env(num_envs: int = 16, images_per_step: int | None = None, **arguments: Any) -> FilterPruningVectorEnv:
@@ -244,23 +244,23 @@ def make_vector_env(num_envs: int = 16, images_per_step: int | None = None, **ar
     return FilterPruningVectorEnv(env.layer, env.reward, num_envs, images_per_step)
 
 
-def _n_decisions(layer: LayerTask | NetworkTask) -> int:
-    return len(layer.layers) if isinstance(layer, NetworkTask) else 1
+def _n_decisions(layer: LayerTask | SequentialTask) -> int:
+    return len(layer.layers) if isinstance(layer, SequentialTask) else 1
 
 
-def _group_names(layer: LayerTask | NetworkTask) -> list[str]:
-    return [each.group.name for each in layer.layers] if isinstance(layer, NetworkTask) else [layer.group.name]
+def _group_names(layer: LayerTask | SequentialTask) -> list[str]:
+    return [each.group.name for each in layer.layers] if isinstance(layer, SequentialTask) else [layer.group.name]
 
 
-def _info(layer: LayerTask | NetworkTask, position: int) -> dict[str, Any]:
+def _info(layer: LayerTask | SequentialTask, position: int) -> dict[str, Any]:
     return {"statistic_names": STATISTIC_NAMES, "group": _group_names(layer)[position]}
 
 
-def _observation(layer: LayerTask | NetworkTask, position: int) -> Observations:
-    return layer.observation(position) if isinstance(layer, NetworkTask) else layer.observation.as_dict()
+def _observation(layer: LayerTask | SequentialTask, position: int) -> Observations:
+    return layer.observation(position) if isinstance(layer, SequentialTask) else layer.observation.as_dict()
 
 
-def _spaces(layer: LayerTask | NetworkTask) -> tuple[spaces.Dict, spaces.MultiBinary]:
+def _spaces(layer: LayerTask | SequentialTask) -> tuple[spaces.Dict, spaces.MultiBinary]:
     shown = _observation(layer, 0)
     boxes: dict[str, spaces.Space[Any]] = {
         key: spaces.Box(-np.inf, np.inf, value.shape, np.float32) for key, value in shown.items()
@@ -268,11 +268,11 @@ def _spaces(layer: LayerTask | NetworkTask) -> tuple[spaces.Dict, spaces.MultiBi
     return spaces.Dict(boxes), spaces.MultiBinary(shown["weights"].shape[0])
 
 
-def _checked_masks(layer: LayerTask | NetworkTask, position: int, actions: NDArray[Any]) -> torch.Tensor:
+def _checked_masks(layer: LayerTask | SequentialTask, position: int, actions: NDArray[Any]) -> torch.Tensor:
     width = _observation(layer, 0)["weights"].shape[0]
     if actions.ndim != 2 or actions.shape[1] != width:
         raise ValueError(f"an action of shape {actions.shape[1:]} came, expected ({width},): one bit per filter.")
-    one = layer.layers[position] if isinstance(layer, NetworkTask) else layer
+    one = layer.layers[position] if isinstance(layer, SequentialTask) else layer
     masks = torch.from_numpy(actions[:, : one.n_filters] != 0)
     if not bool(masks.any(1).all()):
         raise ValueError(f"an action keeps no filter of {one.group.name!r}; keep at least one.")
@@ -280,9 +280,9 @@ def _checked_masks(layer: LayerTask | NetworkTask, position: int, actions: NDArr
 
 
 def _outcomes(
-    layer: LayerTask | NetworkTask, masks: list[torch.Tensor], image_indices: torch.Tensor | None
+    layer: LayerTask | SequentialTask, masks: list[torch.Tensor], image_indices: torch.Tensor | None
 ) -> list[Outcome]:
-    if isinstance(layer, NetworkTask):
+    if isinstance(layer, SequentialTask):
         return layer.outcomes(masks, image_indices)
     return layer.outcomes(masks[0], image_indices)
 

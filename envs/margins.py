@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from .evaluate import MaskEvaluator
+from .evaluation.mask_evaluator import MaskEvaluator
 from .task import LayerTask
 
 BATCH = 256
@@ -21,10 +21,10 @@ _KNOWN: WeakKeyDictionary[MaskEvaluator, Tensor] = WeakKeyDictionary()
 def margins(layer: LayerTask) -> Tensor | None:
     """Largest logit minus the next of the layer's network as it is, (B,) on the whole reward split, computed once.
 
-    None where answers are judged by another measure than top-1, or there is but one logit.
+    None where answers are judged by another metric than top-1, or there is but one logit.
     """
     evaluator = layer.search_evaluator
-    if not layer.task.measure.is_top1:
+    if not layer.task.objective.is_top1:
         return None
     if evaluator not in _KNOWN:
         _KNOWN[evaluator] = _computed(evaluator, layer.task.reward_images[0])

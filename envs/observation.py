@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from ..rewards.errors import UserError
-from .folding import by_input
-from .groups import Cut, FilterGroup
-from .leaves import is_transposed
-from .masking import channel_dim
-from .measure import TOP1, Measure
-from .modes import evaluating
+from ..errors import UserError
+from .data.objective import TOP1, Objective
+from .networks.modes import evaluating
+from .networks.module_kinds import is_transposed
+from .surgery.filter_group import Cut, FilterGroup
+from .surgery.folding import by_input
+from .surgery.masking import channel_dim
 
 STATISTIC_NAMES: tuple[str, ...] = (
     "l1",
@@ -59,7 +59,7 @@ def observe(
     images: Tensor,
     labels: Tensor,
     batch: int = 128,
-    measure: Measure = TOP1,
+    objective: Objective = TOP1,
 ) -> Observation:
     """Read one filter group of `model` (evaluation mode, left as it was found).
 
@@ -81,7 +81,7 @@ def observe(
         "weight_mean": weights.mean(1),
         "weight_std": weights.std(1, correction=0),
         **_batch_norm_columns(model, group),
-        **_activation_columns(model, group, images, labels, batch, measure),
+        **_activation_columns(model, group, images, labels, batch, objective),
         **_consumer_columns(model, group),
     }
     statistics = torch.stack([columns[name].float().cpu() for name in STATISTIC_NAMES], dim=1)
@@ -142,7 +142,7 @@ def _consumer_columns(model: nn.Module, group: FilterGroup) -> dict[str, Tensor]
 
 
 def _activation_columns(
-    model: nn.Module, group: FilterGroup, images: Tensor, labels: Tensor, batch: int, measure: Measure
+    model: nn.Module, group: FilterGroup, images: Tensor, labels: Tensor, batch: int, objective: Objective
 ) -> dict[str, Tensor]:
     """What the consumers read of each filter: mean activation, APoZ, Taylor and redundancy.
 
@@ -153,7 +153,7 @@ def _activation_columns(
     sums, taylor = _Sums(group.n_filters), torch.zeros(group.n_filters, dtype=torch.float64)
     for start in range(0, len(images), batch):
         rows, before = slice(start, start + batch), sums.n_samples
-        slope = _slope(model, group, images[rows], labels[rows], sums, measure)
+        slope = _slope(model, group, images[rows], labels[rows], sums, objective)
         an_image = (sums.n_samples - before) / len(slope)
         taylor += (slope / max(an_image, 1)).abs().sum(0)
     n_samples = max(sums.n_samples, 1)
@@ -183,7 +183,7 @@ class _Sums:
 
 
 def _slope(
-    model: nn.Module, group: FilterGroup, images: Tensor, labels: Tensor, sums: _Sums, measure: Measure
+    model: nn.Module, group: FilterGroup, images: Tensor, labels: Tensor, sums: _Sums, objective: Objective
 ) -> Tensor:
     """Each image's loss slope along a gate on each filter, (B, N) float64; what the consumers read goes into `sums`.
 
@@ -197,7 +197,7 @@ def _slope(
     try:
         with evaluating(model), _frozen(model), torch.enable_grad():
             # Summed, not averaged: then an image's slope does not depend on the others in its batch.
-            loss = measure.summed_loss(model(images), labels)
+            loss = objective.summed_loss(model(images), labels)
             (slope,) = torch.autograd.grad(loss, gate, materialize_grads=True)
     finally:
         for handle in handles:

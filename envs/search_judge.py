@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from ..rewards.errors import UserError
+from ..errors import UserError
 from ..rewards.outcome import Outcome, RewardFunction
 from .adaptive import AdaptiveSettings, judge_in_turn, strata_of
 from .margins import margins
@@ -40,7 +40,7 @@ def adaptive_outcomes(
         return reward(outcome).value
 
     same = (masks[:, None] == masks[None, :]).all(2)
-    unit = layer.task.measure.unit
+    unit = layer.task.objective.unit
     found_margins = margins(layer)
     strata = None if found_margins is None else strata_of(found_margins[order])
     verdict = judge_in_turn(answers, worth, base, same, order, settings, unit, strata)
@@ -63,5 +63,5 @@ def disagreement(layer: LayerTask, masks_MN: Tensor) -> dict[str, float]:
     mixes = layer.mixes(masks[layer.group.name])
     exact = layer.evaluator.correct_per_image(masks, mixes=mixes)
     quick = layer.search_evaluator.correct_per_image(masks, mixes=mixes)
-    apart = (exact.double().mean(1) - quick.double().mean(1)).abs() / layer.task.measure.unit
+    apart = (exact.double().mean(1) - quick.double().mean(1)).abs() / layer.task.objective.unit
     return {"answers": float((exact != quick).double().mean()), "accuracy": float(apart.max())}

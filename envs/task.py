@@ -11,24 +11,24 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from ..rewards.errors import UserError
+from ..errors import UserError
 from ..rewards.outcome import Outcome
-from .base import Base, measure_base
-from .compensation import Compensation
-from .cost import Cost, count_cost
-from .coupling import find_groups
-from .evaluate import MaskEvaluator, correct_flags
-from .group_cost import pruned_cost
-from .groups import FilterGroup, GroupPlan, select_groups
-from .judge import JudgeSettings
-from .limits import Limits
-from .lineage import dense_rows, named_as, restricted
-from .masking import MixKey
-from .measure import Measure
+from .data.objective import Objective
+from .data.splits import Splits
+from .evaluation.dense_baseline import DenseBaseline, measure_baseline
+from .evaluation.mask_evaluator import MaskEvaluator, correct_flags
+from .evaluation.settings import EvaluationSettings
+from .groups.finding import find_groups
+from .networks.cost import Cost, count_cost
 from .observation import STATISTIC_NAMES, Observation, observe
-from .pruned_file import KeptChannels
-from .splits import Splits
-from .surgery import checked_keep, checked_masks, prune
+from .repair.compensation import Compensation
+from .surgery.cutting import checked_keep, checked_masks, prune
+from .surgery.filter_group import FilterGroup, GroupPlan, select_groups
+from .surgery.group_cost import pruned_cost
+from .surgery.group_matching import dense_rows, named_as, restricted
+from .surgery.kept_channels import KeptChannels
+from .surgery.limits import Limits
+from .surgery.masking import MixKey
 
 
 class PruningTask:
@@ -37,7 +37,7 @@ class PruningTask:
     Args:
         model: the network now (never changed here).
         splits: fit, reward and report images; the report split is never touched by this class.
-        base: what the dense network did (`measure_base`); measured here when None.
+        base: what the dense network did (`measure_baseline`); measured here when None.
         settings: how masks are judged.
         layers: names or globs of the groups that may be pruned; None means every prunable one.
         seed: chooses the images of the fit split behind statistics and compensation.
@@ -52,8 +52,8 @@ class PruningTask:
         model: nn.Module,
         splits: Splits,
         *,
-        base: Base | None = None,
-        settings: JudgeSettings | None = None,
+        base: DenseBaseline | None = None,
+        settings: EvaluationSettings | None = None,
         layers: Sequence[str] | None = None,
         seed: int = 0,
         device: torch.device | str = "cpu",
@@ -63,11 +63,11 @@ class PruningTask:
     ) -> None:
         self.model = model
         self.splits = splits
-        self.settings = settings or JudgeSettings()
+        self.settings = settings or EvaluationSettings()
         self.layers = layers
         self.seed = seed
         self.device = torch.device(device)
-        self.base = base or measure_base(model, splits, device)
+        self.base = base or measure_baseline(model, splits, device)
         self.origin = origin or self
         self.kept = KeptChannels() if origin is None else kept
         self._limits = limits or Limits()
@@ -96,9 +96,9 @@ class PruningTask:
         return self.limits if found is None else self.limits.renumbered(group.name, found[1])
 
     @property
-    def measure(self) -> Measure:
+    def objective(self) -> Objective:
         """What answers are judged by."""
-        return self.splits.measure
+        return self.splits.objective
 
     @cached_property
     def groups(self) -> tuple[FilterGroup, ...]:
@@ -126,7 +126,7 @@ class PruningTask:
     @cached_property
     def accuracy(self) -> float:
         """Accuracy of the network as it is now on the whole reward split."""
-        return self.measure.fraction(correct_flags(self.model, *self.reward_images, measure=self.measure))
+        return self.objective.fraction(correct_flags(self.model, *self.reward_images, objective=self.objective))
 
     def fit_images(self, count: int) -> tuple[Tensor, Tensor]:
         """`count` images of the fit split, always the same ones for one seed."""
@@ -146,7 +146,7 @@ class PruningTask:
     def evaluator(self, groups: Sequence[FilterGroup], dtype: str = "float32") -> MaskEvaluator:
         """Counts the right answers under masks of `groups` on the reward split."""
         how = {name: getattr(self.settings, name) for name in ("cache_gib", "method", "compile", "memory")}
-        return MaskEvaluator(self.model, groups, *self.reward_images, dtype=dtype, measure=self.measure, **how)
+        return MaskEvaluator(self.model, groups, *self.reward_images, dtype=dtype, objective=self.objective, **how)
 
     def outcomes(
         self,
@@ -163,7 +163,7 @@ class PruningTask:
         correct = evaluator.correct(by_name, image_indices=image_indices, mixes=mixes or None)
         base = self.base.correct if image_indices is None else self.base.correct[image_indices]
         n_kept = {group: by_name[group.name].sum(1).tolist() for group in masks}
-        before, full = self.measure.fraction(base), self.measure.unit * len(base)
+        before, full = self.objective.fraction(base), self.objective.unit * len(base)
         return [
             self.outcome(before, int(count) / full, {group: kept[i] for group, kept in n_kept.items()})
             for i, count in enumerate(correct)
@@ -231,7 +231,7 @@ class LayerTask:
     def observation(self) -> Observation:
         """Weights (N, D) and statistics (N, F)."""
         images, labels = self.task.fit_images(self.task.settings.statistics_images)
-        return observe(self.task.model, self.group, images, labels, measure=self.task.measure)
+        return observe(self.task.model, self.group, images, labels, objective=self.task.objective)
 
     @cached_property
     def evaluator(self) -> MaskEvaluator:

@@ -39,7 +39,7 @@ def fit(network, loader, epochs):
 
 def main(updates=40, epochs=10):
     """Prune with Lightning in the place of keepdrop's fine-tuning."""
-    from keepdrop.envs.data import digits
+    from keepdrop.envs.data.sources import digits
 
     data = digits()
     model = trained(data, epochs)

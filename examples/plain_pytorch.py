@@ -19,7 +19,7 @@ def fine_tune(model, loader, epochs=1, lr=0.01):
 
 def main(updates=40, epochs=10):
     """Prune with `fine_tune` in the place of keepdrop's training."""
-    from keepdrop.envs.data import digits
+    from keepdrop.envs.data.sources import digits
 
     data = digits()
     model = trained(data, epochs)

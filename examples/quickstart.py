@@ -1,9 +1,9 @@
 """Ten lines from a trained network and two datasets to a smaller network; half a minute."""
 
 import keepdrop
-from keepdrop.envs.data import digits
-from keepdrop.envs.networks import small_cnn
-from keepdrop.envs.training import fit_network
+from keepdrop.envs.data.sources import digits
+from keepdrop.envs.networks.built_in import small_cnn
+from keepdrop.experiments.training.loop import fit_network
 
 
 def trained(data, epochs=10):

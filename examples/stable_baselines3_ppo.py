@@ -8,8 +8,8 @@ import gymnasium
 import numpy as np
 import torch
 from keepdrop import TryAndLearn
-from keepdrop.envs.data import digits
-from keepdrop.envs.splits import split
+from keepdrop.envs.data.sources import digits
+from keepdrop.envs.data.splits import split
 from quickstart import trained
 from stable_baselines3 import PPO
 

@@ -10,54 +10,54 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .agent.trainer import AgentSettings
-    from .envs.coupling import find_groups
-    from .envs.limits import Limits
-    from .envs.metrics import Closeness, MeanIoU, PixelAccuracy, Top1, TopK, Within
-    from .envs.pruned_file import load_pruned
-    from .envs.task import JudgeSettings
-    from .envs.train_settings import TrainSettings
-    from .experiments.api import apply_agents, prune
-    from .experiments.api_progress import Progress
-    from .experiments.api_result import PruningResult
-    from .experiments.api_settings import Settings
+    from .agent.learning.trainer import AgentSettings
+    from .envs.data.metrics import Closeness, MeanIoU, PixelAccuracy, Top1, TopK, Within
+    from .envs.files.pruned_network import load_pruned
+    from .envs.groups.finding import find_groups
+    from .envs.surgery.limits import Limits
+    from .envs.task import EvaluationSettings
+    from .errors import UserError
+    from .experiments.api.progress import Progress
+    from .experiments.api.prune import apply_agents, prune
+    from .experiments.api.result import PruningResult
+    from .experiments.api.settings import Settings
+    from .experiments.training.settings import TrainSettings
     from .rewards.budget import Budget
-    from .rewards.errors import UserError
     from .rewards.outcome import Outcome, Reward
     from .rewards.priced import Priced
     from .rewards.try_and_learn import TryAndLearn
 
 _HOME = {
-    "AgentSettings": "agent.trainer",
+    "AgentSettings": "agent.learning.trainer",
     "Budget": "rewards.budget",
-    "Closeness": "envs.metrics",
-    "JudgeSettings": "envs.task",
-    "Limits": "envs.limits",
-    "MeanIoU": "envs.metrics",
+    "Closeness": "envs.data.metrics",
+    "EvaluationSettings": "envs.task",
+    "Limits": "envs.surgery.limits",
+    "MeanIoU": "envs.data.metrics",
     "Outcome": "rewards.outcome",
-    "PixelAccuracy": "envs.metrics",
+    "PixelAccuracy": "envs.data.metrics",
     "Priced": "rewards.priced",
-    "Progress": "experiments.api_progress",
-    "PruningResult": "experiments.api_result",
+    "Progress": "experiments.api.progress",
+    "PruningResult": "experiments.api.result",
     "Reward": "rewards.outcome",
-    "Settings": "experiments.api_settings",
-    "Top1": "envs.metrics",
-    "TopK": "envs.metrics",
-    "TrainSettings": "envs.train_settings",
+    "Settings": "experiments.api.settings",
+    "Top1": "envs.data.metrics",
+    "TopK": "envs.data.metrics",
+    "TrainSettings": "experiments.training.settings",
     "TryAndLearn": "rewards.try_and_learn",
-    "UserError": "rewards.errors",
-    "Within": "envs.metrics",
-    "apply_agents": "experiments.api",
-    "find_groups": "envs.coupling",
-    "load_pruned": "envs.pruned_file",
-    "prune": "experiments.api",
+    "UserError": "errors",
+    "Within": "envs.data.metrics",
+    "apply_agents": "experiments.api.prune",
+    "find_groups": "envs.groups.finding",
+    "load_pruned": "envs.files.pruned_network",
+    "prune": "experiments.api.prune",
 }
 
 __all__ = [
     "AgentSettings",
     "Budget",
     "Closeness",
-    "JudgeSettings",
+    "EvaluationSettings",
     "Limits",
     "MeanIoU",
     "Outcome",

@@ -1,7 +1,7 @@
 """The valuation: what a pruning outcome is worth. Standard library only."""
 
+from ..errors import UserError
 from .budget import Budget
-from .errors import UserError
 from .outcome import Outcome, Reward, RewardFunction
 from .priced import Priced
 from .try_and_learn import TryAndLearn

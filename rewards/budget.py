@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from .errors import UserError
+from ..errors import UserError
 from .outcome import Outcome, Reward
 from .resources import Resource, check_resource, removed_fraction
 from .try_and_learn import check_drop_bound

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TypeAlias
 
-from .errors import UserError
+from ..errors import UserError
 
 
 @dataclass(frozen=True)

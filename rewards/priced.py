@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from .errors import UserError
+from ..errors import UserError
 from .outcome import Outcome, Reward
 from .resources import Resource, check_resource, removed_fraction
 

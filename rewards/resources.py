@@ -2,7 +2,7 @@
 
 from typing import Literal, TypeAlias, get_args
 
-from .errors import UserError
+from ..errors import UserError
 from .outcome import Outcome
 
 Resource: TypeAlias = Literal["macs", "params", "seconds", "filters"]

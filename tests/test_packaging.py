@@ -48,7 +48,7 @@ def test_wheel_holds_every_module_and_configuration(content):
         for package in PACKAGES
         for kind in ("py", "yaml")
         for path in (ROOT / package).rglob(f"*.{kind}")
-    } | {"keepdrop/__init__.py"}
+    } | {f"keepdrop/{path.name}" for path in (ROOT / TOP).glob("*.py")}
     assert {name for name in content if name.endswith((".py", ".yaml"))} == expected
     assert {"keepdrop/conf/prune.yaml", "keepdrop/conf/network/small_cnn.yaml"} < expected
 
@@ -64,7 +64,7 @@ def test_entry_points(wheel, content):
     (name,) = [name for name in content if name.endswith("entry_points.txt")]
     with zipfile.ZipFile(wheel) as archive:
         text = archive.read(name).decode()
-    assert "keepdrop = keepdrop.experiments.cli:main" in text
+    assert "keepdrop = keepdrop.experiments.commands.cli:main" in text
 
 
 @pytest.fixture(scope="module")

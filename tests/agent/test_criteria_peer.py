@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from keepdrop.agent.criteria import scores
-from keepdrop.envs.coupling import find_groups
+from keepdrop.envs.groups.finding import find_groups
 from keepdrop.envs.observation import STATISTIC_NAMES, observe
 from torch import nn
 from torch.nn import functional

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from keepdrop.agent.layer_matrix import LayerMatrixPolicy
-from keepdrop.agent.policy import SetPolicy
+from keepdrop.agent.policies.layer_matrix import LayerMatrixPolicy
+from keepdrop.agent.policies.set_policy import SetPolicy
 from keepdrop.agent.saved_agent import AgentMismatch, check_agent, load_agent, save_agent
 
 FACTS = {"group": "layer1.0.conv1", "n_filters": 16, "statistic_names": ["l1", "taylor"], "best_step": 3}
@@ -154,20 +154,20 @@ def test_nothing_is_written_for_facts_that_json_cannot_hold(tmp_path: Path) -> N
 
 SAVE_ON_A_FULL_DISK = """
 import resource, signal, sys
-from keepdrop.agent.policy import SetPolicy
+from keepdrop.agent.policies.set_policy import SetPolicy
 from keepdrop.agent.saved_agent import save_agent
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:
     save_agent(sys.argv[1], SetPolicy(2, seed=1), {"group": "new"})
-except OSError:
+except ValueError:
     sys.exit(7)
 """
 
 SAVE_FOREVER = """
 import sys, torch
 torch.set_num_threads(1)
-from keepdrop.agent.policy import SetPolicy
+from keepdrop.agent.policies.set_policy import SetPolicy
 from keepdrop.agent.saved_agent import save_agent
 policies = [SetPolicy(2, seed=0), SetPolicy(2, seed=1)]
 n = 0

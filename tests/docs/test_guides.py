@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from keepdrop.experiments.cli import main
+from keepdrop.experiments.commands.cli import main
 
 GUIDES = Path(__file__).parents[2] / "docs" / "guides"
 SMALL = {
@@ -25,8 +25,8 @@ SMALL = {
         "finetune.epochs=0.2",
         "latency.repeats=1",
         "latency.warmup=0",
-        "judge.compensation_images=100",
-        "judge.statistics_images=100",
+        "evaluation.compensation_images=100",
+        "evaluation.statistics_images=100",
         "drop_bound=0.4",
         "quiet=true",
     ],

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("mkdocs", reason="mkdocs is not installed (extra 'docs')")
-from keepdrop.experiments.mistakes import groups, known_keys
-from keepdrop.experiments.schema import ROOTS
+from keepdrop.experiments.config.cli_errors import groups, known_keys
+from keepdrop.experiments.config.schema import ROOTS
 
 ROOT = Path(__file__).parents[2]
 

@@ -5,13 +5,13 @@ import pytest
 import torch
 from judged import make_task
 from keepdrop.envs.adaptive import AdaptiveSettings, judge_in_turn, strata_of
+from keepdrop.envs.evaluation.settings import EvaluationSettings
 from keepdrop.envs.filter_pruning import FilterPruningVectorEnv
-from keepdrop.envs.judge import JudgeSettings
 from keepdrop.envs.margins import margins
-from keepdrop.envs.modes import evaluating
+from keepdrop.envs.networks.modes import evaluating
 from keepdrop.envs.search_judge import adaptive_outcomes
-from keepdrop.envs.whole_network import NetworkTask
-from keepdrop.rewards.errors import UserError
+from keepdrop.envs.sequential import SequentialTask
+from keepdrop.errors import UserError
 from keepdrop.rewards.outcome import Outcome
 from keepdrop.rewards.try_and_learn import TryAndLearn
 
@@ -147,8 +147,8 @@ def test_looks():
 
 
 def _env(settings=None, adaptive=None, images=100):
-    judge = settings or JudgeSettings(compensation_images=150, statistics_images=60)
-    env = FilterPruningVectorEnv(make_task(judge).layer("conv2"), REWARD, 6, images, adaptive)
+    evaluation = settings or EvaluationSettings(compensation_images=150, statistics_images=60)
+    env = FilterPruningVectorEnv(make_task(evaluation).layer("conv2"), REWARD, 6, images, adaptive)
     env.reset(seed=4)
     return env
 
@@ -161,7 +161,7 @@ def _masks(step):
 
 @pytest.mark.parametrize("adaptive", [None, AdaptiveSettings(first=16)])
 def test_memory_changes_no_reward_and_disturbs_no_stream(adaptive):
-    plain = JudgeSettings(compensation_images=150, statistics_images=60, memory=0)
+    plain = EvaluationSettings(compensation_images=150, statistics_images=60, memory=0)
     with_memory, without = _env(None, adaptive), _env(plain, adaptive)
     for step in range(7):
         one, other = with_memory.step(_masks(step)), without.step(_masks(step))
@@ -183,4 +183,4 @@ def test_adaptive_steps_report_the_images_seen():
 
 def test_a_network_is_not_judged_adaptively():
     with pytest.raises(UserError, match=r"search\.adaptive=true works on one layer at a time"):
-        FilterPruningVectorEnv(NetworkTask(make_task()), REWARD, adaptive=AdaptiveSettings())
+        FilterPruningVectorEnv(SequentialTask(make_task()), REWARD, adaptive=AdaptiveSettings())

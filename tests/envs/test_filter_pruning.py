@@ -10,12 +10,12 @@ import torch
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from judged import MASKED, QUICK, make_task, trained
-from keepdrop.agent.policy import SetPolicy
-from keepdrop.agent.trainer import AgentSettings, train_agent
+from keepdrop.agent.learning.trainer import AgentSettings, train_agent
+from keepdrop.agent.policies.set_policy import SetPolicy
 from keepdrop.envs.filter_pruning import FilterPruningEnv, FilterPruningVectorEnv
 from keepdrop.envs.observation import STATISTIC_NAMES
-from keepdrop.envs.whole_network import NetworkTask
-from keepdrop.rewards.errors import UserError
+from keepdrop.envs.sequential import SequentialTask
+from keepdrop.errors import UserError
 from keepdrop.rewards.try_and_learn import TryAndLearn
 
 REWARD = TryAndLearn(0.2)
@@ -34,7 +34,7 @@ def some_masks(n_masks, n_filters):
 @pytest.mark.parametrize("form", ["layer", "network"])
 def test_gymnasium_accepts_the_environment(form):
     task = make_task()
-    env = FilterPruningEnv(task.layer("conv2") if form == "layer" else NetworkTask(task), REWARD)
+    env = FilterPruningEnv(task.layer("conv2") if form == "layer" else SequentialTask(task), REWARD)
     # An action of the space may keep nothing, which is refused: the checker samples, so give it a space that cannot.
     env.action_space.sample = lambda **_: np.ones(env.action_space.n, np.int8)
     check_env(env, skip_render_check=True)
@@ -69,7 +69,7 @@ def test_one_layer_is_one_terminated_step():
 
 
 def test_whole_network_decides_group_after_group():
-    network = NetworkTask(make_task())
+    network = SequentialTask(make_task())
     env = FilterPruningEnv(network, REWARD)
     observation, _ = env.reset()
     masks = []
@@ -113,7 +113,7 @@ def assert_same(ours, theirs):
 def test_vector_environment_equals_single_ones(form, settings):
     """Gymnasium's own vector of M single environments, step by step, for two episodes."""
     task = make_task(settings)
-    layer = task.layer("conv2") if form == "layer" else NetworkTask(task)
+    layer = task.layer("conv2") if form == "layer" else SequentialTask(task)
     ours = FilterPruningVectorEnv(layer, REWARD, num_envs=4)
     theirs = SyncVectorEnv(
         [lambda: FilterPruningEnv(layer, REWARD) for _ in range(4)], autoreset_mode=AutoresetMode.SAME_STEP
@@ -138,7 +138,7 @@ def test_vector_environment_equals_single_ones(form, settings):
 
 
 def test_the_next_observation_is_the_first_of_new_episodes():
-    network = NetworkTask(make_task())
+    network = SequentialTask(make_task())
     env = FilterPruningVectorEnv(network, REWARD, num_envs=2)
     shown = [env.reset()[0]]
     for _ in range(3):
@@ -180,7 +180,7 @@ def test_drawn_images_are_the_base_ones_as_well():
 
 
 def test_a_refused_action_does_not_count():
-    env = FilterPruningVectorEnv(NetworkTask(make_task()), REWARD, num_envs=2)
+    env = FilterPruningVectorEnv(SequentialTask(make_task()), REWARD, num_envs=2)
     env.reset()
     actions = np.ones((2, 12), np.int8)
     narrow = actions.copy()

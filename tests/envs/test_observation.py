@@ -6,12 +6,12 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from keepdrop.envs.coupling import find_groups
-from keepdrop.envs.masking import channel_dim, masked_inputs
-from keepdrop.envs.networks import small_cnn
+from keepdrop.envs.groups.finding import find_groups
+from keepdrop.envs.groups.verification import randomised
+from keepdrop.envs.networks.built_in import small_cnn
 from keepdrop.envs.observation import STATISTIC_NAMES, filter_weights, observe
-from keepdrop.envs.verification import randomised
-from keepdrop.rewards.errors import UserError
+from keepdrop.envs.surgery.masking import channel_dim, masked_inputs
+from keepdrop.errors import UserError
 from torch import nn
 from torch.nn import functional as F
 from zoo import IMAGES, ZOO, Decoder, Flattened, Grouped

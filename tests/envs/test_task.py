@@ -7,13 +7,13 @@ import pytest
 import torch
 from judged import MASKED, QUICK, make_task, trained
 from keepdrop.envs import task as task_module
-from keepdrop.envs.compensation import Compensation
-from keepdrop.envs.cost import count_cost
-from keepdrop.envs.evaluate import count_correct
-from keepdrop.envs.networks import small_cnn
-from keepdrop.envs.task import PruningTask, measure_base, replace_model
-from keepdrop.envs.whole_network import NetworkTask
-from keepdrop.rewards.errors import UserError
+from keepdrop.envs.evaluation.mask_evaluator import count_correct
+from keepdrop.envs.networks.built_in import small_cnn
+from keepdrop.envs.networks.cost import count_cost
+from keepdrop.envs.repair.compensation import Compensation
+from keepdrop.envs.sequential import SequentialTask
+from keepdrop.envs.task import PruningTask, measure_baseline, replace_model
+from keepdrop.errors import UserError
 
 
 def _masks(n_filters, count=4, seed=0):
@@ -48,7 +48,7 @@ def test_a_masks_outcome_is_that_of_the_cut_network(task, name):
 
 
 def test_whole_network_outcomes_are_those_of_the_cut_network(task):
-    network = NetworkTask(task)
+    network = SequentialTask(task)
     masks = [_masks(layer.n_filters, 3, seed) for seed, layer in enumerate(network.layers)]
     for i, outcome in enumerate(network.outcomes(masks)):
         model = network.cut([mask[i] for mask in masks])
@@ -135,7 +135,7 @@ def test_a_cut_whose_channels_nobody_told_is_compensated_as_it_is():
 
 
 def test_an_unknown_target_is_refused():
-    with pytest.raises(UserError, match=r"judge.target is 'dence'; expected one of dense, current"):
+    with pytest.raises(UserError, match=r"evaluation.target is 'dence'; expected one of dense, current"):
         dataclasses.replace(QUICK, target="dence")
 
 
@@ -144,9 +144,9 @@ def test_the_base_is_measured_once(monkeypatch):
 
     def counted(*arguments):
         calls.append(arguments)
-        return measure_base(*arguments)
+        return measure_baseline(*arguments)
 
-    monkeypatch.setattr(task_module, "measure_base", counted)
+    monkeypatch.setattr(task_module, "measure_baseline", counted)
     task = make_task()
     layer = task.layer("conv1")
     for seed in range(3):
@@ -166,7 +166,7 @@ def test_nothing_is_changed():
     _ = layer.observation
     layer.outcomes(_masks(10))
     layer.cut(_masks(10)[0])
-    NetworkTask(task).cut([_masks(layer.n_filters)[0] for layer in NetworkTask(task).layers])
+    SequentialTask(task).cut([_masks(layer.n_filters)[0] for layer in SequentialTask(task).layers])
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert all(module.training for module in model.modules())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
@@ -224,7 +224,7 @@ def test_bad_masks_are_refused():
     with pytest.raises(ValueError, match=r"masks of 'conv1' have shape \(8,\), expected \(M, 8\)"):
         layer.outcomes(torch.ones(8))
     with pytest.raises(ValueError, match=r"a mask of 'conv2' keeps no filter at all"):
-        NetworkTask(make_task()).outcomes([torch.ones(1, 8), torch.zeros(1, 10), torch.ones(1, 12)])
+        SequentialTask(make_task()).outcomes([torch.ones(1, 8), torch.zeros(1, 10), torch.ones(1, 12)])
 
 
 def test_layers_by_name():

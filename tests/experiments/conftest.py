@@ -5,11 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
-from keepdrop.experiments.cli import main
-
-# Small networks: a second thread costs more than it brings, above all beside other test processes.
-torch.set_num_threads(1)
+from command_line import run_main
 
 TINY = [
     "base.epochs=2",
@@ -23,8 +19,8 @@ TINY = [
     "drop_bound=0.2",
     "latency.repeats=1",
     "latency.warmup=0",
-    "judge.compensation_images=100",
-    "judge.statistics_images=100",
+    "evaluation.compensation_images=100",
+    "evaluation.statistics_images=100",
 ]
 
 
@@ -32,20 +28,6 @@ TINY = [
 def tiny():
     """Overrides that make `keepdrop prune` a matter of seconds."""
     return list(TINY)
-
-
-def run_main(*arguments):
-    """Run the console entry point in this process; returns its exit code."""
-    argv, path, environment = list(sys.argv), list(sys.path), dict(os.environ)
-    try:
-        main(list(arguments))
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    finally:
-        sys.argv[:], sys.path[:] = argv, path
-        os.environ.clear()
-        os.environ.update(environment)
-    return 0
 
 
 @pytest.fixture

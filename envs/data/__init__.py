@@ -1,0 +1,1 @@
+"""Images, targets, what an answer is judged by, and the three splits."""

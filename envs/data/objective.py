@@ -1,0 +1,268 @@
+"""What a network is judged by and trained on: a metric for scores and a loss for gradients, carried by the images.
+
+Scores are kept as whole numbers of points, so that sums of them do not depend on batches, chunks or order: one point
+for a right answer under `Top1`; under any other metric an image's score is rounded to a multiple of 2^-24, which is as
+fine as float32 near 1, and counted in these.
+
+Shapes: B images, C classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ...errors import UserError, first_line
+from .images import LabelledImages
+from .metrics import Metric, Top1
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""Outputs (B, ...) and targets (B, ...) -> a scalar, the mean over the batch."""
+
+GRID = 2**24
+SLACK = 1e-6  # by which rounding may carry a score out of [0, 1]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A metric and a loss.
+
+    Args:
+        metric: (outputs, targets) -> a score an image, (B,), in [0, 1], higher is better.
+        loss: (outputs, targets) -> their mean loss. None: cross-entropy for integer targets, without the pixels that
+            the metric ignores (its `ignore_index`), and the mean squared error for floating ones.
+
+    Both get the network's output, of a dictionary its entry `out` (torchvision's segmentation networks). An output that
+    differs from floating targets by sides of 1 only, such as (B, 1) and (B,), is given their shape.
+    """
+
+    metric: Metric = Top1()  # noqa: RUF009 - frozen
+    loss: Loss | None = None
+
+    @property
+    def is_top1(self) -> bool:
+        """Whether scores are right or wrong by the largest logit, and targets labels."""
+        return isinstance(self.metric, Top1)
+
+    @property
+    def name(self) -> str:
+        """The metric's name, for people, with the arguments that are not the default ones."""
+        return _name(self.metric)
+
+    @property
+    def unit(self) -> int:
+        """Points of a perfect answer."""
+        return 1 if self.is_top1 else GRID
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of an image's points."""
+        return torch.bool if self.is_top1 else torch.int32
+
+    def points(self, outputs: Any, targets: Tensor) -> Tensor:
+        """Each image's score in points, (B,) bool for `Top1`, else int32; UserError for what is no score."""
+        if self.is_top1:
+            return self.metric(output_of(outputs), targets)
+        scores = self.metric(_fitted(output_of(outputs).float(), targets), targets)
+        return (self._checked(scores, len(targets)).clamp(0, 1) * GRID).round().to(torch.int32)
+
+    def fraction(self, points: Tensor) -> float:
+        """Mean score of the images with these points (B,)."""
+        return int(points.sum()) / (self.unit * len(points))
+
+    def mean_loss(self, outputs: Any, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+        """The loss, averaged over the batch."""
+        outputs = _fitted(output_of(outputs), targets)
+        if self.loss is not None:
+            return self.loss(outputs, targets.to(outputs.dtype) if targets.is_floating_point() else targets)
+        if targets.is_floating_point():
+            return functional.mse_loss(outputs, targets.to(outputs.dtype))
+        return functional.cross_entropy(outputs, targets, ignore_index=self._ignored, label_smoothing=smoothing)
+
+    def summed_loss(self, outputs: Any, targets: Tensor) -> Tensor:
+        """The loss summed over images, so that an image's part in it does not depend on how many there are."""
+        outputs = output_of(outputs)
+        if self.loss is None and targets.dim() == 1 and not targets.is_floating_point():
+            return functional.cross_entropy(outputs, targets, reduction="sum")
+        return self.mean_loss(outputs, targets) * len(targets)
+
+    def distilled(
+        self, loss: Tensor, outputs: Any, dense: Any, targets: Tensor, weight: float, temperature: float
+    ) -> Tensor:
+        """(1 - weight) * loss + weight * the distance from a teacher's outputs, averaged over the batch.
+
+        For integer targets it is temperature^2 * KL(teacher || network) over classes, averaged over images and pixels
+        (Hinton et al. 2015, arXiv 1503.02531, section 2); for floating ones the mean squared difference of the outputs.
+        """
+        ours, theirs = output_of(outputs).float(), output_of(dense).float()
+        if targets.is_floating_point():
+            return (1 - weight) * loss + weight * functional.mse_loss(ours, theirs)
+        ours, theirs = (functional.log_softmax(values / temperature, dim=1) for values in (ours, theirs))
+        divergence = functional.kl_div(ours, theirs, reduction="batchmean", log_target=True) / targets[0].numel()
+        return (1 - weight) * loss + weight * temperature**2 * divergence
+
+    def check_smoothing(self, smoothing: float, targets: Tensor) -> None:
+        """UserError for label smoothing beside a loss that knows none."""
+        if smoothing > 0 and (self.loss is not None or targets.is_floating_point()):
+            raise UserError(
+                f"label_smoothing is {smoothing:g}, which goes with cross-entropy only; set it to 0, or put it into "
+                "your own loss."
+            )
+
+    def try_out(self, outputs: Any, targets: Tensor) -> None:
+        """UserError where the metric or the loss cannot work with such outputs and targets."""
+        shapes = f"outputs {_shown(output_of(outputs))} and targets {_shown(targets)}"
+        loss = "loss" if self.loss is None else f"loss {_name(self.loss)}"
+        _tried(lambda: self.points(outputs, targets), f"metric {self.name}", shapes)
+        value = _tried(lambda: self.mean_loss(outputs, targets), loss, shapes)
+        if not isinstance(value, Tensor) or value.numel() != 1 or not bool(torch.isfinite(value).all()):
+            raise UserError(
+                f"The {loss} returns {_shown(value)} for {shapes}; expected one finite number, the mean over the batch."
+            )
+
+    @property
+    def identity(self) -> str:
+        """What tells this measure from others in the digest of a training; "" for the default."""
+        return "" if self == TOP1 else f" {self.name} {_name(self.loss)}"
+
+    @property
+    def _ignored(self) -> int:
+        found = getattr(self.metric, "ignore_index", None)
+        return -100 if found is None else int(found)  # torch's own default
+
+    def _checked(self, scores: Any, n_images: int) -> Tensor:
+        if not isinstance(scores, Tensor) or scores.shape != (n_images,):
+            raise UserError(
+                f"The metric {self.name} returns {_shown(scores)} for {n_images} images; expected a tensor of shape "
+                f"({n_images},), a score an image."
+            )
+        scores = scores.double()
+        if not bool(((scores >= -SLACK) & (scores <= 1 + SLACK)).all()):
+            raise UserError(
+                f"The metric {self.name} returns scores from {float(scores.min()):g} to {float(scores.max()):g}; "
+                "expected fractions from 0 to 1, higher is better."
+            )
+        return scores
+
+
+TOP1 = Objective()
+
+
+def display_name(name: str | None, *, opens: bool = False) -> str:
+    """What a metric is called where people read: top-1 is "accuracy", as is what runs of earlier versions do not name.
+
+    `opens` is for the first word of a sentence or a title.
+    """
+    said = "accuracy" if name in (None, TOP1.name) else name
+    return said[0].upper() + said[1:] if opens else said
+
+
+class ImagesWithObjective:
+    """Images with what answers to them are judged by; everything else is the images' own (`LabelledImages`)."""
+
+    def __init__(self, images: LabelledImages, objective: Objective) -> None:
+        self.images, self.objective = images, objective
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of every image."""
+        return self.images.image_shape
+
+    @property
+    def n_classes(self) -> int:
+        """Labels lie in [0, n_classes); 0 for targets of another kind."""
+        return self.images.n_classes
+
+    @property
+    def labels(self) -> Tensor:
+        """All targets."""
+        return self.images.labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Indices int64 (B,) -> images float32 (B, C, H, W), normalised, and targets (B, ...)."""
+        return self.images.batch(indices)
+
+    def select(self, indices: Tensor) -> ImagesWithObjective:
+        """Only the images at `indices` int64, in that order."""
+        return ImagesWithObjective(self.images.select(indices), self.objective)
+
+    def digest(self) -> str:
+        """sha256 of the images and targets."""
+        return self.images.digest()
+
+
+def with_objective(images: LabelledImages, objective: Objective) -> LabelledImages:
+    """The images, judged by `objective` from now on. UserError for `Top1` where the targets are no labels."""
+    if objective.is_top1 and images.n_classes < 1:
+        raise UserError(
+            f"A target is {_shown(images.batch(torch.arange(1))[1][0])}, but top-1 accuracy needs one integer label an "
+            "image; choose another metric, e.g. metric=mean_iou for class maps or metric=within for numbers."
+        )
+    bare = images.images if isinstance(images, ImagesWithObjective) else images
+    return bare if objective == TOP1 else ImagesWithObjective(bare, objective)
+
+
+def objective_of(images: LabelledImages) -> Objective:
+    """What answers to these images are judged by: top-1 accuracy and cross-entropy unless said otherwise."""
+    return getattr(images, "objective", TOP1)
+
+
+def output_of(value: Any) -> Tensor:
+    """The network's output: a tensor as it is, of a dictionary its entry `out`; UserError for anything else."""
+    found = value.get("out") if isinstance(value, Mapping) else value
+    if not isinstance(found, Tensor):
+        raise UserError(
+            f"The network returns {_shown(value)}; expected a tensor, or a dictionary with a tensor under 'out'."
+        )
+    return found
+
+
+def _tried(call: Callable[[], Any], what: str, shapes: str) -> Any:
+    """What `call` returns; a UserError for what it raises, or where torch warns that a loss repeats its targets."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Using a target size")
+            return call()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"The {what} fails on {shapes} ({type(error).__name__}: {first_line(error).partition('. ')[0]}); expected "
+            "one that takes them."
+        ) from error
+
+
+def _fitted(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Outputs in the shape of floating targets where the two differ by sides of 1 only: (B, 1) against (B,)."""
+    if not targets.is_floating_point() or outputs.shape == targets.shape:
+        return outputs
+    ours, theirs = ([side for side in value.shape[1:] if side != 1] for value in (outputs, targets))
+    if len(outputs) != len(targets) or ours != theirs:
+        raise UserError(
+            f"The network returns {tuple(outputs.shape)} for targets of shape {tuple(targets.shape)}; expected one "
+            "number for each of the targets'."
+        )
+    return outputs.reshape(targets.shape)
+
+
+def _name(function: Any) -> str:
+    if dataclasses.is_dataclass(function) and not isinstance(function, type):
+        given = {each.name: getattr(function, each.name) for each in fields(function)}
+        chosen = [f"{each.name}={given[each.name]}" for each in fields(function) if given[each.name] != each.default]
+        return type(function).__name__ + (f"({', '.join(chosen)})" if chosen else "")
+    function = getattr(function, "func", function)  # of a partial
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
+def _shown(value: Any) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -1,0 +1,225 @@
+"""Where labelled images come from: digits, an .npz of arrays, torchvision datasets, image folders, the user's own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...errors import UserError
+from .arrays import Arrays, checked_images, checked_labels, checked_targets, holds_labels, read_npz, refuse_copies
+from .images import ArrayImages, DatasetImages, LabelledData, LabelledImages
+
+__all__ = [
+    "ArrayImages",
+    "DatasetImages",
+    "LabelledData",
+    "LabelledImages",
+    "digits",
+    "from_datasets",
+    "image_folder",
+    "npz",
+    "torchvision_dataset",
+]
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".webp", ".tif", ".tiff"})
+
+
+def digits(seed: int = 0, test_fraction: float = 0.25) -> LabelledData:
+    """scikit-learn's 1,797 handwritten digits, (1, 8, 8), pixels 0..16 normalised to mean 0 and std 1, shuffled.
+
+    `test_fraction` in (0, 1) of them are the test images. Raises UserError for another fraction.
+    """
+    from sklearn.datasets import load_digits
+
+    if not 0 < test_fraction < 1:
+        raise UserError(f"test_fraction must lie between 0 and 1, got {test_fraction}.")
+    pixels, targets = load_digits(return_X_y=True)
+    images = torch.from_numpy(pixels.astype(np.uint8)).view(-1, 1, 8, 8)
+    labels = torch.from_numpy(targets.astype(np.int64))
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(labels)))
+    n_test = max(1, round(test_fraction * len(labels)))
+    # 16 is white; mean and std are those of all digits.
+    source = ArrayImages(images, labels, mean=(0.3053,), std=(0.3761,), n_classes=10, scale=1 / 16)
+    return LabelledData(train=source.select(order[n_test:]), test=source.select(order[:n_test]))
+
+
+def npz(
+    path: str | os.PathLike[str],
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    n_classes: int | None = None,
+) -> LabelledData:
+    """Arrays `x_train, y_train, x_test, y_test` of an .npz file.
+
+    Images are uint8 (n, height, width, channels), scaled to [0, 1], or floating (n, channels, height, width), taken as
+    they are; then normalised with `mean` and `std` a channel (default: those of the training images). Labels are
+    integers (n,) in [0, n_classes); `n_classes` defaults to the number of labels in y_train. Anything else, (n, ...),
+    and with `n_classes` 0 integers too, are targets for another metric than top-1. Nothing is unpickled.
+
+    Raises UserError for a missing, damaged or pickled file, missing arrays, wrong shapes or types, NaN, labels out of
+    range, and test images that are copies of training images.
+    """
+    return from_arrays(read_npz(Path(path)), mean, std, n_classes, name=str(path))
+
+
+def from_arrays(
+    arrays: Arrays,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    n_classes: int | None = None,
+    name: str = "arrays",
+) -> LabelledData:
+    """The four arrays as `npz` describes them, already in memory; `name` stands in the errors."""
+    images = {part: checked_images(arrays[f"x_{part}"], f"x_{part}", name) for part in ("train", "test")}
+    n_classes, labels = _targets(arrays, {part: len(each) for part, each in images.items()}, n_classes, name)
+    if images["train"].dtype != images["test"].dtype:
+        kinds = f"{images['train'].dtype} and {images['test'].dtype}"
+        raise UserError(f"'{name}': x_train and x_test must have one type, got {kinds}.")
+    refuse_copies(arrays["x_train"], arrays["x_test"], name)
+    if mean is None or std is None:
+        found_mean, found_std = _channel_statistics(images["train"])
+        mean, std = mean or found_mean, std or found_std
+    train, test = (ArrayImages(images[part], labels[part], mean, std, n_classes) for part in ("train", "test"))
+    return LabelledData(train, test)
+
+
+def _targets(
+    arrays: Arrays, n_images: Mapping[str, int], n_classes: int | None, name: str
+) -> tuple[int, dict[str, Tensor]]:
+    """The number of classes and the checked labels of both parts; 0 and the targets where they are no labels."""
+    given = {part: arrays[f"y_{part}"] for part in n_images}
+    if n_classes == 0 or not holds_labels(given["train"]):
+        if given["train"].dtype != given["test"].dtype:
+            kinds = f"{given['train'].dtype} and {given['test'].dtype}"
+            raise UserError(f"'{name}': y_train and y_test must have one type, got {kinds}.")
+        return 0, {part: checked_targets(array, f"y_{part}", n_images[part], name) for part, array in given.items()}
+    classes = n_classes or len(np.unique(given["train"]))
+    return classes, {
+        part: checked_labels(array, f"y_{part}", n_images[part], classes, name) for part, array in given.items()
+    }
+
+
+def from_datasets(train: Any, test: Any, n_classes: int | None = None) -> LabelledData:
+    """Two map-style datasets of (floating image tensor (C, H, W), integer label or target), e.g. torch Datasets.
+
+    `n_classes` is read from the training labels when not given, and 0 for targets that are no labels. Raises UserError
+    for items of another form.
+    """
+    ours = DatasetImages(train, n_classes)
+    return LabelledData(ours, DatasetImages(test, ours.n_classes))
+
+
+def torchvision_dataset(
+    name: str, root: str, mean: Sequence[float], std: Sequence[float], download: bool = False, **kwargs: Any
+) -> LabelledData:
+    """A classification dataset of torchvision that takes `train=True/False`: CIFAR10, CIFAR100, MNIST, FashionMNIST...
+
+    Needs the extra `vision`. Raises UserError when torchvision does not import, has no such dataset, or when the files
+    are not under `root` and `download` is off.
+    """
+    datasets = _torchvision_datasets()
+    kind = getattr(datasets, name, None)
+    if not callable(kind):
+        raise UserError(f"torchvision has no dataset '{name}'; known are for example CIFAR10, CIFAR100 and MNIST.")
+    try:
+        parts = {part: kind(root, train=part == "train", download=download, **kwargs) for part in ("train", "test")}
+    except (RuntimeError, OSError, TypeError) as error:
+        raise UserError(f"torchvision could not read {name} from '{root}' ({error}); try download=true.") from error
+    arrays: dict[str, np.ndarray] = {}
+    for part, dataset in parts.items():
+        pixels = np.asarray(dataset.data)
+        arrays[f"x_{part}"] = pixels[..., None] if pixels.ndim == 3 else pixels
+        arrays[f"y_{part}"] = np.asarray(dataset.targets)
+    return from_arrays(arrays, mean, std, name=name)
+
+
+def image_folder(root: str, size: int, mean: Sequence[float], std: Sequence[float]) -> LabelledData:
+    """Images in `root/train/CLASS/*` and `root/test/CLASS/*` (or `val`): short side to `size`, centre `size` x `size`.
+
+    Images are read when needed, in RGB, scaled to [0, 1] and normalised. Needs the extra `vision` (only Pillow of it).
+    Raises UserError for a missing folder, no images, or classes that differ between train and test.
+    """
+    base = Path(root)
+    test = next((base / name for name in ("test", "val") if (base / name).is_dir()), base / "test")
+    transform = _centre_crop(size, mean, std)
+    ours, theirs = ImageFolder(base / "train", transform), ImageFolder(test, transform)
+    if ours.classes != theirs.classes:
+        odd = sorted(set(ours.classes) ^ set(theirs.classes))
+        raise UserError(f"Train and test folders under '{root}' differ in their classes: {', '.join(odd[:5])}.")
+    return from_datasets(ours, theirs, len(ours.classes))
+
+
+class ImageFolder:
+    """A map-style dataset over `folder/CLASS/image files`; classes are numbered in alphabetical order."""
+
+    def __init__(self, folder: Path, transform: Callable[[Any], Tensor]) -> None:
+        if not folder.is_dir():
+            raise UserError(f"There is no image folder '{folder}'; expected one sub-folder a class in it.")
+        self.classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        self.files = [
+            (path, label)
+            for label, name in enumerate(self.classes)
+            for path in sorted((folder / name).rglob("*"))
+            if path.suffix.lower() in IMAGE_SUFFIXES
+        ]
+        if not self.files:
+            raise UserError(f"The image folder '{folder}' holds no images in class sub-folders.")
+        self.targets = [label for _, label in self.files]
+        self._transform = transform
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        from PIL import Image, UnidentifiedImageError
+
+        path, label = self.files[index]
+        try:
+            with Image.open(path) as image:
+                return self._transform(image.convert("RGB")), label
+        except (UnidentifiedImageError, OSError) as error:
+            raise UserError(f"'{path}' is not a readable image; mend or remove it.") from error
+
+
+def _centre_crop(size: int, mean: Sequence[float], std: Sequence[float]) -> Callable[[Any], Tensor]:
+    try:
+        from PIL import ImageOps
+    except ImportError as error:
+        raise UserError("Image folders need Pillow; install it with: pip install 'keepdrop[vision]'.") from error
+    shift, scale = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
+
+    def transform(image: Any) -> Tensor:
+        pixels = torch.from_numpy(np.array(ImageOps.fit(image, (size, size)))).permute(2, 0, 1)
+        return (pixels / 255 - shift) / scale
+
+    return transform
+
+
+def _torchvision_datasets() -> Any:
+    try:
+        from torchvision import datasets
+    # A torchvision built for another torch fails with a RuntimeError while it registers its operators.
+    except (ImportError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"torchvision does not import ({reason}); install it with: pip install 'keepdrop[vision]', "
+            "from the same index as torch."
+        ) from error
+    return datasets
+
+
+def _channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
+    """Mean and std a channel of (n, C, H, W), of uint8 after scaling to [0, 1]."""
+    scale = 1.0 if images.is_floating_point() else 1 / 255
+    mean, std = [], []
+    for channel in images.unbind(1):
+        values = channel.to(torch.float32) * scale
+        mean.append(float(values.mean()))
+        std.append(float(values.std().clamp_min(1e-6)))
+    return mean, std

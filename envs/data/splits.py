@@ -1,0 +1,121 @@
+"""Three splits with fixed roles: fit trains weights, reward scores masks, report is opened once, at the end."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from ...errors import UserError
+from .images import LabelledData, LabelledImages
+from .objective import TOP1, Objective, objective_of, with_objective
+
+Source = Literal["train", "test"]
+ROLES = ("fit", "reward", "report")
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The three splits, and what is needed to draw the same ones again.
+
+    `indices`: int64 positions inside the source of each role; `sources`: "train" or "test" of each role; `hashes`:
+    sha256 of each role's positions, labels and (for images in memory) pixels.
+    """
+
+    fit: LabelledImages
+    reward: LabelledImages
+    report: LabelledImages
+    indices: Mapping[str, np.ndarray]
+    sources: Mapping[str, str]
+    hashes: Mapping[str, str]
+
+    @property
+    def objective(self) -> Objective:
+        """What answers are judged by, and what is minimised in training."""
+        return objective_of(self.reward)
+
+    def summary(self) -> dict[str, dict[str, Any]]:
+        """Source, number of images and hash of each role; only JSON types."""
+        return {
+            role: {"source": self.sources[role], "n_images": len(self.indices[role]), "sha256": self.hashes[role]}
+            for role in ROLES
+        }
+
+
+def split(
+    data: LabelledData, *, reward_from: Source, reward_size: int, seed: int, objective: Objective = TOP1
+) -> Splits:
+    """Draw the three splits at random with a generator of their own, so that sorted data is shuffled first.
+
+    `reward_from="train"` (base trained here): the reward split is held out of the training images, report is the whole
+    test set. `reward_from="test"` (checkpoint trained elsewhere on all training images, on which any reward would
+    mislead): fit is all training images, reward `reward_size` of the test images and report the rest of them.
+    `objective` goes with all three. Raises UserError when a split would be empty, or the targets are not what the
+    objective needs.
+    """
+    if reward_from not in ("train", "test"):
+        raise UserError(f"reward_from must be 'train' or 'test', got '{reward_from}'.")
+    n_images = len(getattr(data, reward_from))
+    if reward_size < 1:
+        raise UserError(f"The reward split would be empty: reward_size={reward_size}; give 1 or more images.")
+    if reward_size >= n_images:
+        left = "fit" if reward_from == "train" else "report"
+        raise UserError(
+            f"The {left} split would be empty: reward_size={reward_size} takes all {n_images} {reward_from} images; "
+            "give a smaller reward_size."
+        )
+    order = np.random.default_rng(seed).permutation(n_images).astype(np.int64)
+    reward, rest = order[:reward_size], order[reward_size:]
+    if reward_from == "train":
+        indices = {"fit": rest, "reward": reward, "report": np.arange(len(data.test))}
+        return splits_at(data, indices, {"fit": "train", "reward": "train", "report": "test"}, objective)
+    indices = {"fit": np.arange(len(data.train)), "reward": reward, "report": rest}
+    return splits_at(data, indices, {"fit": "train", "reward": "test", "report": "test"}, objective)
+
+
+def splits_at(
+    data: LabelledData, indices: Mapping[str, np.ndarray], sources: Mapping[str, str], objective: Objective = TOP1
+) -> Splits:
+    """The splits at given positions (stored ones, or the user's own).
+
+    Raises UserError for a split that is empty, lies outside its source, repeats an image or shares one with another.
+    """
+    for role in ROLES:
+        _check_positions(role, indices[role], len(getattr(data, sources[role])))
+    for one, other in combinations(ROLES, 2):
+        if sources[one] == sources[other]:
+            _check_disjoint(one, indices[one], other, indices[other], sources[one])
+    parts, hashes = {}, {}
+    for role in ROLES:
+        source: LabelledImages = getattr(data, sources[role])
+        positions = np.ascontiguousarray(indices[role], dtype=np.int64)
+        whole = len(positions) == len(source) and bool((positions == np.arange(len(source))).all())
+        parts[role] = with_objective(source if whole else source.select(torch.from_numpy(positions)), objective)
+        hashes[role] = hashlib.sha256(positions.tobytes() + parts[role].digest().encode()).hexdigest()
+    return Splits(parts["fit"], parts["reward"], parts["report"], dict(indices), dict(sources), hashes)
+
+
+def _check_positions(role: str, positions: np.ndarray, n_images: int) -> None:
+    if len(positions) == 0:
+        raise UserError(f"The {role} split is empty; give it at least one image.")
+    if positions.min() < 0 or positions.max() >= n_images:
+        raise UserError(
+            f"The {role} split names images {positions.min()}..{positions.max()}, but its source has {n_images}."
+        )
+    repeated = len(positions) - len(np.unique(positions))
+    if repeated:
+        raise UserError(f"The {role} split names {repeated} of its images twice; name each once.")
+
+
+def _check_disjoint(one: str, ours: np.ndarray, other: str, theirs: np.ndarray, source: str) -> None:
+    shared = np.intersect1d(ours, theirs)
+    if len(shared):
+        first = ", ".join(map(str, shared[:3]))
+        raise UserError(
+            f"The {one} and {other} splits share {len(shared)} {source} images (first: {first}); make them disjoint."
+        )

@@ -1,0 +1,51 @@
+"""How masks are judged: the settings behind every outcome."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...errors import UserError
+from .masked_network import DTYPES
+
+TARGETS = ("dense", "current")
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How masks are judged.
+
+    Args:
+        compensate: regress dropped channels on the kept ones and fold the result into the consumers, in the reward as
+            well as in the surgery (design page, fact 11).
+        target: what the regression aims at: the channels of the "dense" network, so that the drift of earlier cuts is
+            corrected too, or those of the "current" network, right before the cut.
+        ridge: strength of that regression's ridge, relative to the mean channel energy.
+        compensation_images: images of the fit split behind the regression.
+        statistics_images: images of the fit split behind an observation.
+        cache_gib: memory for the cached part of the network that no mask touches, in GiB.
+        method: "auto", "split" or "whole" (`MaskedNetwork`).
+        dtype: in what masks are evaluated during a search, "float32" or "bfloat16"; a decision is always verified in
+            float32, and how often the two disagree is measured.
+        compile: run the part behind the cached one through `torch.compile` instead of the fused kernels; it compiles
+            anew for every layer, and was slower where it was measured (docs/performance.md).
+        memory: so many masks a layer are remembered with their answers.
+    """
+
+    compensate: bool = True
+    target: str = "dense"
+    ridge: float = 1e-3
+    compensation_images: int = 1000
+    statistics_images: int = 512
+    cache_gib: float = 1.0
+    method: str = "auto"
+    dtype: str = "float32"
+    compile: bool = False
+    memory: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.target not in TARGETS:
+            raise UserError(f"evaluation.target is {self.target!r}; expected one of {', '.join(TARGETS)}.")
+        if self.dtype not in DTYPES:
+            raise UserError(f"evaluation.dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}.")
+        if self.memory < 0:
+            raise UserError(f"evaluation.memory is {self.memory}; expected a number of masks, 0 for none.")

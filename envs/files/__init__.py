@@ -1,0 +1,1 @@
+"""Pruned networks on disk, as data and without pickle."""

@@ -1,0 +1,249 @@
+"""A pruned network as data: `model.safetensors` and `architecture.json`, no pickle, no class definitions.
+
+`architecture.json` says how the dense network is made, which of its channels were kept (numbered as in the dense
+network), and what every tensor looks like; `load_pruned` makes the dense network, cuts it and fills in the weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from ...atomic import write_atomically
+from ...errors import UserError
+from ..networks import built_in as networks
+from ..surgery.cutting import cut_channels, find_module
+from ..surgery.kept_channels import KeptChannels
+from ..surgery.slicing import width
+from .probe import check_probe, probe_of
+from .renamed import current_target
+
+FORMAT_VERSION = 1
+SIGNED = ("format_version", "constructor", "kept", "widths", "tensors", "weights_sha256", "probe")
+LARGEST = 10**6  # no width or number of classes of keepdrop's own networks comes near
+WEIGHTS, ARCHITECTURE = "model.safetensors", "architecture.json"
+BUILT_IN = {
+    f"keepdrop.envs.networks.built_in.{name}": getattr(networks, name)
+    for name in ("small_cnn", "vgg16_bn", "cifar_resnet")
+}
+
+
+def save_pruned(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    kept: KeptChannels,
+    constructor: Mapping[str, Any] | None = None,
+    facts: Mapping[str, Any] | None = None,
+    input_shape: Sequence[int] | None = None,
+) -> None:
+    """Write a pruned network into `folder` (made if missing).
+
+    Args:
+        model: the pruned, perhaps fine-tuned network.
+        folder: where `model.safetensors` and `architecture.json` go. Each is written under another name first and then
+            renamed; a pair of different origin is refused when loading.
+        kept: its channels in terms of the dense network.
+        constructor: {"_target_": dotted name, argument: value, ...} of the dense network (Hydra's form).
+        facts: anything else worth keeping (JSON).
+        input_shape: (1, C, H, W) of an image; with it the file holds the network's answer to a fixed input, which
+            loading compares: a constructor that differs in no shape is noticed.
+
+    Raises UserError if `constructor` or `facts` is no JSON.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
+    weights = save_tensors(tensors)
+    core = {
+        "format_version": FORMAT_VERSION,
+        "constructor": None if constructor is None else dict(constructor),
+        "kept": kept.as_lists(),
+        "widths": {name: dict(axes) for name, axes in kept.widths.items()},
+        "tensors": {name: _described(value) for name, value in tensors.items()},
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+        "probe": None if input_shape is None else probe_of(model, input_shape),
+    }
+    try:
+        whole = {**core, "checksum": _checksum(core), "versions": _versions(), "facts": dict(facts or {})}
+        text = json.dumps(whole, indent=1, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"The constructor and facts of a pruned network must be JSON ({error}).") from error
+    write_atomically(folder / WEIGHTS, weights)
+    write_atomically(folder / ARCHITECTURE, text.encode())
+
+
+def load_pruned(folder: str | Path, constructor: Callable[[], nn.Module] | None = None) -> nn.Module:
+    """Rebuild a pruned network, in evaluation mode.
+
+    Args:
+        folder: what `save_pruned` wrote.
+        constructor: makes the dense network; not needed for keepdrop's own networks. No other stored constructor is
+            called: a file does not decide what code runs.
+
+    Raises UserError for anything missing, damaged or mixed up, and for a constructor that makes another network: it
+    names the first module or tensor that does not fit.
+    """
+    core = read_architecture(folder)
+    weights = _read(Path(folder) / WEIGHTS)
+    if hashlib.sha256(weights).hexdigest() != core["weights_sha256"]:
+        raise UserError(
+            f"{Path(folder) / WEIGHTS} is damaged, or belongs to another {ARCHITECTURE}; restore both files."
+        )
+    try:
+        tensors = load_tensors(weights)
+    except Exception as error:
+        raise UserError(f"{Path(folder) / WEIGHTS} is no safetensors file ({error}).") from error
+    dense = _dense(core["constructor"], constructor, len(tensors))
+    _check_widths(dense, core["kept"], core["widths"])
+    model = cut_channels(dense, core["kept"])
+    _fill(model, tensors, core["tensors"])
+    check_probe(model.eval(), core["probe"])
+    return model
+
+
+def read_architecture(folder: str | Path) -> dict[str, Any]:
+    """The contents of `architecture.json`, checked in form; UserError if it is missing or damaged."""
+    path = Path(folder) / ARCHITECTURE
+    content = _read(path)
+    try:
+        core = json.loads(content, object_pairs_hook=_without_duplicates, parse_constant=_refused)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no JSON ({str(error)[:120]}); restore it.") from error
+    if not isinstance(core, dict) or core.get("format_version") != FORMAT_VERSION:
+        came = core.get("format_version") if isinstance(core, dict) else type(core).__name__
+        raise UserError(f"{path} has format version {came!r}, expected {FORMAT_VERSION}.")
+    _check_form(path, core)
+    signed = {key: core[key] for key in SIGNED}
+    if core.get("checksum") != _checksum(signed):
+        raise UserError(f"{path} is damaged or was edited (its checksum does not fit); restore it.")
+    return core
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Python keeps the last of two equal keys, another reader the first: a file must not have two."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("it has a key twice")
+    return found
+
+
+def _refused(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _check_form(path: Path, core: Mapping[str, Any]) -> None:
+    missing = [key for key in SIGNED if key not in core]
+    if missing:
+        raise UserError(f"{path} is damaged: {missing[0]!r} is missing; restore it.")
+    nested = (core["kept"], core["widths"])
+    proper = all(isinstance(each, dict) for each in (*nested, core["tensors"]))
+    if not proper or not all(isinstance(axes, dict) for each in nested for axes in each.values()):
+        raise UserError(f"{path} is damaged: 'kept', 'widths' or 'tensors' is not sorted by module; restore it.")
+
+
+def _dense(stored: Any, constructor: Callable[[], nn.Module] | None, n_tensors: int) -> nn.Module:
+    """The dense network; one of keepdrop's own has no storage yet, so that no number in a file can ask for too much."""
+    device: AbstractContextManager[Any] = nullcontext()
+    if constructor is None:
+        target = stored.get("_target_") if isinstance(stored, dict) else None
+        target = current_target(target) if isinstance(target, str) else None
+        if target not in BUILT_IN:
+            raise UserError(
+                f"The file names {target!r} as the constructor of the dense network, which is not called from a file; "
+                "pass it yourself: load_pruned(folder, constructor)."
+            )
+        maker, kwargs = BUILT_IN[target], {key: value for key, value in stored.items() if key != "_target_"}
+        if max(_numbers(kwargs), default=0) > LARGEST or max(_numbers(kwargs.get("depth")), default=0) > n_tensors:
+            raise UserError(f"The file asks for a network beyond measure ({str(kwargs)[:80]}); restore it.")
+        constructor, device = lambda: maker(**kwargs), torch.device("meta")
+    try:
+        with device:
+            dense = constructor()
+    except Exception as error:
+        raise UserError(f"The constructor of the dense network fails ({type(error).__name__}: {error}).") from error
+    if not isinstance(dense, nn.Module):
+        raise UserError(f"The constructor of the dense network returned a {type(dense).__name__}, expected a module.")
+    return dense
+
+
+def _numbers(value: Any) -> list[float]:
+    """Every number inside nested containers."""
+    if isinstance(value, dict | list):
+        return [number for each in (value.values() if isinstance(value, dict) else value) for number in _numbers(each)]
+    return [value] if isinstance(value, int | float) else []
+
+
+def _check_widths(dense: nn.Module, kept: Mapping[str, Any], widths: Mapping[str, Any]) -> None:
+    """A wider network can be cut to the same shapes: it must have been as wide as the one that was pruned."""
+    for name, axes in kept.items():
+        for axis in axes:
+            ours, theirs = width(find_module(dense, name), axis), widths.get(name, {}).get(axis)
+            if ours != theirs:
+                raise UserError(
+                    f"The constructor's network does not fit the file: {name!r} has {ours} {axis!r} channels, but had "
+                    f"{theirs} before pruning."
+                )
+
+
+def _fill(model: nn.Module, tensors: Mapping[str, Tensor], described: Mapping[str, Any]) -> None:
+    floating = {value.dtype for value in tensors.values() if value.is_floating_point()}
+    if len(floating) == 1:
+        model.to(floating.pop())
+    own = model.state_dict()
+    for name in [*own, *tensors]:
+        ours = _described(own[name]) if name in own else "nothing"
+        theirs = _described(tensors[name]) if name in tensors else "nothing"
+        if ours != theirs or theirs != described.get(name):
+            raise UserError(
+                f"The constructor's network does not fit the file: {name!r} is {_words(ours)} after pruning, "
+                f"but {_words(theirs)} in the file."
+            )
+    if any(value.is_meta for value in own.values()):
+        model.to_empty(device="cpu")
+    model.load_state_dict(dict(tensors), strict=True)
+
+
+def _described(value: Tensor) -> dict[str, Any]:
+    return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+
+
+def _words(described: Any) -> str:
+    return described if isinstance(described, str) else f"{described['dtype']} {tuple(described['shape'])}"
+
+
+def _checksum(core: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(core, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        own = version("keepdrop")
+    except PackageNotFoundError:
+        own = "unknown"
+    return {
+        "keepdrop": own,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "safetensors": safetensors.__version__,
+    }
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"Cannot read {path}: {error.strerror or error}.") from error

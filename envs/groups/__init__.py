@@ -1,0 +1,1 @@
+"""Which filters can only go together: channel labels, what operators do to them, finding and verifying groups."""

@@ -1,0 +1,141 @@
+"""Which filters of a network can only go together.
+
+One run of the network follows every channel by its label (`label_trace`): sums tie, concatenations shift, reshapes and
+shuffles move, unknown operations fix. What is found is then checked: a group is offered only if the network masked at
+the group's consumers and the network cut for real give the same answer.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from ...errors import UserError
+from ..networks.module_kinds import Inputs, is_conv, is_depthwise, is_leaf
+from ..surgery.filter_group import Axis, Cut, FilterGroup, GroupPlan, Kind, Skipped, select_groups
+from .label_tracing import trace_labels
+from .module_rules import Ownership
+from .verification import Verifier
+
+__all__ = ["Cut", "FilterGroup", "GroupPlan", "Kind", "Skipped", "find_groups", "select_groups"]
+
+TRIALS = 16
+LOOKS_AT_DATA = (
+    "The network looks at the values of its data, perhaps to choose its path: every group was checked on "
+    f"{TRIALS} different inputs, but a path that none of them took is not covered."
+)
+
+Key = tuple[str, Axis]
+Channels = dict[Key, list[int]]
+Signature = tuple[tuple[Key, int], ...]
+
+
+def find_groups(model: nn.Module, example_inputs: Inputs, *, verify: bool = True) -> GroupPlan:
+    """Find the filter groups of `model`, in the order in which their root convolutions run.
+
+    Args:
+        model: any network; it is copied, never changed.
+        example_inputs: what it runs on: a tensor (B, C, H, W), a tuple of positional or a mapping of keyword arguments.
+        verify: check masked == pruned for every group, on random weights and inputs in float64 (`Verifier`).
+
+    All of it runs on the CPU, wherever the network is, so that the groups are the same everywhere.
+
+    Raises UserError if the network cannot be copied or does not run on the example.
+    """
+    example_inputs = tree_map_only(Tensor, Tensor.cpu, example_inputs)
+    owners = _trace(model, example_inputs)
+    found = _assemble(model, owners)
+    trials = TRIALS if owners.reads_values else 1
+    refused: dict[str, str] = Verifier(model, example_inputs, trials=trials).failures(found) if verify and found else {}
+    for group in found:
+        if group.n_filters == 1:
+            refused.setdefault(group.name, "it has a single filter to decide on, which must stay")
+    groups = tuple(group for group in found if group.name not in refused)
+    notes = (LOOKS_AT_DATA,) if owners.reads_values else ()
+    return GroupPlan(groups, tuple(_skipped(model, owners, groups, _reasons(found, refused))), notes)
+
+
+def _trace(model: nn.Module, inputs: Inputs) -> Ownership:
+    try:
+        probe = copy.deepcopy(model).cpu().eval()
+    except Exception as error:
+        raise UserError(f"The network cannot be copied ({error}); give a model that copy.deepcopy accepts.") from error
+    try:
+        return trace_labels(probe, inputs)
+    except Exception as error:
+        raise UserError(
+            f"The network does not run on the example input ({type(error).__name__}: {error}); "
+            "give one that its forward accepts."
+        ) from error
+
+
+def _assemble(model: nn.Module, owners: Ownership) -> list[FilterGroup]:
+    """Classes of labels with the same modules behind them are one group; it is named after its first convolution."""
+    classes: dict[int, Channels] = {}
+    for key, ids in owners.ids.items():
+        for channel, label in enumerate(ids.tolist()):
+            if owners.forest.reason(label) is None:
+                classes.setdefault(owners.forest.find(label), {}).setdefault(key, []).append(channel)
+    alike: dict[Signature, list[Channels]] = {}
+    for channels in classes.values():
+        alike.setdefault(tuple((key, len(rows)) for key, rows in channels.items()), []).append(channels)
+    groups: list[FilterGroup] = []
+    for members in alike.values():
+        group = _group(model, owners, members, {each.name for each in groups})
+        if group is not None:
+            groups.append(group)
+    return sorted(groups, key=lambda group: list(owners.ids).index((group.name.partition("[")[0], "out")))
+
+
+def _group(model: nn.Module, owners: Ownership, members: list[Channels], taken: set[str]) -> FilterGroup | None:
+    roots = [key for key in members[0] if owners.kinds[key] == "producer" and is_conv(model.get_submodule(key[0]))]
+    if not roots or not any(owners.kinds[key] == "consumer" for key in members[0]):
+        return None
+    free = [key for key in roots if key[0] not in taken]
+    root = free[0] if free else roots[0]
+    members = sorted(members, key=lambda channels: channels[root])
+    name = root[0] if free else f"{root[0]}[{members[0][root][0]}]"
+    keys = [root, *(key for key in members[0] if key != root)]
+    return FilterGroup(name, len(members), tuple(_cut(owners, key, members) for key in keys))
+
+
+def _cut(owners: Ownership, key: Key, members: Iterable[Channels]) -> Cut:
+    channels = np.array([sorted(rows[key]) for rows in members], dtype=np.int64)
+    return Cut(key[0], key[1], channels, owners.kinds[key])
+
+
+def _reasons(found: Iterable[FilterGroup], refused: Mapping[str, str]) -> dict[str, str]:
+    """Why each convolution of the refused groups is left alone."""
+    reasons: dict[str, str] = {}
+    for group in found:
+        if group.name in refused:
+            for cut in group.producers:
+                partner = "" if cut is group.cuts[0] else f"it goes together with {group.name!r}: "
+                reasons.setdefault(cut.module, partner + refused[group.name])
+    return reasons
+
+
+def _skipped(
+    model: nn.Module, owners: Ownership, groups: Iterable[FilterGroup], reasons: Mapping[str, str]
+) -> Iterable[Skipped]:
+    """Every convolution that makes filters and is in no group, with the most frequent reason of its filters."""
+    covered = {cut.module for group in groups for cut in group.producers}
+    ran = {name for name, _ in owners.ids}
+    for name, module in model.named_modules():
+        if not is_conv(module) or is_depthwise(module) or name in covered:
+            continue
+        if name not in ran:
+            plain = "it does not run on the example input (in evaluation mode)"
+            yield Skipped(
+                name, plain if is_leaf(module) else f"{type(module).__name__} makes its weight in its own way"
+            )
+            continue
+        found = [owners.forest.reason(label) for label in owners.ids[name, "out"].tolist()]
+        known = Counter(reason for reason in found if reason)
+        common = known.most_common(1)[0][0] if known else "nothing that can be cut reads its filters"
+        yield Skipped(name, reasons.get(name, common))

@@ -1,0 +1,160 @@
+"""CNNs that come with keepdrop: a small default for 8x8 images, VGG-16-BN and ResNets for CIFAR.
+
+All three are traceable by `torch.fx` and use no in-place activation, so a value cached at any node stays what it was.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...errors import UserError
+
+NetworkT = TypeVar("NetworkT", bound=nn.Module)
+VGG16_LAYOUT: tuple[int | str, ...] = (
+    *(64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool"),
+    *(512, 512, 512, "pool", 512, 512, 512, "pool"),
+)
+
+
+def small_cnn(n_classes: int = 10, in_channels: int = 1, widths: Sequence[int] = (16, 16, 32, 32, 64)) -> nn.Sequential:
+    """Plain conv-BN-ReLU network for small images: (B, in_channels, H, W) -> logits (B, n_classes).
+
+    One 3x3 convolution for each entry of `widths` (modules `conv1`, `bn1`, `relu1`, ...), 2x2 max pooling after every
+    second one except the last, then global average pooling and one linear layer. With five widths H and W must be at
+    least 4. Raises UserError for no or non-positive widths.
+    """
+    if not widths or min(widths) < 1:
+        raise UserError(f"small_cnn needs at least one width of 1 or more, got widths={tuple(widths)}.")
+    layers: list[tuple[str, nn.Module]] = []
+    for number, (fan_in, width) in enumerate(zip([in_channels, *widths], widths, strict=False), start=1):
+        layers.append((f"conv{number}", nn.Conv2d(fan_in, width, 3, padding=1, bias=False)))
+        layers.append((f"bn{number}", nn.BatchNorm2d(width)))
+        layers.append((f"relu{number}", nn.ReLU()))
+        if number % 2 == 0 and number < len(widths):
+            layers.append((f"pool{number}", nn.MaxPool2d(2)))
+    layers += [("average", nn.AdaptiveAvgPool2d(1)), ("flatten", nn.Flatten())]
+    layers.append(("linear", nn.Linear(widths[-1], n_classes)))
+    return _initialised(nn.Sequential(OrderedDict(layers)))
+
+
+class CifarVGG(nn.Module):
+    """VGG with batch normalisation and one linear layer: (B, C, H, W) -> logits (B, n_classes); H, W at least 32.
+
+    Source: Simonyan and Zisserman 2015 (arXiv 1409.1556), configuration D; the CIFAR variant replaces the three fully
+    connected layers by one.
+    """
+
+    def __init__(self, layout: Sequence[int | str] = VGG16_LAYOUT, n_classes: int = 10, in_channels: int = 3) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        width = in_channels
+        for item in layout:
+            if isinstance(item, str):
+                layers.append(nn.MaxPool2d(2))
+                continue
+            layers += [nn.Conv2d(width, item, 3, padding=1, bias=False), nn.BatchNorm2d(item), nn.ReLU()]
+            width = item
+        self.features = nn.Sequential(*layers)
+        self.average = nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Linear(width, n_classes)
+        _initialised(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) -> logits (B, n_classes)."""
+        return self.classifier(self.average(self.features(images)).flatten(1))
+
+
+def vgg16_bn(n_classes: int = 10, in_channels: int = 3) -> CifarVGG:
+    """VGG-16 with batch normalisation for 32x32 images: 13 convolutions (`features.*`) and one linear layer."""
+    return CifarVGG(VGG16_LAYOUT, n_classes, in_channels)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut without parameters (He et al. 2016, arXiv 1512.03385, option A).
+
+    Where the block halves the resolution or widens, the shortcut takes every `stride`-th pixel and pads zero channels,
+    half of them before and half after the old ones. (B, in_width, H, W) -> (B, width, H/stride, W/stride).
+    """
+
+    def __init__(self, in_width: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_width, width, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.stride = stride
+        self.padding = ((width - in_width) // 2, width - in_width - (width - in_width) // 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features (B, in_width, H, W) -> features (B, width, H/stride, W/stride)."""
+        inner = F.relu(self.bn1(self.conv1(images)))
+        return F.relu(self.bn2(self.conv2(inner)) + self.shortcut(images))
+
+    def shortcut(self, images: Tensor) -> Tensor:
+        """The identity, subsampled and zero-padded to the block's output shape where that differs."""
+        if self.stride > 1:
+            images = images[:, :, :: self.stride, :: self.stride]
+        if any(self.padding):
+            images = F.pad(images, (0, 0, 0, 0, *self.padding))
+        return images
+
+
+class CifarResNet(nn.Module):
+    """ResNet for CIFAR: (B, C, H, W) -> logits (B, n_classes), three stages of `n_blocks` blocks of the given widths.
+
+    Keys: `conv1, bn1, layer{1,2,3}.{i}.{conv1,bn1,conv2,bn2}, linear`. Source: He et al. 2016 (arXiv 1512.03385),
+    section 4.2, with the parameter-free shortcut (option A).
+    """
+
+    def __init__(
+        self, n_blocks: int, n_classes: int = 10, in_channels: int = 3, widths: Sequence[int] = (16, 32, 64)
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, widths[0], 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        self.layer1 = _stage(widths[0], widths[0], n_blocks, stride=1)
+        self.layer2 = _stage(widths[0], widths[1], n_blocks, stride=2)
+        self.layer3 = _stage(widths[1], widths[2], n_blocks, stride=2)
+        self.average = nn.AdaptiveAvgPool2d(1)
+        self.linear = nn.Linear(widths[2], n_classes)
+        _initialised(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) -> logits (B, n_classes)."""
+        features = F.relu(self.bn1(self.conv1(images)))
+        features = self.layer3(self.layer2(self.layer1(features)))
+        return self.linear(self.average(features).flatten(1))
+
+
+def cifar_resnet(
+    depth: int = 20, n_classes: int = 10, in_channels: int = 3, widths: Sequence[int] = (16, 32, 64)
+) -> CifarResNet:
+    """ResNet-`depth` for 32x32 images, depth = 6n + 2 (20, 32, 44, 56, 110); see `CifarResNet`.
+
+    Raises UserError for another depth, or for widths that are not three non-decreasing positive numbers.
+    """
+    if depth < 8 or (depth - 2) % 6:
+        raise UserError(f"A CIFAR ResNet has depth 6n + 2 (20, 32, 44, 56, 110, ...), got depth={depth}.")
+    if len(widths) != 3 or list(widths) != sorted(widths) or widths[0] < 1:
+        raise UserError(f"A CIFAR ResNet needs three non-decreasing positive widths, got widths={tuple(widths)}.")
+    return CifarResNet((depth - 2) // 6, n_classes, in_channels, widths)
+
+
+def _stage(in_width: int, width: int, n_blocks: int, stride: int) -> nn.Sequential:
+    first = BasicBlock(in_width, width, stride)
+    return nn.Sequential(first, *(BasicBlock(width, width, 1) for _ in range(n_blocks - 1)))
+
+
+@torch.no_grad()
+def _initialised(model: NetworkT) -> NetworkT:
+    """He-normal convolutions (fan out, for ReLU); linear layers and BN keep torch's defaults."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return model

@@ -1,0 +1,143 @@
+"""Weights in and out of a network, without ever unpickling a user's file."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from ...atomic import write_atomically
+from ...errors import UserError
+
+WRAPPER_KEYS = ("state_dict", "model_state_dict", "model", "net", "weights")
+PREFIXES = ("module.", "_orig_mod.")  # DataParallel and torch.compile
+N_NAMED = 3  # an error names this many keys, then a count
+
+
+def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, key: str | None = None) -> None:
+    """Load the weights in `path` into `model`, exactly: every key and every shape must fit.
+
+    Reads torch files (`weights_only=True`) and `.safetensors`. `key` names the entry of the file that holds the state
+    dict; without it `state_dict`, `model_state_dict`, `model`, `net` and `weights` are unwrapped. The prefixes
+    `module.` and `_orig_mod.` are stripped; missing `num_batches_tracked` counters keep the model's value.
+
+    Raises UserError, with the model untouched, when the file is missing, damaged, needs unpickling, holds no state
+    dict, does not fit the model (the first keys and shapes are named) or holds NaN.
+    """
+    path = Path(path)
+    state = _strip_prefixes(_state_dict_in(read_tensors(path), key, path))
+    expected = model.state_dict()
+    missing = [name for name in expected if name not in state]
+    state |= {name: expected[name] for name in missing if name.endswith("num_batches_tracked")}
+    _check_fit(state, expected, path)
+    model.load_state_dict(state)
+
+
+def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write the state dict of `model` as safetensors; an older file stays intact unless the new one is complete."""
+    # Clones, because safetensors refuses tensors that share memory (tied weights).
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    write_atomically(path, safetensors.torch.save(tensors))
+
+
+def hash_state(model: nn.Module) -> str:
+    """sha256 over names, types, shapes and bytes of the state dict: equal only where all weights are bitwise equal."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def read_tensors(path: Path) -> Any:
+    """The content of a torch or safetensors file, read without unpickling; UserError where that is impossible."""
+    if not path.exists():
+        raise UserError(f"Checkpoint '{path}' does not exist; check the path.")
+    if not path.is_file():
+        raise UserError(f"Checkpoint '{path}' is not a file; give the path of a .pt, .th or .safetensors file.")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(_unpickling_sentence(path, str(error))) from error
+    except PermissionError as error:
+        raise UserError(f"Checkpoint '{path}' cannot be read: permission denied.") from error
+    # A damaged file makes torch's reader raise almost anything, from EOFError to UnicodeDecodeError.
+    except Exception as error:
+        raise UserError(_damaged_sentence(path)) from error
+
+
+def _damaged_sentence(path: Path) -> str:
+    size = path.stat().st_size
+    return f"Checkpoint '{path}' ({size} bytes) is truncated or not a torch or safetensors file; copy it again."
+
+
+def _unpickling_sentence(path: Path, message: str) -> str:
+    """torch raises one class both for forbidden content and for garbage; its message tells them apart."""
+    if not any(word in message for word in ("GLOBAL", "global", "Unsupported class", "not allowed")):
+        return _damaged_sentence(path)
+    return (
+        f"Checkpoint '{path}' holds pickled Python objects, which can run any code while loading, so it is refused; "
+        "save only the weights with torch.save(model.state_dict(), path)."
+    )
+
+
+def _state_dict_in(content: Any, key: str | None, path: Path) -> dict[str, Tensor]:
+    """The mapping from names to tensors inside `content`."""
+    if key is not None:
+        if not isinstance(content, Mapping) or key not in content:
+            found = ", ".join(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
+            raise UserError(f"Checkpoint '{path}' has no entry '{key}'; it holds: {found[:200]}.")
+        content = content[key]
+    else:
+        content = next((content[name] for name in WRAPPER_KEYS if _has_mapping(content, name)), content)
+    if isinstance(content, Mapping):
+        tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+        if tensors and len(tensors) == len(content):
+            return tensors
+    raise UserError(
+        f"Checkpoint '{path}' holds no state dict (a mapping from names to tensors); "
+        "save one with torch.save(model.state_dict(), path), or name the entry that holds it with key."
+    )
+
+
+def _has_mapping(content: Any, name: str) -> bool:
+    return isinstance(content, Mapping) and isinstance(content.get(name), Mapping)
+
+
+def _strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the wrappers' prefixes, each removed only where every key has it."""
+    prefix = next((prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in state)), None)
+    if prefix is None:
+        return state
+    return _strip_prefixes({name.removeprefix(prefix): tensor for name, tensor in state.items()})
+
+
+def _check_fit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
+    missing = [name for name in expected if name not in state]
+    unexpected = [name for name in state if name not in expected]
+    shapes = [
+        f"{name} is {tuple(state[name].shape)}, the model has {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    wrong = (("missing", missing), ("not in the model", unexpected), ("of another shape", shapes))
+    parts = [f"{len(names)} {label} ({_first(names)})" for label, names in wrong if names]
+    if parts:
+        raise UserError(f"Checkpoint '{path}' is for another architecture; keys: {'; '.join(parts)}.")
+    broken = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise UserError(f"Checkpoint '{path}' holds NaN or infinite values in {_first(broken)}; its training diverged.")
+
+
+def _first(names: list[str]) -> str:
+    rest = len(names) - N_NAMED
+    return ", ".join(names[:N_NAMED]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,63 @@
+"""What a network is called with: one tensor, a tuple of positional or a mapping of keyword arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .module_kinds import Inputs
+
+
+def as_call(example_inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of `model(...)`."""
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    return (example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)), {}
+
+
+def batch_size(example_inputs: Inputs) -> int:
+    """The first axis of the first tensor; ValueError where there is none."""
+    tensors = [value for value in tensors_of(example_inputs) if value.dim() > 0]
+    if not tensors:
+        raise ValueError("example_inputs holds no tensor with a batch axis.")
+    return tensors[0].shape[0]
+
+
+def tensors_of(example_inputs: Inputs) -> list[Tensor]:
+    """The tensors among the arguments, in order."""
+    args, kwargs = as_call(example_inputs)
+    return [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+
+
+def mapped(example_inputs: Inputs, change: Callable[[Tensor], Any]) -> Inputs:
+    """The same arguments with every tensor changed."""
+
+    def each(value: Any) -> Any:
+        return change(value) if isinstance(value, Tensor) else value
+
+    if isinstance(example_inputs, Tensor):
+        return each(example_inputs)
+    if isinstance(example_inputs, Mapping):
+        return {name: each(value) for name, value in example_inputs.items()}
+    return tuple(map(each, example_inputs))
+
+
+def resized(example_inputs: Inputs, size: int) -> Inputs:
+    """Every tensor that has the batch axis, cut or repeated to `size` rows; images channels-last."""
+    given = batch_size(example_inputs)
+
+    def resize(value: Tensor) -> Tensor:
+        if not is_batch(value, given):
+            return value
+        value = value.repeat(-(-size // given), *[1] * (value.dim() - 1))[:size]
+        return value.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else value.contiguous()
+
+    return mapped(example_inputs, resize)
+
+
+def is_batch(value: Any, size: int) -> bool:
+    """Whether an argument is a tensor with one row an image."""
+    return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == size

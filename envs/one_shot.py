@@ -1,0 +1,114 @@
+"""All filter groups of a network decided in one step: one keep/drop bit per filter of the network.
+
+Shapes: M masks, N filters of all groups together, D weights a filter (of the widest group), F statistics a filter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..rewards.outcome import Outcome
+from .evaluation.mask_evaluator import correct_flags
+from .networks.graph_passes import order_weights
+from .observation import Observation
+from .repair.reconstruction import Reconstruction, ReconstructionSettings
+from .surgery.cutting import prune
+from .surgery.filter_group import FilterGroup
+from .task import LayerTask, PruningTask
+
+GROUP_NAME = "network"
+
+
+@dataclass(frozen=True)
+class OneShotObservation(Observation):
+    """Weights (N, D), padded with zeros, statistics (N, F), and which group a filter belongs to, (N,) float32."""
+
+    groups: np.ndarray
+
+    def as_dict(self) -> dict[str, np.ndarray]:
+        """The Gymnasium form."""
+        return {**super().as_dict(), "groups": self.groups}
+
+
+class OneShotTask(LayerTask):
+    """Every group of a task as one decision; takes a `LayerTask`'s place in the environments.
+
+    A mask is judged by what it leads to: the network is cut for real, repaired in closed form (`Reconstruction`) if
+    wished, and counted. Observations are of the network before the cut.
+
+    Args:
+        task: the network, its images and its groups.
+        repair: how cut networks are repaired; None leaves them as cut.
+        layers: the groups one by one, where some are known (with what was seen of them) already.
+    """
+
+    def __init__(
+        self, task: PruningTask, repair: ReconstructionSettings | None, layers: Sequence[LayerTask] | None = None
+    ) -> None:
+        groups = task.groups
+        super().__init__(task, FilterGroup(GROUP_NAME, sum(group.n_filters for group in groups), ()))
+        self.groups = groups
+        self.repair = repair
+        self.layers = layers or [LayerTask(task, group) for group in groups]
+
+    def with_repair(self, repair: ReconstructionSettings | None) -> OneShotTask:
+        """The same decision, judged under another repair."""
+        return self if repair == self.repair else OneShotTask(self.task, repair, self.layers)
+
+    @cached_property
+    def observation(self) -> OneShotObservation:
+        """What is seen of every filter, group after group."""
+        seen = [layer.observation for layer in self.layers]
+        widest = max(each.weights.shape[1] for each in seen)
+        return OneShotObservation(
+            np.concatenate([np.pad(each.weights, ((0, 0), (0, widest - each.weights.shape[1]))) for each in seen]),
+            np.concatenate([each.statistics for each in seen]),
+            np.repeat(np.arange(len(seen), dtype=np.float32), [len(each.weights) for each in seen]),
+        )
+
+    @cached_property
+    def reconstruction(self) -> Reconstruction | None:
+        """The dense network's part of the repair, measured once."""
+        if self.repair is None:
+            return None
+        images, _ = self.task.fit_images(self.repair.images)
+        return Reconstruction(self.task.model, images, self.repair)
+
+    def choices(self, keep: Tensor) -> dict[FilterGroup, Tensor]:
+        """One mask (N,) as a mask for each group."""
+        return dict(zip(self.groups, keep.split([group.n_filters for group in self.groups]), strict=True))
+
+    def named(self, keep: Tensor) -> dict[str, Tensor]:
+        """One mask (N,) as a mask by group name; `joined` takes it back."""
+        return {group.name: part for group, part in self.choices(keep).items()}
+
+    def joined(self, masks: Mapping[str, Tensor]) -> Tensor:
+        """Masks by group name as one mask (N,)."""
+        return torch.cat([masks[group.name] for group in self.groups])
+
+    def cut(self, keep: Tensor) -> nn.Module:
+        """A new, smaller network without the filters that `keep` (N,) bool drops, repaired if wished."""
+        if self.reconstruction is None:
+            return prune(self.task.model, self.choices(keep))
+        return self.reconstruction.cut(self.choices(keep))
+
+    def outcomes(self, masks_MN: Tensor, image_indices: Tensor | None = None) -> list[Outcome]:
+        """What each mask does, on the whole reward split or on the images named; UserError for an emptied group."""
+        (images, labels), objective = self.task.reward_images, self.task.objective
+        base = self.task.base.correct
+        if image_indices is not None:
+            images, labels, base = images[image_indices], labels[image_indices], base[image_indices]
+        outcomes = []
+        for keep in torch.as_tensor(masks_MN, dtype=torch.bool):
+            model = self.cut(keep)
+            order_weights(model)
+            accuracy = objective.fraction(correct_flags(model, images, labels, objective=objective))
+            counts = {group: int(each.sum()) for group, each in self.choices(keep).items()}
+            outcomes.append(self.task.outcome(objective.fraction(base), accuracy, counts))
+        return outcomes

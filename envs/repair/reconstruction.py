@@ -1,0 +1,213 @@
+"""A network that was cut, repaired in closed form: every layer behind a cut is regressed on what it is fed now.
+
+Layer after layer, in the order of execution, the weights are solved for what the DENSE network's layer put out, given
+what the cut network, already repaired up to there, feeds it. That is the least-squares reconstruction of He et al. 2017
+(arXiv 1707.06168, eq. 5), and at the end of a residual branch their section 3.3: the branch is also asked for what its
+shortcut lost. Ours: a ridge towards the weights as cut, an intercept, and every layer behind the first cut is solved,
+not only the ones that read pruned channels. One pass over a few hundred images; no gradient, no label.
+
+Shapes: B images, S samples, K weights a filter, O outputs.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ...errors import UserError
+from ..evaluation.mask_evaluator import channels_last
+from ..networks.graph_passes import functionalise
+from ..networks.module_kinds import LeafTracer
+from ..surgery.cutting import KeptRows, cut_channels, kept_rows
+from ..surgery.filter_group import FilterGroup
+from ..surgery.slicing import Rows
+from .patches import inputs_at, outputs_at, regress
+from .repair_sites import Site, find_sites, shortcuts_first
+
+
+@dataclass(frozen=True)
+class ReconstructionSettings:
+    """How a cut network is repaired.
+
+    Args:
+        images: of the fit split; they are in memory together, as activations of one layer.
+        places: sampled positions an image and layer.
+        ridge: pull towards the weights as cut, relative to the mean energy of an input.
+        max_inputs: layers with more weights a filter stay as cut (the system grows with the square).
+    """
+
+    images: int = 1000
+    places: int = 32
+    ridge: float = 1e-3
+    max_inputs: int = 4608
+
+    def __post_init__(self) -> None:
+        if min(self.images, self.places, self.max_inputs) < 1 or not self.ridge > 0:
+            raise UserError(
+                f"The reconstruction has images={self.images}, places={self.places}, ridge={self.ridge}, "
+                f"max_inputs={self.max_inputs}; expected all of them above 0."
+            )
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the dense network did at a site: outputs (S, O), and its sum partner's (S, O) if there is one."""
+
+    outputs: Tensor
+    partner: Tensor | None
+
+
+class Reconstruction:
+    """Cuts a dense network and repairs it; the dense network is run once, here.
+
+    Args:
+        model: the dense network, untouched.
+        images: (B, ...) of the fit split.
+        settings: how.
+
+    `sites` are the layers that can be solved, by graph node; `skipped` the others, with the reason. Raises UserError
+    for a network that `torch.fx` cannot trace.
+    """
+
+    def __init__(self, model: nn.Module, images: Tensor, settings: ReconstructionSettings | None = None) -> None:
+        self.settings = settings or ReconstructionSettings()
+        self.model = model
+        self.images = channels_last(images)
+        traced = _trace(copy.deepcopy(model).eval().requires_grad_(False))
+        self.sites, self.skipped = find_sites(traced, self.settings.max_inputs)
+        recorder = _Recorder(traced, self.sites, self.settings.places)
+        with torch.no_grad():
+            recorder.run(self.images)
+        self.wanted = recorder.wanted
+
+    def cut(self, choices: Mapping[FilterGroup, Tensor]) -> nn.Module:
+        """`prune(model, choices)`, repaired; the same choices always give the same network.
+
+        Raises UserError as `prune` does.
+        """
+        kept = kept_rows(self.model, choices)
+        pruned = cut_channels(self.model, kept)
+        working = copy.deepcopy(pruned).eval().requires_grad_(False)
+        with torch.no_grad():
+            # The graph's modules are the working copy's own: what is solved in the graph is solved there.
+            _Repair(_trace(working), self, kept).run(self.images)
+        pruned.load_state_dict(working.state_dict())
+        return pruned
+
+
+def cut_compensated(
+    model: nn.Module,
+    choices: Mapping[FilterGroup, Tensor],
+    images: Tensor,
+    settings: ReconstructionSettings | None = None,
+) -> nn.Module:
+    """Cut once and repair; see `Reconstruction`, which keeps the dense network's part for many cuts."""
+    return Reconstruction(model, images, settings).cut(choices)
+
+
+def _trace(model: nn.Module) -> fx.GraphModule:
+    try:
+        traced = fx.GraphModule(model, LeafTracer().trace(model))
+        functionalise(traced)
+    except Exception as error:
+        raise UserError(
+            f"The network cannot be traced ({error}), so it cannot be repaired layer by layer; prune it without repair."
+        ) from error
+    shortcuts_first(traced)
+    return traced
+
+
+class _Recorder(fx.Interpreter):
+    """Runs the dense network and notes what it puts out at every site."""
+
+    def __init__(self, traced: fx.GraphModule, sites: Mapping[str, Site], places: int) -> None:
+        super().__init__(traced)
+        self.sites, self.places = sites, places
+        self.wanted: dict[str, Wanted] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run and note."""
+        value = super().run_node(n)
+        site = self.sites.get(n.name)
+        if site is not None:
+            partner = None if site.partner is None else outputs_at(_value(self, site.partner), self.places)
+            outputs = outputs_at(value, self.places)
+            same = partner is not None and partner.shape == outputs.shape
+            self.wanted[n.name] = Wanted(outputs, partner if same else None)
+        return value
+
+
+class _Repair(fx.Interpreter):
+    """Runs the cut network, and solves every layer whose input has changed just before it runs."""
+
+    def __init__(self, traced: fx.GraphModule, reconstruction: Reconstruction, kept: KeptRows) -> None:
+        super().__init__(traced)
+        self.source, self.kept = reconstruction, kept
+        self.touched: set[fx.Node] = set()
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Solve if needed, then run."""
+        changed = any(each in self.touched for each in n.all_input_nodes)
+        site = self.source.sites.get(n.name)
+        if changed and site is not None and site.module == n.target:
+            self._solve(n, site)
+        if changed or (n.op == "call_module" and n.target in self.kept):
+            self.touched.add(n)
+        return super().run_node(n)
+
+    def _solve(self, node: fx.Node, site: Site) -> None:
+        settings = self.source.settings
+        module = self.submodules[site.module]
+        norm = None if site.norm is None else self.submodules[site.norm]
+        inputs_SK = inputs_at(module, _value(self, node.all_input_nodes[0].name), settings.places)
+        wanted_SO = self._wanted(node.name, site, self.kept.get(site.module, {}).get("out"), norm)
+        weight, bias = _tensor(module, "weight"), module.bias
+        intercept = bias is not None or norm is not None
+        prior_KO = weight.reshape(len(weight), -1).T
+        if isinstance(bias, Tensor):
+            wanted_SO = wanted_SO - bias
+        solved = regress(inputs_SK, wanted_SO, prior_KO, settings.ridge, intercept)
+        if isinstance(bias, Tensor):
+            bias += solved[-1].to(bias.dtype)
+        elif isinstance(norm, _BatchNorm):
+            _tensor(norm, "running_mean").sub_(solved[-1].to(weight.dtype))
+        weight.copy_((solved[:-1] if intercept else solved).T.reshape(weight.shape))
+
+    def _wanted(self, name: str, site: Site, rows: Rows | None, norm: nn.Module | None) -> Tensor:
+        wanted = self.source.wanted[name]
+        keep = slice(None) if rows is None else torch.as_tensor(rows)
+        outputs = wanted.outputs[:, keep]
+        if wanted.partner is None or site.partner is None:
+            return outputs
+        now = outputs_at(_value(self, site.partner), self.source.settings.places)
+        if now.shape != outputs.shape:
+            return outputs
+        lost = wanted.partner[:, keep] - now
+        return outputs + (lost if norm is None else lost / _norm_scale(norm))
+
+
+def _norm_scale(norm: nn.Module) -> Tensor:
+    """What a batch norm multiplies its input with, kept away from 0."""
+    variance, gain = _tensor(norm, "running_var"), norm.weight
+    scale = torch.rsqrt(variance + float(norm.eps))  # type: ignore[arg-type]
+    scale = scale * gain if isinstance(gain, Tensor) else scale
+    tiny = 1e-2 * scale.abs().mean().clamp_min(1e-12)
+    return torch.where(scale.abs() < tiny, torch.full_like(scale, torch.inf), scale)
+
+
+def _tensor(module: nn.Module, name: str) -> Tensor:
+    value = getattr(module, name)
+    assert isinstance(value, Tensor)
+    return value
+
+
+def _value(interpreter: fx.Interpreter, name: str) -> Tensor:
+    value = next(value for node, value in interpreter.env.items() if node.name == name)
+    assert isinstance(value, Tensor)
+    return value

@@ -1,0 +1,126 @@
+"""Filters removed for real: a new, smaller network of the same classes.
+
+Shapes: N filters of a group.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ...errors import UserError
+from .filter_group import FilterGroup
+from .slicing import Rows, checked_rows, has_inputs, slice_module, width
+
+KeptRows = Mapping[str, Mapping[str, Rows]]
+"""Module -> axis ("out", "in") -> kept channels, ascending."""
+
+
+def prune(model: nn.Module, choices: Mapping[FilterGroup, Tensor]) -> nn.Module:
+    """A copy of `model` without the dropped filters; `model` itself is untouched, bit for bit.
+
+    Args:
+        model: the network the groups were found in.
+        choices: keep mask (N,) bool of each group.
+
+    The copy has parameters of its own (an optimiser made for `model` does not know them), the same training mode and
+    the same `requires_grad`. Raises UserError for a mask of another length or dtype, one that keeps nothing, channels
+    that do not exist or that two groups claim.
+    """
+    return cut_channels(model, kept_rows(model, choices))
+
+
+def kept_rows(model: nn.Module, choices: Mapping[FilterGroup, Tensor]) -> dict[str, dict[str, Rows]]:
+    """What stays of every module that the choices touch."""
+    dropped: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for group, keep in choices.items():
+        lost = ~checked_keep(group, keep).numpy()
+        for cut in group.cuts:
+            module = find_module(model, cut.module)
+            if cut.channels.max() >= width(module, cut.axis):
+                raise UserError(
+                    f"Group {group.name!r} cuts {cut.axis!r} channel {cut.channels.max()} of {cut.module!r}, which has "
+                    f"only {width(module, cut.axis)}; find the groups anew on this network."
+                )
+            dropped[cut.module, cut.axis].extend(cut.channels[lost].reshape(-1).tolist())
+    kept: dict[str, dict[str, Rows]] = defaultdict(dict)
+    for (name, axis), rows in dropped.items():
+        if len(set(rows)) != len(rows):
+            raise UserError(f"Two of the chosen groups claim the same {axis!r} channels of {name!r}.")
+        total = width(find_module(model, name), axis)
+        kept[name][axis] = np.setdiff1d(np.arange(total, dtype=np.int64), np.array(rows, dtype=np.int64))
+    return dict(kept)
+
+
+def cut_channels(model: nn.Module, kept: KeptRows) -> nn.Module:
+    """A copy of `model` with only these channels; every list is checked (`slicing.checked_rows`)."""
+    smaller = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, axes in kept.items():
+            module = find_module(smaller, name)
+            unknown = set(axes) - ({"out", "in"} if has_inputs(module) else {"out"})
+            if unknown:
+                raise UserError(f"Module {name!r} ({type(module).__name__}) has no axis {sorted(unknown)[0]!r} to cut.")
+            rows = {
+                axis: checked_rows(name, module, axis, axes.get(axis, np.arange(width(module, axis))))
+                for axis in (("out", "in") if has_inputs(module) else ("out",))
+            }
+            slice_module(name, module, rows["out"], rows.get("in"))
+    return smaller
+
+
+def checked_masks(group: FilterGroup, masks: Tensor) -> Tensor:
+    """Masks (M, N) as bool; ValueError for another shape and for a mask that keeps nothing."""
+    masks_MN = torch.as_tensor(masks, dtype=torch.bool)
+    if masks_MN.dim() != 2 or masks_MN.shape[1] != group.n_filters:
+        raise ValueError(
+            f"masks of {group.name!r} have shape {tuple(masks_MN.shape)}, expected (M, {group.n_filters})."
+        )
+    if not bool(masks_MN.any(1).all()):
+        raise ValueError(f"a mask of {group.name!r} keeps no filter at all; keep at least one.")
+    return masks_MN
+
+
+def checked_keep(group: FilterGroup, keep: Tensor) -> Tensor:
+    """`keep` on the CPU, if it is a (N,) bool mask of `group` that keeps something; UserError otherwise."""
+    if not isinstance(keep, Tensor) or keep.dtype != torch.bool or tuple(keep.shape) != (group.n_filters,):
+        came = f"{keep.dtype} {tuple(keep.shape)}" if isinstance(keep, Tensor) else type(keep).__name__
+        raise UserError(f"The keep mask of {group.name!r} must be a bool tensor ({group.n_filters},), got {came}.")
+    if not bool(keep.any()):
+        raise UserError(f"The mask of {group.name!r} keeps none of its {group.n_filters} filters; keep at least one.")
+    return keep.cpu()
+
+
+def find_module(model: nn.Module, name: str) -> nn.Module:
+    """The module of that qualified name; UserError if there is none."""
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        raise UserError(f"The network has no module {name!r}; was it built by another constructor?") from error
+
+
+def round_keep(keep: Tensor, scores: Tensor, round_to: int, min_kept: int = 1) -> Tensor:
+    """The mask with the best dropped filters taken back, until `round_to` divides the number kept.
+
+    Args:
+        keep: (N,) bool.
+        scores: (N,), higher is more important.
+        round_to: wanted multiple of kept filters; N itself is always allowed.
+        min_kept: least number of filters kept.
+
+    Hardware likes multiples of 8 or 16; rounding up never costs accuracy.
+    """
+    if round_to < 1 or min_kept < 1:
+        raise UserError(f"round_to and min_kept must be 1 or more, got round_to={round_to}, min_kept={min_kept}.")
+    if keep.shape != scores.shape:
+        raise UserError(f"keep has shape {tuple(keep.shape)} and scores {tuple(scores.shape)}; they must be equal.")
+    wanted = min(len(keep), -(-max(int(keep.sum()), min_kept) // round_to) * round_to)
+    ranked = torch.where(keep, torch.inf, scores.double()).argsort(descending=True, stable=True)
+    rounded = keep.clone()
+    rounded[ranked[:wanted]] = True
+    return rounded

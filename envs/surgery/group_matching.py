@@ -1,0 +1,60 @@
+"""Which group of the dense network a group of the pruned network is: by where its channels came from.
+
+A group is called after the first convolution and, if that has several, after a channel; both may change as neighbours
+are cut. Seen from the dense network they do not.
+
+Shapes: N filters.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..surgery.kept_channels import KeptChannels
+from .filter_group import Cut, FilterGroup, GroupPlan
+from .slicing import Rows
+
+
+def named_as(found: GroupPlan, dense: GroupPlan, kept: KeptChannels) -> GroupPlan:
+    """The groups of a pruned network under the names they have in the dense one.
+
+    Args:
+        found: the pruned network's groups.
+        dense: the dense network's.
+        kept: the channels that are left.
+
+    A group that the dense network does not offer is not offered here either.
+    """
+    groups = []
+    for group in found.groups:
+        twin = dense_rows(group, dense, kept)
+        if twin is not None:
+            groups.append(FilterGroup(twin[0].name, group.n_filters, group.cuts))
+    return GroupPlan(tuple(groups), found.skipped, found.notes)
+
+
+def dense_rows(group: FilterGroup, dense: GroupPlan, kept: KeptChannels) -> tuple[FilterGroup, Rows] | None:
+    """The dense network's group that `group` is left of, and which of its filters these are, in their order.
+
+    None if the dense network has no group in which these filters go together.
+    """
+    root = group.cuts[0]
+    places = original_channels(root, kept)[:, 0]
+    for twin in dense.groups:
+        for cut in twin.producers:
+            if cut.module == root.module and np.isin(places, cut.channels).all():
+                owner = {int(channel): row for row, channels in enumerate(cut.channels) for channel in channels}
+                return twin, np.array([owner[int(place)] for place in places], dtype=np.int64)
+    return None
+
+
+def restricted(group: FilterGroup, rows: Rows) -> FilterGroup:
+    """The group with these of its filters only, in this order."""
+    cuts = tuple(Cut(each.module, each.axis, each.channels[rows], each.kind) for each in group.cuts)
+    return FilterGroup(group.name, len(rows), cuts)
+
+
+def original_channels(cut: Cut, kept: KeptChannels) -> Rows:
+    """The channels of a cut as the dense network numbers them."""
+    known = kept.rows.get(cut.module, {}).get(cut.axis)
+    return cut.channels if known is None else known[cut.channels]

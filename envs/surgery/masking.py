@@ -1,0 +1,67 @@
+"""A keep mask where it belongs: at the input of every layer that reads the group's filters.
+
+This is the plain, slow form, exact for every network: the yardstick that the fast evaluator and the surgery are held
+to. Zeroing a filter's weights is not removing it; what stands behind a normalisation would still see its shift.
+
+Shapes: N filters, R channels of a consumer that belong to one filter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..networks.module_kinds import is_conv
+from .filter_group import Cut, FilterGroup
+
+MixKey = tuple[str, str]
+"""Name of the group, name of the consumer."""
+
+
+@contextmanager
+def masked_inputs(
+    model: nn.Module, choices: Mapping[FilterGroup, Tensor], mixes: Mapping[MixKey, Tensor] | None = None
+) -> Iterator[nn.Module]:
+    """Within the context `model` runs as if the dropped filters were gone; afterwards it is as it was.
+
+    Args:
+        model: the network the groups were found in.
+        choices: keep mask (N,) bool of each group.
+        mixes: for (group, consumer) a matrix (N, N) that is applied instead of the mask, x' = P x over filters.
+    """
+    handles = []
+    try:
+        for group, keep in choices.items():
+            matrix = torch.diag(keep.to(torch.float64))
+            for cut in group.consumers:
+                mix = (mixes or {}).get((group.name, cut.module), matrix)
+                handles.append(model.get_submodule(cut.module).register_forward_pre_hook(_mixer(cut, mix)))
+        yield model
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def channel_dim(module: nn.Module, value: Tensor) -> int:
+    """Dimension of a consumer's input that holds its channels."""
+    if is_conv(module):
+        spatial = module.kernel_size
+        assert isinstance(spatial, tuple)
+        return value.dim() - len(spatial) - 1
+    return value.dim() - 1
+
+
+def _mixer(cut: Cut, mix: Tensor) -> Any:
+    rows = torch.as_tensor(cut.channels)
+
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        value = inputs[0].movedim(channel_dim(module, inputs[0]), -1).clone()
+        part = value[..., rows.to(value.device)]
+        value[..., rows.to(value.device)] = torch.einsum("ik,...kr->...ir", mix.to(value), part)
+        return (value.movedim(-1, channel_dim(module, inputs[0])), *inputs[1:])
+
+    return hook

@@ -1,0 +1,1 @@
+"""The Python interface: `keepdrop.prune` and what it takes and returns."""

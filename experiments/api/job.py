@@ -1,0 +1,133 @@
+"""What every call from Python that prunes has in common: its images, its network, its training, its result."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...envs.data.objective import Objective
+from ...envs.evaluation.mask_evaluator import accuracy_on
+from ...envs.networks.cost import count_cost
+from ...envs.surgery.kept_channels import KeptChannels
+from ...envs.surgery.limits import check_limits
+from ...envs.task import PruningTask
+from ..pruning.input_checks import resolve_device, try_network
+from ..pruning.network_schedule import NetworkSchedule
+from ..pruning.recover import Recover, RecoverySettings
+from ..pruning.schedule import LayerRecord, Recovery, Schedule
+from ..runs.seeds import derive_seed
+from ..training.augment import Augment
+from ..training.loop import check_augment, fit_network
+from ..training.settings import TrainSettings
+from .data import labelled_data, three_splits
+from .folder import open_folder
+from .own_training_loop import OwnLoop, OwnRecovery, retrained
+from .progress import Callback, Reporter
+from .result import PruningResult
+from .settings import Settings
+
+
+class Job:
+    """One call; see `keepdrop.prune` for the arguments.
+
+    Raises:
+        UserError: the images, the network, the layers or the limits cannot be used.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: Any,
+        test: Any,
+        *,
+        layers: Sequence[str] | None,
+        augment: Augment | None,
+        settings: Settings | None,
+        progress: Callback | None,
+        seed: int,
+        device: str,
+    ) -> None:
+        self.settings, self.augment, self.seed = settings or Settings(), augment, seed
+        chosen, where = self.settings, resolve_device(device)
+        data, objective = labelled_data(train, test), Objective(chosen.metric, chosen.loss)
+        self.splits = three_splits(data, chosen.reward_from, chosen.reward_size, chosen.split_seed, objective)
+        check_augment(augment, self.splits.fit)
+        self.dense = copy.deepcopy(model).eval().to(where)
+        try_network(self.dense, self.splits)
+        self.task = PruningTask(
+            self.dense,
+            self.splits,
+            settings=chosen.evaluation,
+            layers=layers,
+            seed=derive_seed(seed, "task"),
+            device=where,
+            limits=chosen.surgery,
+        )
+        check_limits(chosen.surgery, self.dense, self.task.plan, self.task.groups)
+        self.reporter = Reporter(progress)
+
+    def recovery(self, chosen: TrainSettings | OwnLoop | None) -> Recovery:
+        """What follows each cut."""
+        if callable(chosen):
+            return OwnRecovery(chosen)
+        train = chosen or TrainSettings(epochs=0)
+        report = partial(self.reporter.epoch, "recovery", train.epochs)
+        return Recover(RecoverySettings(self.settings.bn_images, train), self.dense, self.augment, report)
+
+    def run(
+        self,
+        schedule: Schedule | NetworkSchedule,
+        finetune: TrainSettings | OwnLoop | None,
+        folder: str | Path | None,
+        asked: Mapping[str, Any],
+    ) -> PruningResult:
+        """Prune as `schedule` says, fine-tune, measure; a folder is gone on with if it began with what was `asked`."""
+        with ExitStack() as stack:
+            path = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
+            place = open_folder(path, self.task, {"seed": self.seed, "settings": self.settings, **asked})
+            pruned, kept, records = schedule.run(self.task, place, self.reporter)
+        return self._result(pruned.model, self._finetuned(pruned.model, finetune), kept, records)
+
+    def _finetuned(self, pruned: nn.Module, chosen: TrainSettings | OwnLoop | None) -> nn.Module:
+        seed = derive_seed(self.seed, "finetune")
+        if callable(chosen):
+            return retrained(pruned, chosen, seed)
+        model = copy.deepcopy(pruned)
+        if chosen is not None:
+            teacher = self.dense if chosen.distill_weight > 0 else None
+            report = partial(self.reporter.epoch, "finetune", chosen.epochs)
+            fit = self.splits.fit
+            fit_network(model, fit, chosen, seed=seed, augment=self.augment, teacher=teacher, progress=report)
+        return model.eval()
+
+    def _result(
+        self, pruned: nn.Module, tuned: nn.Module, kept: KeptChannels, records: Sequence[LayerRecord]
+    ) -> PruningResult:
+        splits, dense = self.splits, self.dense
+        example = splits.reward.batch(torch.arange(1))[0].to(next(dense.parameters()).device)
+        before, after = count_cost(dense, example), count_cost(tuned, example)
+        base, cut, final = (accuracy_on(model, splits.report) for model in (dense, pruned, tuned))
+        return PruningResult(
+            model=tuned,
+            dense=dense,
+            layers=tuple(records),
+            base_accuracy=base,
+            pruned_accuracy=cut,
+            accuracy=final,
+            base_macs=before.macs,
+            macs=after.macs,
+            base_params=before.params,
+            params=after.params,
+            bound_held=all(record.within_bound for record in records),
+            kept=kept,
+            example=example,
+            metric=self.task.objective.name,
+        )

@@ -1,0 +1,214 @@
+"""The Python interface: a trained network and two datasets in, a smaller network out. No configuration files.
+
+With the same settings and the same seed it decides what `keepdrop prune` decides, filter by filter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ...agent.policies.set_policy import Policy
+from ...agent.saved_agent import AgentMismatch, SavedAgent
+from ...envs.networks.checkpoint import hash_state
+from ...envs.one_shot import GROUP_NAME
+from ...envs.repair.reconstruction import ReconstructionSettings
+from ...envs.surgery.macs_target import Target
+from ...errors import UserError
+from ...rewards.try_and_learn import TryAndLearn, check_drop_bound
+from ..pruning.network_decide import AskNetworkAgent, NetworkDecider, TrainNetworkAgent
+from ..pruning.network_schedule import NetworkSchedule
+from ..pruning.schedule import Recovery, Schedule
+from ..pruning.trained_agents import AskAgents, agents_of, check_agents, load_agents
+from ..training.augment import Augment
+from ..training.settings import TrainSettings
+from .job import Job
+from .layer_agents import LayerAgents
+from .own_training_loop import OwnLoop
+from .progress import Callback
+from .result import PruningResult
+from .settings import FINETUNE, Settings
+
+Policies = Mapping[str, Callable[..., Policy]]
+
+
+def prune(
+    model: nn.Module,
+    train: Any,
+    test: Any,
+    *,
+    macs_removed: float | None = None,
+    drop_bound: float = 0.02,
+    layers: Sequence[str] | None = None,
+    recover: TrainSettings | OwnLoop | None = None,
+    finetune: TrainSettings | OwnLoop | None = FINETUNE,
+    augment: Augment | None = None,
+    settings: Settings | None = None,
+    progress: Callback | None = None,
+    folder: str | Path | None = None,
+    warm_start: str | Path | None = None,
+    policies: Policies | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+) -> PruningResult:
+    """Train an agent on each layer, remove filters for real, fine-tune, and measure on images nothing was chosen on.
+
+    Args:
+        model: trained, maps images (B, C, H, W) to logits (B, classes), or to what the metric takes; never changed.
+        train, test: each a map-style dataset of (floating image tensor, integer label) or a pair of tensors
+            (images, labels), normalised as the network takes them; with another metric than top-1 targets of any shape.
+        macs_removed: a target, the fraction of the network's MACs to remove (0.4: 40 %): one agent chooses all layers
+            at once. None: an agent a layer removes what `drop_bound` allows.
+        drop_bound: accuracy that may be lost before fine-tuning, a fraction (0.02: two points). With a target it stops
+            nothing: `bound_held` says whether it held.
+        layers: names or globs of the layers to prune; None: all that can be.
+        recover: training after each cut, kept only where it helps: settings, or a function that trains a network in
+            place with a loop of your own; None: none.
+        finetune: training at the end, likewise.
+        augment: of training images, (images, generator) -> images.
+        settings: how the search goes.
+        progress: called with a `Progress` for every update, layer and epoch; `print` will do.
+        folder: keeps agents, decisions and networks; called again with the same arguments, an interrupted run goes on.
+        warm_start: the folder of an earlier run, of this function or of `keepdrop prune`: each layer that has an agent
+            there goes on training it.
+        policies: classes of one's own that those agents were made of, by name.
+        seed: same seed, same result, bit for bit on a CPU.
+        device: "cpu", "cuda", "mps" or "auto".
+
+    Raises:
+        UserError: what was given cannot be used; the sentence says why and what to do.
+    """
+    check_drop_bound(drop_bound)
+    job = Job(
+        model,
+        train,
+        test,
+        layers=layers,
+        augment=augment,
+        settings=settings,
+        progress=progress,
+        seed=seed,
+        device=device,
+    )
+    known = _warm(job, warm_start, policies, macs_removed)
+    asked = {"drop_bound": drop_bound, "layers": layers, "recover": recover, "macs_removed": macs_removed}
+    recovery = job.recovery(recover)
+    if macs_removed is not None:
+        agent = TrainNetworkAgent(job.settings.network, Target(macs_removed, "network"), job.reporter.network)
+        return job.run(_at_once(agent, job, recovery, drop_bound), finetune, folder, asked)
+    chosen = job.settings
+    reward = chosen.reward or TryAndLearn(drop_bound)
+    agents = LayerAgents(chosen.policy, reward, chosen.agent, chosen.masks, chosen.images, job.reporter, known)
+    schedule = Schedule(agents, reward, drop_bound, recovery, chosen.order, seed)
+    return job.run(schedule, finetune, folder, asked | _named(known))
+
+
+def apply_agents(
+    agents: str | Path,
+    model: nn.Module,
+    train: Any,
+    test: Any,
+    *,
+    macs_removed: float | None = None,
+    drop_bound: float = 0.02,
+    recover: TrainSettings | OwnLoop | None = None,
+    finetune: TrainSettings | OwnLoop | None = FINETUNE,
+    augment: Augment | None = None,
+    settings: Settings | None = None,
+    progress: Callback | None = None,
+    folder: str | Path | None = None,
+    policies: Policies | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+) -> PruningResult:
+    """Let trained agents decide on a network they have never seen, without training them; the rest is `prune`'s.
+
+    Args:
+        agents: the folder of an earlier run, of `prune(..., folder=...)` or of the command line.
+        model: another training of the same architecture; never changed.
+        train, test, recover, finetune, augment, progress, folder, seed, device: as for `prune`.
+        macs_removed: for an agent of a whole network: the MACs to remove; None: what it was trained for.
+        drop_bound: accuracy that may be lost before fine-tuning; it stops nothing, `bound_held` says whether it held.
+        settings: `evaluation`, `order`, `bn_images`, `surgery`, `metric` and the reward images matter here.
+        policies: classes of one's own that the agents were made of, by name.
+
+    Raises:
+        UserError: there are no agents, or they do not fit the network.
+    """
+    check_drop_bound(drop_bound)
+    known = _loaded(agents, policies)
+    layers = list(known[GROUP_NAME].facts["groups"]) if GROUP_NAME in known else list(known)
+    if macs_removed is not None and GROUP_NAME not in known:
+        raise UserError(
+            f"macs_removed is {macs_removed:g}, but the agents in {str(agents)!r} decide layer by layer; leave it out, "
+            "or give an agent of a whole network."
+        )
+    job = Job(
+        model,
+        train,
+        test,
+        layers=layers,
+        augment=augment,
+        settings=settings,
+        progress=progress,
+        seed=seed,
+        device=device,
+    )
+    _check(known, job)
+    recovery = job.recovery(recover)
+    asked = {"recover": recover, "macs_removed": macs_removed, **_named(known)}
+    if GROUP_NAME in known:
+        target = None if macs_removed is None else Target(macs_removed, "network")
+        schedule: Schedule | NetworkSchedule = _at_once(AskNetworkAgent(known[GROUP_NAME], target), job, recovery, None)
+    else:
+        schedule = Schedule(AskAgents(known), None, None, recovery, job.settings.order, seed)
+    result = job.run(schedule, finetune, folder, asked)
+    held = job.task.base.accuracy - result.layers[-1].pruned_accuracy <= drop_bound + 1e-9
+    return replace(result, bound_held=held)
+
+
+def _at_once(decide: NetworkDecider, job: Job, recovery: Recovery, drop_bound: float | None) -> NetworkSchedule:
+    """All layers decided together, the cut network repaired."""
+    repair = ReconstructionSettings() if job.settings.evaluation.compensate else None
+    return NetworkSchedule(decide, repair, drop_bound, job.seed, recovery)
+
+
+def _loaded(agents: str | Path, policies: Policies | None) -> dict[str, SavedAgent]:
+    try:
+        return load_agents(agents, policies)
+    except AgentMismatch as error:
+        raise UserError(str(error)) from error
+
+
+def _check(known: Mapping[str, SavedAgent], job: Job) -> None:
+    """Refuse agents that do not fit the layers of a job."""
+    try:
+        check_agents(known, job.task)
+    except AgentMismatch as error:
+        raise UserError(str(error)) from error
+
+
+def _warm(
+    job: Job, run: str | Path | None, policies: Policies | None, macs_removed: float | None
+) -> dict[str, SavedAgent]:
+    """The agents to start from, of the layers that have one."""
+    if run is None:
+        return {}
+    if macs_removed is not None:
+        raise UserError(
+            "warm_start is for agents of layers, and macs_removed trains one of all; leave one of them out."
+        )
+    names = [group.name for group in job.task.groups]
+    common = agents_of(_loaded(run, policies), names, run, "warm_start")
+    _check(common, job)
+    return common
+
+
+def _named(known: Mapping[str, SavedAgent]) -> dict[str, Any]:
+    """What a folder remembers of the agents it began with; nothing where there are none."""
+    modules: dict[str, Any] = {name: agent.policy for name, agent in known.items()}
+    return {"agents": {name: hash_state(module) for name, module in modules.items()}} if known else {}

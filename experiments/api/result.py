@@ -1,0 +1,73 @@
+"""What pruning from Python gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...envs.data.objective import TOP1, display_name
+from ...envs.files.pruned_network import save_pruned
+from ...envs.surgery.kept_channels import KeptChannels
+from ..deploy.latency import Latency, measure_latency
+from ..pruning.schedule import LayerRecord
+
+
+@dataclass(frozen=True)
+class PruningResult:
+    """What pruning did; accuracies are fractions on the report images, which nothing was chosen on.
+
+    Attributes:
+        model: the smaller network, fine-tuned, in evaluation mode.
+        dense: a copy of what came in.
+        layers: what happened to each layer.
+        base_accuracy, pruned_accuracy, accuracy: before, after the last cut, after fine-tuning.
+        base_macs, macs: multiply-accumulates an image, before and after.
+        base_params, params: parameters, before and after.
+        bound_held: whether the drop bound held after every cut, on the reward images.
+        kept: which channels of the dense network are left.
+        example: one image (1, C, H, W).
+        metric: what the accuracies are.
+    """
+
+    model: nn.Module
+    dense: nn.Module
+    layers: tuple[LayerRecord, ...]
+    base_accuracy: float
+    pruned_accuracy: float
+    accuracy: float
+    base_macs: int
+    macs: int
+    base_params: int
+    params: int
+    bound_held: bool
+    kept: KeptChannels
+    example: torch.Tensor
+    metric: str = TOP1.name
+
+    def facts(self) -> dict[str, Any]:
+        """Every number of the result; JSON types only."""
+        hidden = ("model", "dense", "kept", "example", "layers")
+        return {name: value for name, value in vars(self).items() if name not in hidden} | {
+            "layers": [asdict(record) for record in self.layers]
+        }
+
+    def save(self, folder: str | Path, constructor: Mapping[str, Any] | None = None) -> None:
+        """Write `model.safetensors` and `architecture.json`, which `keepdrop.load_pruned(folder, make_dense)` reads."""
+        save_pruned(self.model, folder, kept=self.kept, constructor=constructor, facts=self.facts())
+
+    def latency(self, batch_sizes: Sequence[int] = (1, 64), repeats: int = 20) -> tuple[Latency, ...]:
+        """Seconds of both networks, measured side by side here and now."""
+        models = {"base": self.dense, "pruned": self.model}
+        return tuple(measure_latency(models, self.example, batch_sizes=batch_sizes, repeats=repeats))
+
+    def __str__(self) -> str:
+        return (
+            f"{display_name(self.metric)} {self.base_accuracy:.2%} -> {self.accuracy:.2%}, "
+            f"MACs {self.base_macs:,} -> {self.macs:,} ({self.macs / self.base_macs - 1:+.1%}), "
+            f"parameters {self.base_params:,} -> {self.params:,} ({self.params / self.base_params - 1:+.1%})"
+        )

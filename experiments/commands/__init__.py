@@ -1,0 +1,1 @@
+"""One file a command, and the command line that finds them."""

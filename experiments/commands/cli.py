@@ -1,0 +1,146 @@
+"""`keepdrop COMMAND ...`: finds the command, runs it, and turns a user's mistake into one sentence."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from ...errors import UserError
+from ..config.cli_errors import DISK_ERRORS, check_flags, explain, groups, nearest
+from . import completion
+from . import help as command_help
+
+COMMANDS = {
+    "prune": "shrink a trained CNN: train an agent per layer, remove filters, fine-tune, report",
+    "inspect": "show what can be pruned, what hangs on it, and what is skipped and why",
+    "train-cnn": "train a base network",
+    "train-agent": "train the agent of one layer (-m layer=a,b,c trains several)",
+    "apply": "let trained agents decide on a new checkpoint, without training them",
+    "compare": "compare the agent with every other method at equal MACs",
+    "iterate": "drop a few filters, train a little, repeat: the interleaved method of the criteria",
+    "oracle": "remove each filter alone, and say how well criteria and agents foresee the loss",
+    "report": "rebuild the report.html of runs, and compare several",
+}
+POSITIONAL = {"report": "runs"}  # the list that arguments without a name go to
+LOUD = {"inspect"}  # commands whose only output is the answer: --quiet changes nothing
+USER_MISTAKE = 2
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Console entry point; exits with 0, with 2 after a user's mistake, with 130 after Ctrl-C."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        sys.exit(run(arguments))
+    except BrokenPipeError:  # `keepdrop prune --help | head` is no error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:
+        if debug or not _is_mistake(error):
+            raise
+        print(f"keepdrop: {_sentence(error, arguments)}", file=sys.stderr)
+        sys.exit(USER_MISTAKE)
+    except KeyboardInterrupt as stop:
+        print(f"\nkeepdrop: stopped. {stop}".rstrip(), file=sys.stderr)
+        sys.exit(130)
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line; returns the exit code."""
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if "--version" in arguments:
+        from importlib.metadata import version
+
+        print(f"keepdrop {version('keepdrop')}")
+        return 0
+    if arguments[0] in completion.FLAGS:
+        completion.complete(arguments[1:], COMMANDS, _enter)
+        return 0
+    command = arguments[0]
+    if command not in COMMANDS:
+        hint = nearest(command, COMMANDS) or f"expected one of {', '.join(COMMANDS)}."
+        raise UserError(f"{command!r} is not a command; {hint}")
+    if set(command_help.FLAGS) & set(arguments):
+        print(command_help.command_help(command.replace("-", "_")))
+        return 0
+    if command == "inspect":
+        arguments = ["json=true" if argument == "--json" else argument for argument in arguments]
+    check_flags(command.replace("-", "_"), arguments[1:])
+    _enter([command, *_settings(command, arguments[1:])])
+    return 0
+
+
+def _settings(command: str, arguments: Sequence[str]) -> list[str]:
+    """What Hydra is given: `--quiet` as the setting it stands for, and bare arguments in the list they belong to."""
+    rest = [argument for argument in arguments if argument != "--quiet"]
+    if len(rest) < len(arguments) and command not in LOUD:
+        rest.append("quiet=true")
+    if command == "apply":
+        from .apply import dotted
+
+        rest = dotted(rest)
+    else:
+        nulled = {f"{name}=null": f"~{name}" for name in groups()}  # Hydra's way to leave a group out
+        rest = [nulled.get(each, each) for each in rest]
+    if command not in POSITIONAL:
+        return rest
+    bare = [each for each in rest if not each.startswith("-") and ("=" not in each or Path(each).exists())]
+    quoted = ",".join("'" + each.replace("\\", "\\\\").replace("'", "\\'") + "'" for each in bare)
+    named = [each for each in rest if each not in bare]
+    return [*named, f"{POSITIONAL[command]}=[{quoted}]"] if bare else named
+
+
+def usage() -> str:
+    """The list of commands."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: keepdrop COMMAND [key=value ...]",
+            "",
+            *lines,
+            "",
+            "keepdrop COMMAND --help  shows a command's settings and examples.",
+            "--quiet  results and warnings only;  --debug  the traceback of an error;  --version",
+        ]
+    )
+
+
+def _enter(arguments: list[str]) -> None:
+    """Run a command: Hydra gets an argument list, a user's `_target_` the working directory on the path."""
+    sys.argv = [f"keepdrop {arguments[0]}", *arguments[1:]]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here instead of being printed by Hydra
+    os.environ.setdefault("KEEPDROP_COMMAND", arguments[0])
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    command = arguments[0]
+    importlib.import_module(f".{command.replace('-', '_')}", __package__).main()
+
+
+def _is_mistake(error: Exception) -> bool:
+    """Whether a sentence is all there is to say; a full disk is nobody's bug."""
+    if isinstance(error, UserError | HydraException | OmegaConfBaseException) or _is_mismatch(error):
+        return True  # Hydra's missing option is an OSError too
+    return isinstance(error, OSError) and error.errno in DISK_ERRORS
+
+
+def _is_mismatch(error: BaseException) -> bool:
+    """Whether it is an `AgentMismatch`; its module, which loads torch, is not imported to find out."""
+    saved_agent = sys.modules.get("keepdrop.agent.saved_agent")
+    return saved_agent is not None and isinstance(error, saved_agent.AgentMismatch)
+
+
+def _sentence(error: BaseException, arguments: Sequence[str]) -> str:
+    if isinstance(error, UserError) or _is_mismatch(error):
+        return str(error).strip()
+    return explain(error, arguments[0].replace("-", "_"), arguments[1:])

@@ -1,0 +1,259 @@
+"""The end of a run: fine-tune, open the report split once, save the smaller CNN, measure, and write it all down."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+
+from ...envs.data.objective import display_name
+from ...envs.data.splits import Splits
+from ...envs.evaluation.mask_evaluator import accuracy_on
+from ...envs.files.pruned_network import save_pruned
+from ...envs.networks.checkpoint import load_checkpoint, save_weights
+from ...envs.networks.cost import count_cost
+from ...envs.surgery.kept_channels import KeptChannels
+from ..config.baseline_training import train_with_progress
+from ..config.entry_point import plain, settings
+from ..deploy.export import export_all
+from ..deploy.latency import measure_latency, speed_advice
+from ..pruning.input_checks import resolve_device
+from ..pruning.schedule import LayerRecord
+from ..reporting.cards import bound_sentence
+from ..runs.console import Terminal
+from ..runs.folder import METRICS, RunFolder
+from ..runs.seeds import derive_seed
+from ..runs.tracking import Tracker
+from ..training.loop import TrainSettings
+
+WEIGHTS = "model.safetensors"
+
+
+@dataclass
+class Networks:
+    """The three states of a run's network."""
+
+    dense: nn.Module
+    pruned: nn.Module
+    finetuned: nn.Module
+
+
+def finetune(
+    dense: nn.Module,
+    pruned: nn.Module,
+    splits: Splits,
+    config: DictConfig,
+    folder: RunFolder,
+    terminal: Terminal,
+    tracker: Tracker,
+    name: str = "finetune",
+) -> tuple[nn.Module, float]:
+    """A fine-tuned copy of `pruned`, and the seconds it took; a finished one is taken from the run folder."""
+    chosen = settings(config.finetune, TrainSettings)
+    model = copy.deepcopy(pruned)
+    if not (folder / name).is_dir():
+        started = time.perf_counter()
+        terminal.say(f"Fine-tuning: {chosen.epochs:g} epochs on {len(splits.fit)} images")
+        snapshot = folder / f"{name}-snapshot.pt"
+        train_with_progress(
+            name,
+            model,
+            splits,
+            chosen,
+            derive_seed(config.seed, "finetune"),
+            config,
+            terminal,
+            tracker,
+            teacher=dense if chosen.distill_weight > 0 else None,
+            snapshot=snapshot,
+        )
+        seconds = time.perf_counter() - started
+        with folder.stage(name) as working:
+            save_weights(model, working / WEIGHTS)
+            (working / "seconds.txt").write_text(f"{seconds}\n")
+        snapshot.unlink(missing_ok=True)
+    load_checkpoint(model, folder / name / WEIGHTS)
+    return model.eval(), float((folder / name / "seconds.txt").read_text())
+
+
+def report_accuracy(model: nn.Module, splits: Splits) -> float:
+    """Accuracy on the report split, a fraction. Called at the end only; nothing is ever chosen on it."""
+    return accuracy_on(model, splits.report)
+
+
+def metrics_of(
+    networks: Networks, splits: Splits, records: Sequence[LayerRecord], config: DictConfig, finetune_seconds: float
+) -> dict[str, Any]:
+    """Everything that `metrics.json` holds; accuracies are fractions on the report split unless named otherwise."""
+    example = splits.reward.batch(torch.arange(1))[0].to(resolve_device(config.device))
+    dense, pruned = count_cost(networks.dense, example), count_cost(networks.pruned, example)
+    failed: dict[str, str] = {}
+    models = {"base": networks.dense, "pruned": networks.finetuned}
+    latency = [asdict(each) for each in measure_latency(models, example, **plain(config.latency), failed=failed)]
+    return {
+        "metric": splits.objective.name,
+        "base_accuracy": report_accuracy(networks.dense, splits),
+        "pruned_accuracy": report_accuracy(networks.pruned, splits),
+        "finetuned_accuracy": report_accuracy(networks.finetuned, splits),
+        "base_macs": dense.macs,
+        "pruned_macs": pruned.macs,
+        "base_params": dense.params,
+        "pruned_params": pruned.params,
+        "search_seconds": sum(record.search_seconds for record in records),
+        "recovery_seconds": sum(record.recovery_seconds for record in records),
+        "finetune_seconds": finetune_seconds,
+        "drop_bound": config.drop_bound,
+        "bound_held": all(record.within_bound for record in records),
+        "gave_way": [record.name for record in records if not record.within_bound],
+        "latency": latency,
+        "latency_failed": failed,
+        "advice": advice(latency, pruned.macs / dense.macs, config.surgery.round_to),
+        "groups": [group_facts(record) for record in records],
+    }
+
+
+def advice(latency: Sequence[Mapping[str, Any]], macs_fraction: float, round_to: int) -> list[str]:
+    """Where MACs fell and time did not, one sentence a runtime and batch size."""
+    found = []
+    for (runtime, batch), (base, pruned) in _pairs(latency).items():
+        sentence = speed_advice(macs_fraction, pruned["median_seconds"] / base["median_seconds"], round_to)
+        if sentence is not None:
+            found.append(f"Batch {batch}, {runtime}: {sentence}")
+    return found
+
+
+def _pairs(latency: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """Records of base and pruned network, by runtime and batch size."""
+    by_key = {(each.get("runtime", "eager"), each["batch_size"], each["model"]): each for each in latency}
+    keys = dict.fromkeys((runtime, batch) for runtime, batch, _ in by_key)
+    return {key: (by_key[*key, "base"], by_key[*key, "pruned"]) for key in keys}
+
+
+def group_facts(record: LayerRecord) -> dict[str, Any]:
+    """One row of the table of layers."""
+    return {
+        "name": record.name,
+        "n_filters": record.n_filters,
+        "n_kept": record.n_kept,
+        "decided_by": record.decided_by,
+        "reward_split_accuracy": record.pruned_accuracy,
+        "recovered_accuracy": record.recovered_accuracy,
+        "within_bound": record.within_bound,
+        "search_seconds": record.search_seconds,
+        "compensated": record.facts.get("compensated", []),
+        "not_compensated": record.facts.get("not_compensated", {}),
+    }
+
+
+def save_result(
+    networks: Networks,
+    kept: KeptChannels,
+    splits: Splits,
+    config: DictConfig,
+    folder: RunFolder,
+    facts: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The smaller CNN in `pruned/`: weights and architecture, loadable without pickle, and the exports asked for.
+
+    Returns what `metrics.json` says of the exports: files with their measured difference, and failures by kind.
+    """
+    with folder.stage("pruned") as working:
+        images = splits.reward.batch(torch.arange(min(5, len(splits.reward))))[0]
+        shape, constructor = (1, *images.shape[1:]), plain(config.network)
+        save_pruned(networks.finetuned, working, kept=kept, constructor=constructor, facts=facts, input_shape=shape)
+        # A network that cannot be exported is found last; hours of work are not thrown away for it.
+        exported, failed = export_all(networks.finetuned, images, working, plain(config.get("export")) or [])
+    return {"exports": [{**each, "file": f"pruned/{each['file']}"} for each in exported], "exports_failed": failed}
+
+
+def total_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """The table of the whole network, as text."""
+
+    def points(name: str) -> str:
+        return f"{100 * (metrics[name] - metrics['base_accuracy']):+.2f} points"
+
+    def amount(label: str, name: str) -> tuple[str, str, str, str]:
+        before, after = metrics[f"base_{name}"], metrics[f"pruned_{name}"]
+        return label, f"{before:,}", f"{after:,}", f"{100 * (after / before - 1):+.1f} %"
+
+    base, metric = f"{100 * metrics['base_accuracy']:.2f} %", display_name(metrics.get("metric"))
+    rows = [
+        (f"{metric}, pruned", base, f"{100 * metrics['pruned_accuracy']:.2f} %", points("pruned_accuracy")),
+        (f"{metric}, fine-tuned", base, f"{100 * metrics['finetuned_accuracy']:.2f} %", points("finetuned_accuracy")),
+        amount("MACs an image", "macs"),
+        amount("parameters", "params"),
+    ]
+    return rows + latency_rows(metrics["latency"])
+
+
+def latency_rows(latency: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, str]]:
+    """Measured latency, one row a runtime and batch size: median and quartiles."""
+    rows = []
+    for (runtime, batch), (base, pruned) in _pairs(latency).items():
+        threads = f"{base['n_threads']} thread{'s' if base['n_threads'] > 1 else ''}"
+        ratio = base["median_seconds"] / pruned["median_seconds"]
+        change = f"{ratio:.2f} x faster" if ratio >= 1 else f"{1 / ratio:.2f} x slower"
+        rows.append(
+            (f"latency, batch {batch}, {runtime}, {threads}", _milliseconds(base), _milliseconds(pruned), change)
+        )
+    return rows
+
+
+def _milliseconds(record: Mapping[str, Any]) -> str:
+    low, median, high = (1e3 * record[f"{name}_seconds"] for name in ("low", "median", "high"))
+    return f"{median:.2f} ms ({low:.2f} to {high:.2f})"
+
+
+def markdown_report(metrics: Mapping[str, Any], folder: RunFolder, command: str = "prune") -> str:
+    """`report.md`: the same two tables for a file."""
+    lines = [f"# keepdrop {command}", "", "| | base | pruned | change |", "|---|---:|---:|---:|"]
+    lines += [f"| {' | '.join(row)} |" for row in total_rows(metrics)]
+    lines += ["", "| layer | filters before | after | decided by |", "|---|---:|---:|---|"]
+    lines += [f"| {g['name']} | {g['n_filters']} | {g['n_kept']} | {g['decided_by']} |" for g in metrics["groups"]]
+    name = display_name(metrics.get("metric"), opens=True)
+    lines += ["", f"{name} is measured on the report split, which nothing was chosen on.", ""]
+    lines += [
+        f"Latency is the median of {_repeats(metrics)} passes (quartiles in brackets), both networks in turn.",
+        "",
+    ]
+    lines += [f"- {sentence}" for sentence in remarks(metrics)]
+    if text := bound_sentence(metrics):
+        lines.append(text)
+    return "\n".join(lines) + "\n"
+
+
+def _repeats(metrics: Mapping[str, Any]) -> int:
+    return max((record["repeats"] for record in metrics["latency"]), default=0)
+
+
+def remarks(metrics: Mapping[str, Any]) -> list[str]:
+    """What a reader has to know beside the figures: time that did not fall, runtimes and exports that failed."""
+    failed = {**metrics.get("latency_failed", {}), **metrics.get("exports_failed", {})}
+    written = [
+        f"{each['file']}: {each['kind']}, largest difference {each['largest_difference']:.0e} of the largest output."
+        for each in metrics.get("exports", [])
+    ]
+    return [*written, *metrics.get("advice", []), *(f"{name}: {why}" for name, why in failed.items())]
+
+
+def write_results(metrics: Mapping[str, Any], folder: RunFolder, command: str = "prune") -> None:
+    """`report.md`, then `metrics.json`, whose presence says that the run is complete."""
+    folder.write_text("report.md", markdown_report(metrics, folder, command))
+    folder.write_json(METRICS, metrics)
+
+
+def show_results(metrics: Mapping[str, Any], folder: RunFolder, terminal: Terminal) -> None:
+    """The final tables, warnings, and where everything lies."""
+    terminal.layers(metrics["groups"])
+    terminal.totals(total_rows(metrics))
+    for sentence in remarks(metrics):
+        terminal.console.print(sentence, markup=False)
+    if text := bound_sentence(metrics):
+        terminal.warn(text)
+    terminal.console.print(f"Run folder: {folder.path}", markup=False)

@@ -1,0 +1,46 @@
+"""`keepdrop COMMAND --help`: the text that the command's configuration holds, and the groups it offers.
+
+Hydra's own help says the same, but composes every group for it and needs torch: seconds instead of tenths.
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+
+from omegaconf import DictConfig, OmegaConf
+
+from ..config.cli_errors import CONF, groups
+
+_GROUPS = "$APP_CONFIG_GROUPS"
+FLAGS = ("--help", "-h")
+OF_TRAINING = ("experiment", "policy", "reward")  # groups that say how an agent is trained
+
+
+def command_help(root: str) -> str:
+    """Help of the command whose root configuration is `root`."""
+    config = OmegaConf.merge(_read("common.yaml"), _read(f"{root}.yaml"))
+    lines = [f"{name}: {', '.join(options)}\n" for name, options in offered(root).items()]
+    return str(config.hydra.help.template).replace(_GROUPS, "".join(lines)).rstrip()
+
+
+def offered(root: str) -> dict[str, list[str]]:
+    """Groups that a command chooses from, with their options; of the experiments those that start it.
+
+    A command that chooses none itself inherits them from the run of agents that are trained.
+    """
+    defaults = [next(iter(each)) for each in _read(f"{root}.yaml").defaults if isinstance(each, DictConfig)]
+    known = groups()
+    named = [name for name in known if name in defaults] or [name for name in known if name not in OF_TRAINING]
+    return {name: [each for each in known[name] if name != "experiment" or _starts(each, root)] for name in named}
+
+
+def _starts(experiment: str, root: str) -> bool:
+    """Whether the launch line at the head of an experiment is this command's."""
+    launch = f"# keepdrop {root.replace('_', '-')} experiment={experiment} "
+    return launch in (resources.files(CONF) / "experiment" / f"{experiment}.yaml").read_text(encoding="utf-8")
+
+
+def _read(name: str) -> DictConfig:
+    config = OmegaConf.create((resources.files(CONF) / name).read_text(encoding="utf-8"))
+    assert isinstance(config, DictConfig)
+    return config

@@ -1,0 +1,71 @@
+"""`keepdrop report RUN [RUN ...]`: a page for every run, and one that compares several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from ...errors import UserError
+from ..config.entry_point import run_with_hydra
+from ..reporting.run_data import Run, read_run
+from ..reporting.run_page import run_page
+from ..reporting.runs_page import comparison_page
+from ..runs.console import Terminal
+from ..runs.folder import RunFolder
+
+PAGE = "report.html"
+
+
+def main() -> None:
+    """Entry point of the command."""
+    run_with_hydra("report", run)
+
+
+def run(config: DictConfig) -> list[Path]:
+    """Write the pages; returns their paths."""
+    paths = [Path(each) for each in config.runs]
+    if not paths:
+        raise UserError("report needs the folder of a run; expected keepdrop report RUN [RUN ...].")
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise UserError("report was given the same run twice; expected each folder once.")
+    runs = [read_run(path) for path in paths]
+    pages = [rendered(run_page, each) for each in runs]
+    comparison = rendered(comparison_page, runs) if len(runs) > 1 else None
+    for each, text in zip(runs, pages, strict=True):
+        RunFolder(each.path).write_text(PAGE, text)
+    written = [path / PAGE for path in paths]
+    if comparison is not None:
+        out = Path(config.out)
+        RunFolder(out.parent).write_text(out.name, comparison)
+        written.append(out)
+    terminal = Terminal(config.quiet)
+    for path in written:
+        terminal.console.print(f"Report: {path}", markup=False)
+    return written
+
+
+def write_report(folder: RunFolder) -> None:
+    """`report.html` of a run that has just ended."""
+    folder.write_text(PAGE, rendered(run_page, read_run(folder.path)))
+
+
+def keep_report(folder: RunFolder, terminal: Terminal) -> None:
+    """`write_report`, unless a finished run that is shown again has its page."""
+    if not (folder / PAGE).is_file():
+        write_report(folder)
+    terminal.say(f"Report: {folder / PAGE}")
+
+
+def rendered(make: Callable[[Any], str], what: Run | Sequence[Run]) -> str:
+    """A page; JSON that parses but says something else than a run's is a `UserError`."""
+    try:
+        return make(what)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        names = what.path if isinstance(what, Run) else ", ".join(str(each.path) for each in what)
+        raise UserError(
+            f"A JSON file in {str(names)!r} does not hold what a run writes ({type(error).__name__}: {error}); restore "
+            "it or run the command anew."
+        ) from error

@@ -1,0 +1,1 @@
+"""Every method at equal MACs: plan, choices, measuring, tables."""

@@ -1,0 +1,168 @@
+"""What every method chose: made once, kept in `choices/`, looked up by the methods that follow another.
+
+Shapes: N filters of a group.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from ...agent.criteria import CRITERIA
+from ...agent.learning.natural_evolution import NetworkTrainer
+from ...envs.one_shot import OneShotTask
+from ...envs.repair.reconstruction import ReconstructionSettings
+from ...envs.surgery.group_cost import pruned_cost
+from ...envs.surgery.macs_target import Target
+from ...envs.task import PruningTask
+from ...errors import first_line
+from ..config.entry_point import settings
+from ..pruning.network_search import NetworkAgent, NetworkSearchSettings
+from ..runs.folder import RunFolder
+from ..runs.seeds import derive_seed
+from .methods import (
+    AGENT,
+    MEAN_RANKED,
+    PEERS,
+    AtAgentCounts,
+    CriterionMethod,
+    Masks,
+    Method,
+    Observations,
+    RandomBest,
+    check_masks,
+)
+from .plan import Job, chosen_methods
+from .torch_pruning import TorchPruning
+
+EVALUATIONS = 100  # masks of a random search where no agent says how many it had judged
+
+
+def variant(task: PruningTask, job: Job) -> PruningTask:
+    """The task of one job: its seed and compensation, and all that is known of the network already."""
+    other = copy.copy(task)
+    other.settings = replace(task.settings, compensate=job.compensate)
+    other.seed = derive_seed(job.seed, "task")
+    return other
+
+
+class Choices:
+    """Chooses for every job, and remembers in the run folder.
+
+    Args:
+        task: of the dense network.
+        config: root configuration of the comparison.
+        folder: of the run.
+
+    `report(done, detail)` is called as an agent learns, with the fraction done of one choice.
+    """
+
+    def __init__(self, task: PruningTask, config: DictConfig, folder: RunFolder) -> None:
+        self.task, self.config, self.folder = task, config, folder
+        self.search = settings(config.network_search, NetworkSearchSettings)
+        self.repair = settings(config.repair, ReconstructionSettings)
+        self.report: Callable[[float, str], None] = lambda done, detail: None
+        self._exact: dict[tuple[int, bool], OneShotTask] = {}
+        self.methods = self._methods()
+
+    def _methods(self) -> dict[str, Method]:
+        seen, some = Observations(), self.search.images
+        made: list[Method] = [CriterionMethod(name, how, seen) for how in ("uniform", "global") for name in CRITERIA]
+        made += [CriterionMethod(name, "global-mean", seen) for name in MEAN_RANKED]
+        made += [AtAgentCounts(name, seen, self._agent_masks) for name in CRITERIA]
+        made += [RandomBest(inside, seen, self._judges, self._evaluations, some) for inside in ("random", "taylor")]
+        made += [TorchPruning(global_pruning) for global_pruning in (False, True)]
+        return {method.name: method for method in made}
+
+    def _agent(self, job: Job) -> NetworkAgent:
+        """A fresh agent for one job; what it has learned is on disk after every update."""
+        state = self._state(job)
+        state.parent.mkdir(parents=True, exist_ok=True)
+        return NetworkAgent(self.search, self.judge_of(job), self._learned, state)
+
+    def _state(self, job: Job) -> Path:
+        return self.folder / f"choices/{job.key}.state"
+
+    def _learned(self, trainer: NetworkTrainer, metrics: Mapping[str, float]) -> None:
+        done = len(trainer.history) / max(self.search.agent.updates, 1)
+        self.report(done, f"mean accuracy {100 * metrics['reward_mean'] * self.task.base.accuracy:.1f} %")
+
+    def record(self, job: Job) -> dict[str, Any]:
+        """The choice of a job as JSON: kept filters, MACs, seconds, facts; or why it was left out ("skipped")."""
+        name = f"choices/{job.key}.json"
+        found = self.folder.read_json(name)
+        if found is None:
+            found = self._choose(job)
+            self.folder.write_json(name, found)
+            self._state(job).unlink(missing_ok=True)
+        return dict(found)
+
+    def masks(self, record: Mapping[str, Any]) -> Masks:
+        """Masks (N,) of every group in a record."""
+        masks = {}
+        for group in self.task.groups:
+            masks[group.name] = torch.zeros(group.n_filters, dtype=torch.bool)
+            masks[group.name][record["kept"][group.name]] = True
+        return masks
+
+    def judge_of(self, job: Job) -> OneShotTask:
+        """The network of a job, its seed's images and its compensation; one object for all jobs that share them."""
+        key = (job.seed, job.compensate)
+        if key not in self._exact:
+            self._exact[key] = OneShotTask(variant(self.task, job), self.repair if job.compensate else None)
+        return self._exact[key]
+
+    def _judges(self, task: PruningTask) -> tuple[OneShotTask, OneShotTask]:
+        """What searched masks, and the best of them, are judged by."""
+        exact = next(one_shot for one_shot in self._exact.values() if one_shot.task is task)
+        return exact.with_repair(self.search.rough(exact.repair)), exact
+
+    def _choose(self, job: Job) -> dict[str, Any]:
+        target, task = Target(job.removed, self.config.targets.of), self.judge_of(job).task
+        started = time.perf_counter()
+        try:
+            masks, facts = self._asked(job, task, target)
+        except Exception as error:
+            if job.method not in PEERS:
+                raise
+            # What another library cannot do is a fact about it, and no reason to stop the comparison.
+            return {"skipped": f"{type(error).__name__}: {first_line(error)}"}
+        seconds = time.perf_counter() - started
+        removed = check_masks(job.method, task, target, masks)
+        counts = {group: int(masks[group.name].sum()) for group in task.groups}
+        macs, params = pruned_cost(task.model, task.cost, counts)
+        return {
+            "kept": {group.name: masks[group.name].nonzero().flatten().tolist() for group in task.groups},
+            "n_kept": {group.name: count for group, count in counts.items()},
+            "macs_removed": removed,
+            "network_macs": macs,
+            "network_params": params,
+            "seconds": seconds,
+            "facts": facts,
+        }
+
+    def _asked(self, job: Job, task: PruningTask, target: Target) -> tuple[Masks, dict[str, Any]]:
+        if job.method == AGENT:
+            agent = self._agent(job)
+            return agent.choose(target, job.seed), agent.facts
+        method = self.methods[job.method]
+        return method.choose(task, target, job.seed), dict(getattr(method, "facts", {}))
+
+    def _followed(self, task: PruningTask, target: Target, seed: int) -> dict[str, Any]:
+        return self.record(Job(AGENT, target.removed, task.settings.compensate, seed))
+
+    def _agent_masks(self, task: PruningTask, target: Target, seed: int) -> Masks:
+        return self.masks(self._followed(task, target, seed))
+
+    def _evaluations(self, task: PruningTask, target: Target, seed: int) -> int:
+        wanted = self.config.random_best.evaluations
+        if wanted is not None or AGENT not in chosen_methods(self.config):
+            return EVALUATIONS if wanted is None else int(wanted)
+        return int(self._followed(task, target, seed)["facts"].get("mask_evaluations", EVALUATIONS))

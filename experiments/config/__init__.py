@@ -1,0 +1,1 @@
+"""Hydra: schemas, objects built from a configuration, entry points, and mistakes explained."""

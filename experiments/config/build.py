@@ -1,0 +1,162 @@
+"""From configuration to objects: the only functions that read `_target_`."""
+
+from __future__ import annotations
+
+import pydoc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from ...envs.data.images import LabelledData
+from ...envs.data.objective import TOP1, Objective
+from ...envs.data.sources import from_datasets
+from ...envs.data.splits import Splits, split
+from ...envs.files.renamed import current_config, current_target
+from ...envs.networks.checkpoint import load_checkpoint
+from ...envs.task import LayerTask
+from ...errors import UserError
+from ...rewards.outcome import RewardFunction
+from ..pruning.input_checks import call_policy_factory
+from ..training.augment import Augment
+
+Constructor = Callable[[], nn.Module]
+
+
+def build(node: DictConfig, what: str) -> Any:
+    """Instantiate a `_target_`; what goes wrong in there is a sentence about `what`."""
+    if node is None or OmegaConf.is_missing(node, "_target_") or "_target_" not in node:
+        raise UserError(
+            f"{what}._target_ is not set; expected the import path of a function or class: {what}._target_=mine.name."
+        )
+    given = OmegaConf.to_container(node)
+    if (current := current_config(given, top=False)) != given:
+        node = DictConfig(current)
+    try:
+        return instantiate(node, _convert_="all")
+    except InstantiationException as error:
+        cause = _root_cause(error)
+        if isinstance(cause, UserError):
+            raise cause from error
+        raise UserError(
+            f"{what} could not be built from {node['_target_']}: {type(cause).__name__}: {cause}; check the path and "
+            "its arguments."
+        ) from error
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    """What Hydra's error stands for: the sentence of a `UserError` if there is one, else the first cause of all."""
+    while error.__cause__ is not None and not isinstance(error, UserError):
+        error = error.__cause__
+    return error
+
+
+def build_data(node: DictConfig) -> LabelledData:
+    """The data source; a pair of datasets (train, test) of the user's is wrapped."""
+    source = build(node, "data")
+    if isinstance(source, LabelledData):
+        return source
+    if isinstance(source, tuple | list) and len(source) == 2:
+        return from_datasets(*source)
+    raise UserError(
+        f"data._target_={node['_target_']} returned {type(source).__name__}; expected LabelledData or a pair of "
+        "datasets (train, test)."
+    )
+
+
+def build_splits(config: DictConfig) -> Splits:
+    """The three splits of a root configuration, with its metric and loss."""
+    chosen, objective = config.split, build_objective(config)
+    return split(
+        build_data(config.data),
+        reward_from=chosen.reward_from,
+        reward_size=chosen.reward_size,
+        seed=chosen.seed,
+        objective=objective,
+    )
+
+
+def build_objective(config: DictConfig) -> Objective:
+    """The metric and the loss of a root configuration; a run of an earlier version has neither."""
+    metric, loss = (
+        None if config.get(what) is None else build_function(config[what], what) for what in ("metric", "loss")
+    )
+    return Objective(metric or TOP1.metric, loss)
+
+
+def build_function(node: DictConfig, what: str) -> Callable[..., Any]:
+    """A function of outputs and targets: the one `_target_` names, other keys as arguments, or an object of a class.
+
+    A function there that makes such functions needs `_partial_: false`.
+    """
+    if not OmegaConf.is_missing(node, "_target_") and "_partial_" not in node and _is_function(node["_target_"]):
+        node = DictConfig({**node, "_partial_": True})
+    made = build(node, what)
+    if not callable(made):
+        raise UserError(
+            f"{what}._target_={node['_target_']} made a {type(made).__name__}; expected a function of outputs and "
+            "targets."
+        )
+    return made
+
+
+def _is_function(path: str) -> bool:
+    """Whether an import path names a callable that is no class; what fails here is explained by `build`."""
+    try:
+        found = pydoc.locate(current_target(path))  # Hydra's own would log what fails
+    except pydoc.ErrorDuringImport:
+        return False
+    return callable(found) and not isinstance(found, type)
+
+
+def network_constructor(node: DictConfig, seed: int = 0) -> Constructor:
+    """A function that builds the dense network anew, with the same initial weights each time."""
+
+    def construct() -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = build(node, "network")
+        if not isinstance(model, nn.Module):
+            raise UserError(
+                f"network._target_={node['_target_']} returned {type(model).__name__}; expected a nn.Module."
+            )
+        return model
+
+    return construct
+
+
+def load_network(construct: Constructor, checkpoint: str | None) -> nn.Module:
+    """The dense network with a checkpoint's weights, in evaluation mode."""
+    model = construct()
+    if checkpoint is not None:
+        load_checkpoint(model, Path(checkpoint))
+    return model.eval()
+
+
+def build_augment(node: DictConfig | None) -> Augment | None:
+    """The augmentation of the fit images, or None."""
+    return build(node, "augment") if node is not None else None
+
+
+def build_reward(node: DictConfig) -> RewardFunction:
+    """A pure function of an `Outcome`."""
+    return build(node, "reward")
+
+
+def build_policy(node: DictConfig, layer: LayerTask, seed: int) -> Any:
+    """A fresh policy for one layer."""
+    n_filters, n_weights = layer.observation.weights.shape
+    return make_policy(node, n_filters, n_weights, seed)
+
+
+def make_policy(node: DictConfig, n_filters: int, n_weights: int, seed: int = 0) -> Any:
+    """A fresh policy from the configured factory (`call_policy_factory`)."""
+    factory = build(node, "policy")
+    if not callable(factory):
+        raise UserError(f"policy._target_={node['_target_']} made a {type(factory).__name__}; expected a factory.")
+    return call_policy_factory(factory, n_filters, n_weights, seed)

@@ -1,0 +1,194 @@
+"""What every command's door does: compose, check, run, and answer Ctrl-C with the way to go on."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ValidationError
+
+from ...errors import UserError
+from ..runs.console import Terminal
+from ..runs.folder import CONFIG, FACTS, METRICS, RunFolder
+from .cli_errors import expected
+from .schema import register_schemas, structured
+
+SettingsT = TypeVar("SettingsT")
+InputsT = TypeVar("InputsT")
+
+CONF = "pkg://keepdrop.conf"
+
+
+def run_with_hydra(name: str, run: Callable[[DictConfig], Any]) -> None:
+    """Compose root configuration `name` from the command line and call `run` on it, once a job in a sweep.
+
+    A job that fails does not stop the others of a sweep; the first failure is raised when all are done.
+    """
+    register_schemas()
+    failures: list[Exception] = []
+    process = os.getpid()
+
+    def job(config: DictConfig) -> Any:
+        try:
+            return run(config)
+        except Exception as error:
+            if os.getpid() != process:  # a launcher's worker: this list is a copy, and only Hydra tells the parent
+                raise
+            failures.append(error)  # Hydra would print its own account of it
+            return None
+
+    SweepFolder.current = None
+    try:
+        hydra.main(version_base="1.3", config_path=CONF, config_name=name)(job)()
+    finally:
+        if SweepFolder.current is not None:
+            SweepFolder.current.tidy()
+    if failures:
+        raise failures[0]
+
+
+class SweepFolder(Callback):
+    """Takes away what Hydra itself writes for a sweep in which nothing ran: empty job folders, `multirun.yaml`.
+
+    `conf/common.yaml` names it as a callback, because the folder is known only once Hydra has composed.
+    """
+
+    current: ClassVar[SweepFolder | None] = None
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Remember what was there before."""
+        self.path = Path(str(config.hydra.sweep.dir))
+        self.made = [each for each in (self.path, *self.path.parents) if not each.exists()]
+        self.before = set(self.path.iterdir()) if self.path.is_dir() else set()
+        self.yaml = self.path / "multirun.yaml"
+        self.old = self.yaml.read_bytes() if self.yaml.is_file() else None
+        SweepFolder.current = self
+
+    def tidy(self) -> None:
+        """Remove new, empty folders; with no job folder left, `multirun.yaml` as well."""
+        if not self.path.is_dir():
+            return
+        new = [each for each in self.path.iterdir() if each not in self.before and each.is_dir()]
+        for each in new:
+            with suppress(OSError):  # a run's folder is not empty, and stays
+                each.rmdir()
+        if any(each.exists() for each in new):
+            return
+        if self.old is not None:
+            self.yaml.write_bytes(self.old)
+        else:
+            self.yaml.unlink(missing_ok=True)
+        for each in self.made:
+            with suppress(OSError):
+                each.rmdir()
+
+
+def open_run(config: DictConfig) -> tuple[RunFolder, DictConfig]:
+    """The folder of a new run, or of the one that `resume` names together with the configuration it began with."""
+    resume = config.get("resume")
+    if resume is None:
+        return RunFolder.create(_run_path(config), config), config
+    others = [override for override in _overrides() if override.split("=")[0].lstrip("+") not in ("resume", "quiet")]
+    if others:
+        raise UserError(
+            f"resume={resume} takes its configuration from that folder, but {' '.join(others)} came with it; leave the "
+            "other overrides out."
+        )
+    folder = RunFolder.open(Path(resume))
+    stored = folder.config()
+    _check_same_command(config, stored, folder)
+    for key in config:  # a run of an earlier version takes what was added since from the defaults
+        if key not in stored:
+            stored[key] = config[key]
+    stored.quiet = config.quiet
+    return folder, stored
+
+
+def _check_same_command(config: DictConfig, stored: DictConfig, folder: RunFolder) -> None:
+    ours, theirs = ({str(key) for key in each} for each in (config, stored))
+    began = (folder.read_json(FACTS) or {}).get("command", [])
+    # Facts name the command; a run that stopped before it wrote them is known by its settings.
+    known = began[1:2] == [command_name()]
+    odd = [] if known else sorted((ours - theirs) | ({"agent"} & (theirs - ours)))
+    if odd:
+        raise UserError(
+            f"{str(folder.path)!r} was not written by keepdrop {command_name()} (its {CONFIG} differs in {odd[0]!r}); "
+            "continue it with the command that began it."
+        )
+
+
+def command_name() -> str:
+    """The command of this process, as a user writes it."""
+    return sys.argv[0].split()[-1]
+
+
+def _run_path(config: DictConfig) -> Path:
+    """`run_dir`, with one numbered folder a job in a sweep."""
+    path = Path(config.run_dir)
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        return path / str(HydraConfig.get().job.num)
+    return path
+
+
+def _overrides() -> Sequence[str]:
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
+def begin_or_resume(
+    config: DictConfig, check: Callable[[DictConfig], InputsT], work: Callable[..., dict[str, Any]]
+) -> tuple[dict[str, Any], RunFolder, Terminal]:
+    """What every command does that can be gone on with: check, open the folder, work, or show what is finished.
+
+    Args:
+        config: root configuration.
+        check: finds every mistake of the user's before anything is written; a resumed run is checked as it began.
+        work: (inputs, config, folder, terminal) -> what `metrics.json` holds, which it writes last.
+    """
+    inputs = None if config.resume else check(config)
+    folder, config = open_run(config)
+    terminal = Terminal(config.quiet)
+    metrics = folder.read_json(METRICS)
+    if metrics is None:
+        with interruptible(folder):
+            metrics = work(inputs or check(config), config, folder, terminal)
+    return metrics, folder, terminal
+
+
+@contextmanager
+def interruptible(folder: RunFolder) -> Iterator[None]:
+    """Ctrl-C inside says how to go on: everything finished is on disk."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"Continue with: keepdrop {command_name()} resume={folder.path}") from None
+
+
+def plain(node: Any) -> Any:
+    """A resolved configuration as plain containers."""
+    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+
+
+def settings(node: Any, kind: type[SettingsT]) -> SettingsT:
+    """A settings object (frozen dataclass) from its part of the configuration, checked against its types."""
+    try:
+        merged = OmegaConf.merge(structured(kind), node)
+    except ValidationError as error:
+        key = str(error.full_key)
+        where = ".".join(part for part in (str(node._get_full_key(None)), key) if part)
+        raise UserError(f"{where} is {OmegaConf.select(node, key)!r}; expected {expected(error)}.") from error
+    try:
+        built = OmegaConf.to_object(merged)
+    except ValueError as error:
+        # The agent package knows no UserError; its settings refuse a value with a ValueError.
+        raise UserError(str(error)) from error
+    assert isinstance(built, kind)
+    return built

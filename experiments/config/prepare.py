@@ -1,0 +1,133 @@
+"""Everything that can be wrong with what the user gave is found here, before a run folder exists."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from ...agent.learning.trainer import AgentSettings
+from ...agent.saved_agent import check_agent
+from ...envs.data.splits import Splits
+from ...envs.groups.finding import find_groups
+from ...envs.networks.cost import count_cost
+from ...envs.observation import STATISTIC_NAMES
+from ...envs.repair.reconstruction import Reconstruction, ReconstructionSettings
+from ...envs.surgery.filter_group import FilterGroup, select_groups
+from ...envs.surgery.limits import Limits, check_limits
+from ...envs.surgery.macs_target import MacsMeter, Target
+from ...envs.task import DenseBaseline, EvaluationSettings, PruningTask, measure_baseline
+from ...rewards.try_and_learn import check_drop_bound
+from ..pruning.input_checks import resolve_device, try_network
+from ..pruning.network_search import NetworkSearchSettings
+from ..pruning.trained_agents import agents_of, load_agents
+from ..runs.seeds import derive_seed
+from ..training.loop import TrainSettings, check_augment
+from .build import (
+    Constructor,
+    build_augment,
+    build_reward,
+    build_splits,
+    load_network,
+    make_policy,
+    network_constructor,
+)
+from .entry_point import plain, settings
+from .schema import SearchConfig
+
+
+@dataclass
+class Inputs:
+    """The checked inputs of a pruning command; `dense` and `base` are None where the base is yet to be trained."""
+
+    splits: Splits
+    construct: Constructor
+    device: torch.device
+    groups: tuple[FilterGroup, ...]
+    dense: nn.Module | None
+    base: DenseBaseline | None
+
+    def task(self, dense: nn.Module, config: DictConfig) -> PruningTask:
+        """The pruning task on the dense network."""
+        self.base = self.base or measure_baseline(dense, self.splits, self.device)
+        return PruningTask(
+            dense,
+            self.splits,
+            base=self.base,
+            settings=settings(config.evaluation, EvaluationSettings),
+            layers=plain(config.get("layers")),
+            seed=derive_seed(config.seed, "task"),
+            device=self.device,
+            limits=settings(config.surgery, Limits),
+        )
+
+
+def prepare(config: DictConfig) -> Inputs:
+    """Check data, network, checkpoint, base accuracy, drop bound and layer names; raises `UserError`."""
+    check_drop_bound(config.drop_bound)
+    settings(config.evaluation, EvaluationSettings)
+    limits = settings(config.surgery, Limits)
+    device = resolve_device(config.device)
+    augment, splits = build_augment(config.augment), build_splits(config)
+    check_augment(augment, splits.fit)
+    construct = network_constructor(config.network, derive_seed(config.seed, "init"))
+    dense = base = None
+    if config.checkpoint is not None:
+        try_network(construct(), splits)
+        dense = load_network(construct, config.checkpoint).to(device)
+        base = measure_baseline(dense, splits, device)
+    example = splits.reward.batch(torch.arange(1))[0].to(device)
+    model = dense if dense is not None else construct().eval().to(device)
+    try_network(model, splits)
+    check_losses(config, splits)
+    plan = find_groups(model, example)
+    groups = select_groups(plan, plain(config.get("layers")))
+    check_limits(limits, model, plan, groups)
+    return Inputs(splits, construct, device, groups, dense, base)
+
+
+def check_losses(config: DictConfig, splits: Splits) -> None:
+    """Refuse label smoothing in any training of a command where the loss knows none, with a `UserError`."""
+    targets = splits.fit.batch(torch.arange(1))[1]
+    for name in ("base", "train", "finetune", "recovery.train"):
+        node = OmegaConf.select(config, name)
+        if node is not None:
+            splits.objective.check_smoothing(settings(node, TrainSettings).label_smoothing, targets)
+
+
+def check_search(config: DictConfig, inputs: Inputs) -> None:
+    """Check what the agents of a search are made of, and the saved ones it starts from; raises `UserError`."""
+    settings(config.search, SearchConfig)
+    settings(config.agent, AgentSettings)
+    build_reward(config.reward)
+    make_policy(config.policy, n_filters=inputs.groups[0].n_filters, n_weights=9)
+    if config.warm_start is None:
+        return
+    names = [group.name for group in inputs.groups]
+    known = agents_of(load_agents(config.warm_start), names, config.warm_start, "warm_start")
+    for group in inputs.groups:
+        if group.name in known:
+            agent = known[group.name]
+            tied = {"n_filters": group.n_filters} if "n_filters" in agent.facts["policy"]["kwargs"] else {}
+            check_agent(agent, statistic_names=STATISTIC_NAMES, **tied)
+
+
+def check_network_search(config: DictConfig, inputs: Inputs) -> None:
+    """Check what the agent of a whole network is made of, and that its MACs target can be met; raises `UserError`."""
+    settings(config.network_search, NetworkSearchSettings)
+    repair = settings(config.repair, ReconstructionSettings)
+    check_targets(inputs, [Target(**plain(config.target))], repair if config.evaluation.compensate else None)
+
+
+def check_targets(inputs: Inputs, targets: Sequence[Target], repair: ReconstructionSettings | None) -> None:
+    """Refuse MACs targets that cannot be met, and a network that cannot be repaired, with a `UserError`."""
+    dense = inputs.construct().eval().to(inputs.device) if inputs.dense is None else inputs.dense
+    example = inputs.splits.fit.batch(torch.arange(1))[0].to(inputs.device)
+    cost = count_cost(dense, example)
+    for target in targets:
+        MacsMeter(dense, cost, inputs.groups, target.of).check(target)
+    if repair is not None:
+        Reconstruction(dense, example, repair)  # refuses what it cannot follow

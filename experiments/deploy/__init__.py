@@ -1,0 +1,1 @@
+"""A network outside keepdrop: exports, runtimes, measured latency."""

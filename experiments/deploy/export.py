@@ -1,0 +1,189 @@
+"""A network for other runtimes: ONNX and `torch.export`.
+
+Both are exported in evaluation mode from a copy on the CPU, with the batch axis free, written whole or not at all, and
+compared with the network before they get their name.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ...atomic import replacing
+from ...envs.networks.inputs import as_call, batch_size, is_batch, mapped, resized, tensors_of
+from ...envs.networks.module_kinds import Inputs, run
+from ...errors import UserError, summarised
+
+EXTRA = ("onnx", "onnxscript")
+RUNTIME = "onnxruntime"
+TOLERANCE = 1e-4
+FILES = {"onnx": "model.onnx", "program": "model.pt2"}
+"""Kinds of export and the files they make."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One exported file: its kind and name, size, and how far it is from the network.
+
+    `largest_difference` is relative to the largest output, over `batch_sizes`.
+    """
+
+    kind: str
+    file: str
+    n_bytes: int
+    largest_difference: float
+    batch_sizes: tuple[int, ...]
+
+
+def check_exports(kinds: Sequence[str]) -> None:
+    """Refuse a kind of export that does not exist, or whose packages are missing (UserError)."""
+    for kind in kinds:
+        if kind not in FILES:
+            raise UserError(f"export has {kind!r}; expected any of {', '.join(FILES)}, as in export=[onnx,program].")
+    if "onnx" in kinds:
+        require_onnx(RUNTIME)
+
+
+def require_onnx(*more: str) -> None:
+    """UserError unless the packages of the extra `onnx` are there."""
+    missing = [name for name in (*EXTRA, *more) if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"ONNX export needs {' and '.join(missing)}; install them with: pip install 'keepdrop[onnx]'.")
+
+
+def export_all(
+    model: nn.Module, example: Inputs, folder: str | Path, kinds: Sequence[str]
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Export `model` into `folder` in every kind asked for: facts of what was written, and why by kind where not."""
+    made, failed = [], {}
+    for kind in kinds:
+        try:
+            made.append(asdict(export_verified(model, example, folder, kind)))
+        except UserError as error:
+            failed[kind] = str(error)
+    return made, failed
+
+
+def export_verified(model: nn.Module, example: Inputs, folder: str | Path, kind: str) -> Exported:
+    """Export `model` and keep the file only if it answers as the network does, alone and in batches.
+
+    Args:
+        model: the network; it is copied, never changed.
+        example: images to compare on (`find_groups`).
+        folder: where `FILES[kind]` goes.
+        kind: "onnx" or "program".
+
+    Raises UserError if it cannot be exported, or differs by more than 1e-4 of the largest output.
+    """
+    path = Path(folder) / FILES[kind]
+    with replacing(path) as trial:
+        (export_onnx if kind == "onnx" else export_program)(model, example, trial)
+        sizes = tuple(sorted({1, batch_size(example), 3}))
+        worst = max(_difference(model, resized(example, size), trial, kind) for size in sizes)
+        if not worst <= TOLERANCE:
+            raise UserError(f"The exported {path.name} does not answer as the network does (difference {worst:.1e}).")
+    return Exported(kind, path.name, path.stat().st_size, worst, sizes)
+
+
+def export_program(model: nn.Module, example: Inputs, path: str | Path) -> None:
+    """Write `model` as a `torch.export` program (.pt2); `torch.export.load(path).module()` runs it.
+
+    Args:
+        model: it is copied, never changed.
+        example: one input: a tensor (B, ...), a tuple of positional or a mapping of keyword arguments; the program
+            takes any B.
+        path: the file.
+
+    Raises UserError if the network cannot be exported.
+    """
+    path = Path(path)
+    program = _exported(model, example)
+    with replacing(path) as temporary:
+        torch.export.save(program, str(temporary))
+
+
+def export_onnx(model: nn.Module, example: Inputs, path: str | Path) -> None:
+    """Write `model` as ONNX, the batch axis free, all weights in the one file.
+
+    Args:
+        model: it is copied, never changed.
+        example: one input, as for `export_program`. A single tensor is called "images" and a single output "logits";
+            several inputs are called as the forward calls them.
+        path: the file.
+
+    Raises UserError if the packages of the extra `onnx` are missing or the network cannot be exported.
+    """
+    require_onnx()
+    path = Path(path)
+    program = _exported(model, example)
+    single = isinstance(example, Tensor)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # The exporter warns about its own opset conversions.
+            converted = torch.onnx.export(
+                program,
+                input_names=["images"] if single else None,
+                output_names=["logits"] if len(program.graph_signature.user_outputs) == 1 else None,
+                dynamo=True,
+                verbose=False,
+            )
+    except Exception as error:
+        raise UserError(f"The network cannot be written as ONNX ({summarised(error)}).") from error
+    assert converted is not None
+    with replacing(path) as temporary:
+        converted.save(str(temporary), external_data=False)
+
+
+def onnx_session(path: str | Path) -> Callable[[Inputs], list[Any]]:
+    """Runs an exported ONNX file on the CPU, with as many threads as torch has: inputs -> list of arrays."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
+    content = Path(path).read_bytes()
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    names = [each.name for each in session.get_inputs()]
+
+    def call(inputs: Inputs) -> list[Any]:
+        return session.run(None, dict(zip(names, (value.cpu().numpy() for value in tensors_of(inputs)), strict=True)))
+
+    return call
+
+
+def _exported(model: nn.Module, example: Inputs) -> torch.export.ExportedProgram:
+    # An example of one image would be taken for a network that knows no other number.
+    inputs = mapped(resized(example, max(2, batch_size(example))), lambda value: value.cpu().contiguous())
+    args, kwargs = as_call(inputs)
+    batch, size = torch.export.Dim("batch", min=1), batch_size(inputs)
+
+    def free(value: Any) -> Any:
+        return {0: batch} if is_batch(value, size) else None
+
+    shapes: Any = {name: free(value) for name, value in kwargs.items()} if kwargs else tuple(map(free, args))
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            return torch.export.export(copy.deepcopy(model).cpu().eval(), args, kwargs, dynamic_shapes=shapes)
+    except Exception as error:
+        raise UserError(f"The network cannot be exported ({summarised(error)}).") from error
+
+
+def _difference(model: nn.Module, inputs: Inputs, path: Path, kind: str) -> float:
+    """Largest difference between the file's and the network's answers, relative to the largest answer."""
+    inputs = mapped(inputs, lambda value: value.cpu().contiguous())
+    with torch.no_grad():
+        expected = tree_leaves(run(copy.deepcopy(model).cpu().eval(), inputs))
+        if kind == "onnx":
+            got = [torch.from_numpy(each) for each in onnx_session(path)(inputs)]
+        else:
+            got = tree_leaves(run(torch.export.load(path).module(), inputs))
+    return max(float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) for a, b in zip(got, expected, strict=True))

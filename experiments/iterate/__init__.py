@@ -1,0 +1,1 @@
+"""The interleaved method: rank, drop a few filters, train a little, repeat."""

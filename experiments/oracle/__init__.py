@@ -1,0 +1,1 @@
+"""Each filter removed alone, and how well scores foresee what that costs."""

@@ -1,0 +1,1 @@
+"""The pruning itself, without a configuration: deciders, searches, schedules, recovery."""

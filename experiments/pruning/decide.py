@@ -1,0 +1,67 @@
+"""Who decides what a layer keeps: an agent being trained, a trained agent, or a criterion at given counts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ...agent.criteria import CriterionAgent
+from ...envs.observation import STATISTIC_NAMES
+from ...envs.task import LayerTask
+from ..runs.seeds import derive_seed
+
+AGENT = "agent"  # the folder that a decision's agent is saved in
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A layer's decision before it is verified.
+
+    Attributes:
+        keep: (N,) bool, the decision itself.
+        source: who decided ("agent", "trained agent", "l1", ...).
+        alternatives: masks (N,) to fall back to.
+        facts: JSON-able facts about the search (updates, mask-images, converged).
+    """
+
+    keep: Tensor
+    source: str
+    alternatives: tuple[Tensor, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Decider(Protocol):
+    """Decides one layer; may write into the layer's working folder."""
+
+    def __call__(self, layer: LayerTask, working: Path, seed: int) -> Decision:
+        """Return the decision for `layer`."""
+        ...
+
+
+def observation_tensors(layer: LayerTask) -> dict[str, Tensor]:
+    """What an agent sees of a layer, as tensors."""
+    return {key: torch.from_numpy(value) for key, value in layer.observation.as_dict().items()}
+
+
+class AskCriterion:
+    """Asks a criterion, at given counts: the control beside an agent.
+
+    Args:
+        criterion: one of `keepdrop.agent.criteria.CRITERIA`.
+        counts: filters to keep, by layer name.
+    """
+
+    def __init__(self, criterion: str, counts: Mapping[str, int]) -> None:
+        self.criterion = criterion
+        self.counts = counts
+
+    def __call__(self, layer: LayerTask, working: Path, seed: int) -> Decision:
+        """The criterion's mask."""
+        agent = CriterionAgent(self.criterion, torch.Generator().manual_seed(derive_seed(seed, self.criterion)))
+        keep = agent.keep(observation_tensors(layer), STATISTIC_NAMES, self.counts[layer.group.name])
+        return Decision(keep, self.criterion)

@@ -1,0 +1,83 @@
+"""Recovery between layers: batch-norm recalibration and a short fine-tuning, kept only where they help."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import nn
+
+from ...envs.task import PruningTask, replace_model
+from ..runs.seeds import derive_seed
+from ..training.augment import Augment
+from ..training.loop import TrainProgress, TrainSettings, fit_network, recalibrate_bn
+
+
+@dataclass(frozen=True)
+class RecoverySettings:
+    """What follows a cut.
+
+    Args:
+        bn_images: images of the fit split on which batch normalisation is measured anew; 0 leaves it.
+        train: a short fine-tuning; 0 epochs leaves it out.
+    """
+
+    bn_images: int = 0
+    train: TrainSettings = field(default_factory=lambda: TrainSettings(epochs=0.0))
+
+
+class Recover:
+    """Recover a freshly cut network; the result is judged on the reward split and dropped if it is worse.
+
+    Args:
+        settings: what to do.
+        teacher: the dense network, for distillation (`settings.train.distill_weight`).
+        augment: of the fit images.
+        progress: told about every epoch of the fine-tuning.
+    """
+
+    def __init__(
+        self,
+        settings: RecoverySettings,
+        teacher: nn.Module | None = None,
+        augment: Augment | None = None,
+        progress: Callable[[TrainProgress], None] | None = None,
+    ) -> None:
+        self.settings = settings
+        self.teacher = teacher
+        self.augment = augment
+        self.progress = progress
+
+    def __call__(self, task: PruningTask, seed: int, working: Path) -> nn.Module:
+        """The better of the network as it is and the recovered one."""
+        best = task.model
+        for step in (self._recalibrated, self._trained):
+            candidate = step(best, task, seed)
+            if candidate is not best and replace_model(task, candidate).accuracy >= replace_model(task, best).accuracy:
+                best = candidate
+        return best
+
+    def _recalibrated(self, model: nn.Module, task: PruningTask, seed: int) -> nn.Module:
+        if self.settings.bn_images < 1:
+            return model
+        model = copy.deepcopy(model)
+        recalibrate_bn(model, task.splits.fit, self.settings.bn_images, derive_seed(seed, "bn"))
+        return model
+
+    def _trained(self, model: nn.Module, task: PruningTask, seed: int) -> nn.Module:
+        if self.settings.train.epochs <= 0:
+            return model
+        model = copy.deepcopy(model)
+        fit_network(
+            model,
+            task.splits.fit,
+            self.settings.train,
+            seed=derive_seed(seed, "train"),
+            augment=self.augment,
+            teacher=self.teacher,
+            progress=self.progress,
+            device=task.device,
+        )
+        return model

@@ -1,0 +1,244 @@
+"""The pruning schedule: one layer after another is decided, verified, cut for real and, if wished, recovered."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ...envs.groups.verification import difference
+from ...envs.networks.checkpoint import load_checkpoint, save_weights
+from ...envs.networks.modes import evaluating
+from ...envs.surgery.cutting import prune
+from ...envs.surgery.group_cost import pruned_cost
+from ...envs.surgery.kept_channels import KeptChannels
+from ...envs.task import LayerTask, PruningTask, replace_model
+from ...errors import UserError, first_line
+from ...rewards.outcome import Outcome, RewardFunction
+from ..runs.folder import RunFolder
+from ..runs.seeds import derive_seed
+from .decide import Decider, Decision
+
+NETWORK = "network.safetensors"
+TOLERANCE = 0.005  # a few images may change sides: masked networks run with batch normalisation folded in
+IMAGES, LOGITS_TOLERANCE = 16, 1e-3  # float32 weights of any size; what is wrong is wrong by far more
+ORDERS = ("forward", "backward", "largest_first")
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """What happened to one layer; accuracies are fractions on the whole reward split.
+
+    Attributes:
+        name: the filter group.
+        n_filters, n_kept: filters before and after.
+        keep: the mask over the filters the layer had, one bool each.
+        decided_by: "agent", "best sampled mask", "nothing fits", "surgery limits" or the frozen decider's name.
+        pruned_accuracy: right after the cut.
+        recovered_accuracy: after recovery (equal to the former without one).
+        within_bound: whether base minus `pruned_accuracy` is at most the drop bound.
+        search_seconds, recovery_seconds: wall-clock time.
+        facts: of the search (updates, mask-images, ...).
+    """
+
+    name: str
+    n_filters: int
+    n_kept: int
+    keep: list[bool]
+    decided_by: str
+    pruned_accuracy: float
+    recovered_accuracy: float
+    within_bound: bool
+    search_seconds: float
+    recovery_seconds: float
+    facts: dict[str, Any]
+
+
+class Recovery(Protocol):
+    """Brings a freshly cut network back: returns a new network (or the same) that is not worse."""
+
+    def __call__(self, task: PruningTask, seed: int, working: Path) -> nn.Module:
+        """Return the recovered network."""
+        ...
+
+
+class Watcher(Protocol):
+    """Told about every layer as it begins and ends."""
+
+    def layer_begins(self, position: int, total: int, layer: LayerTask) -> None:
+        """A layer's turn has come."""
+        ...
+
+    def layer_ends(self, position: int, total: int, record: LayerRecord) -> None:
+        """A layer is cut (or was, in an earlier part of this run)."""
+        ...
+
+
+def check_order(order: str) -> None:
+    """Refuse an order that is none."""
+    if order not in ORDERS:
+        raise UserError(f"order is {order!r}; expected one of {', '.join(ORDERS)}.")
+
+
+class Schedule:
+    """Decide, verify, cut and recover layer by layer; every finished layer is on disk before the next begins.
+
+    Args:
+        decide: decides one layer.
+        reward: ranks alternatives when the decision breaks the bound; None prefers the fewest filters.
+        drop_bound: the accuracy one may lose from the dense network, a fraction; None verifies nothing.
+        recover: brings the network back after a cut; None leaves it as it is.
+        order: "forward" (low to high, the paper's), "backward" or "largest_first" (by MACs that hang on the layer).
+        seed: of the run; every layer has its own, derived from it.
+    """
+
+    def __init__(
+        self,
+        decide: Decider,
+        reward: RewardFunction | None,
+        drop_bound: float | None,
+        recover: Recovery | None = None,
+        order: str = "forward",
+        seed: int = 0,
+    ) -> None:
+        check_order(order)
+        self.decide = decide
+        self.reward = reward
+        self.drop_bound = drop_bound
+        self.recover = recover
+        self.order = order
+        self.seed = seed
+
+    def run(
+        self, task: PruningTask, folder: RunFolder, watcher: Watcher
+    ) -> tuple[PruningTask, KeptChannels, list[LayerRecord]]:
+        """Prune every layer of `task`; layers already finished in `folder` are taken from there.
+
+        Returns the task on the smaller network, the original indices of everything kept, and a record a layer.
+        """
+        names = self.ordered(task)
+        kept, records = KeptChannels(), []
+        for position, name in enumerate(names):
+            stage = f"layers/{position:02d}-{name}"
+            if not (folder / stage).is_dir():
+                layer = task.layer(name)
+                watcher.layer_begins(position, len(names), layer)
+                with folder.stage(stage) as working:
+                    self._finish_layer(layer, kept, working)
+            task, kept, record = _finished_layer(folder / stage, task, kept)
+            records.append(record)
+            watcher.layer_ends(position, len(names), record)
+        return task, kept, records
+
+    def ordered(self, task: PruningTask) -> list[str]:
+        """Names of the groups in the order in which they are pruned."""
+        groups = list(task.groups)
+        if self.order == "backward":
+            groups.reverse()
+        if self.order == "largest_first":
+            whole = task.cost.macs
+            groups.sort(key=lambda group: pruned_cost(task.model, task.cost, {group: 1})[0] - whole)
+        return [group.name for group in groups]
+
+    def _finish_layer(self, layer: LayerTask, kept: KeptChannels, working: Path) -> None:
+        """Decide, verify, cut, recover, and leave everything in the layer's working folder."""
+        seed = derive_seed(self.seed, layer.group.name)
+        started = time.perf_counter()
+        decision = self._decided(layer, working, seed)
+        keep, decided_by, masked_accuracy = self._verified(layer, decision)
+        model = layer.cut(keep)
+        accuracy, problem = _measured(layer, keep, model, masked_accuracy)
+        if problem:
+            keep, decided_by = torch.ones(layer.n_filters, dtype=torch.bool), f"skipped: {problem}"
+            model, accuracy = layer.task.model, layer.task.accuracy
+        left = replace_model(layer.task, model, kept.after(layer.task.model, {layer.group: keep}))
+        searched = time.perf_counter()
+        recovered = model
+        if self.recover is not None and not bool(keep.all()):
+            recovered = self.recover(left, derive_seed(seed, "recovery"), working)
+        record = LayerRecord(
+            name=layer.group.name,
+            n_filters=layer.n_filters,
+            n_kept=int(keep.sum()),
+            keep=keep.tolist(),
+            decided_by=decided_by,
+            pruned_accuracy=accuracy,
+            recovered_accuracy=accuracy if recovered is model else replace_model(left, recovered).accuracy,
+            within_bound=self._fits(layer, accuracy),
+            search_seconds=searched - started,
+            recovery_seconds=time.perf_counter() - searched,
+            facts={**decision.facts, **_judged(layer)},
+        )
+        save_weights(recovered, working / NETWORK)
+        (working / "decision.json").write_text(json.dumps(asdict(record), indent=2, allow_nan=False) + "\n")
+
+    def _decided(self, layer: LayerTask, working: Path, seed: int) -> Decision:
+        """The decision with the limits of the surgery held, so that what is verified is what is cut."""
+        if layer.is_fixed:
+            return Decision(torch.ones(layer.n_filters, dtype=torch.bool), "surgery limits")
+        decision = self.decide(layer, working, seed)
+        allowed = layer.allowed(torch.stack([decision.keep, *decision.alternatives]).bool())
+        return replace(decision, keep=allowed[0], alternatives=tuple(allowed[1:]))
+
+    def _verified(self, layer: LayerTask, decision: Decision) -> tuple[Tensor, str, float]:
+        """The decision if it holds the drop bound on the whole reward split, else the best alternative that does."""
+        outcome = layer.outcomes(decision.keep[None])[0]
+        if self._fits(layer, outcome.pruned_accuracy):
+            return decision.keep, decision.source, outcome.pruned_accuracy
+        outcomes = layer.outcomes(torch.stack(decision.alternatives)) if decision.alternatives else []
+        fitting = [i for i, each in enumerate(outcomes) if self._fits(layer, each.pruned_accuracy)]
+        if fitting:
+            best = max(fitting, key=lambda i: self._worth(outcomes[i]))
+            return decision.alternatives[best], "best sampled mask", outcomes[best].pruned_accuracy
+        everything = torch.ones(layer.n_filters, dtype=torch.bool)
+        return everything, "nothing fits", layer.outcomes(everything[None])[0].pruned_accuracy
+
+    def _worth(self, outcome: Outcome) -> float:
+        return -float(outcome.n_kept) if self.reward is None else self.reward(outcome).value
+
+    def _fits(self, layer: LayerTask, accuracy: float) -> bool:
+        # A hair of slack: two fractions of whole images may differ in the last bit.
+        return self.drop_bound is None or layer.task.base.accuracy - accuracy <= self.drop_bound + 1e-9
+
+
+def _measured(layer: LayerTask, keep: Tensor, model: nn.Module, masked_accuracy: float) -> tuple[float, str | None]:
+    """Accuracy of the cut network on the reward split, and what is wrong with it, if anything is.
+
+    Every group was verified before it was offered; here the decision itself is, on real weights and images: masked and
+    cut give the same logits, and the same accuracy with everything folded in. A network that chooses its path by its
+    data may still surprise. Then the layer stays as it was and is named.
+    """
+    task, images = layer.task, layer.task.reward_images[0][:IMAGES]
+    try:
+        accuracy = replace_model(task, model).accuracy
+        with evaluating(task.model):
+            apart = difference(task.model, {layer.group: keep}, images)
+    except (RuntimeError, IndexError, ValueError, TypeError) as error:
+        return 0.0, f"the cut network does not run ({first_line(error)})"
+    agree = abs(accuracy - masked_accuracy) <= TOLERANCE and apart <= LOGITS_TOLERANCE
+    return accuracy, None if agree else "masked and cut network disagree"
+
+
+def _judged(layer: LayerTask) -> dict[str, Any]:
+    """How the layer's masks were judged: who reads the filters compensated, and who only masked, with the reason."""
+    found = layer.compensation
+    if found is None:
+        return {"compensated": [], "not_compensated": {}}
+    return {"compensated": list(found.moments), "not_compensated": dict(found.skipped)}
+
+
+def _finished_layer(
+    folder: Path, task: PruningTask, kept: KeptChannels
+) -> tuple[PruningTask, KeptChannels, LayerRecord]:
+    """Take a finished layer from its folder, as a resumed run does."""
+    record = LayerRecord(**json.loads((folder / "decision.json").read_text()))
+    choices = {task.layer(record.name).group: torch.tensor(record.keep)}
+    pruned = prune(task.model, choices)
+    load_checkpoint(pruned, folder / NETWORK)
+    kept = kept.after(task.model, choices)
+    return replace_model(task, pruned, kept), kept, record

@@ -1,0 +1,1 @@
+"""The pages of runs: cards, charts, sections, one page a run and one for several."""

@@ -1,0 +1,133 @@
+"""The cards at the top of a run's page: the figures that matter, each with what it was before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ...envs.data.objective import display_name
+from .markup import Markup, tag
+from .run_data import Run
+
+ARROW, MINUS, TIMES = "\N{RIGHTWARDS ARROW}", "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
+
+
+def percent(fraction: float, digits: int = 2) -> str:
+    """A fraction as a reader wants it."""
+    return f"{100 * fraction:.{digits}f} %"
+
+
+def points(difference: float) -> str:
+    """A difference of two fractions, signed, in percentage points."""
+    return f"{100 * difference:+.2f} points".replace("-", MINUS)
+
+
+def change(before: float, after: float) -> str:
+    """Relative change, signed."""
+    return f"{100 * (after / before - 1):+.1f} %".replace("-", MINUS) if before else "-"
+
+
+def bound_sentence(metrics: Mapping[str, Any]) -> str | None:
+    """What became of the drop bound where it gave way: at which layers, or everywhere."""
+    gave_way, bound = metrics.get("gave_way") or [], metrics.get("drop_bound")
+    if not gave_way or bound is None:
+        return None
+    # One decision for all layers has one accuracy, so a bound that gave way gave way at all of them.
+    everywhere = len(gave_way) > 1 and len(gave_way) == len(metrics.get("groups") or [])
+    where = "" if everywhere else f" at: {', '.join(gave_way)}"
+    return f"The drop bound of {bound:g} did not hold{where}."
+
+
+def size(n_bytes: float) -> str:
+    """Bytes in kB or MB (powers of ten)."""
+    return f"{n_bytes / 1e6:.2f} MB" if n_bytes >= 1e6 else f"{n_bytes / 1e3:.1f} kB"
+
+
+def speed(before: float, after: float) -> str:
+    """How much faster or slower `after` seconds are than `before` seconds."""
+    if after <= before:
+        return f"{before / after:.2f} {TIMES} faster"
+    return f"{after / before:.2f} {TIMES} slower"
+
+
+def final_accuracy(metrics: Mapping[str, Any]) -> float | None:
+    """Accuracy on the report split of the best finished state of the network, a fraction."""
+    keys = ("finetuned_accuracy", "pruned_accuracy", "report_accuracy")
+    return next((metrics[key] for key in keys if metrics.get(key) is not None), None)
+
+
+def cards(run: Run) -> Markup | None:
+    """All cards that the run has figures for."""
+    metrics = run.metrics or {}
+    found = [_accuracy(run), *_amounts(metrics), _size(run), *_latencies(metrics)]
+    shown = [card for card in found if card is not None]
+    return tag("div", *shown, class_="cards") if shown else None
+
+
+def card(title: str, value: str, *below: str) -> Markup:
+    """A figure under its name, with lines below it."""
+    lines = [tag("p", line) for line in below if line]
+    return tag("div", tag("h3", title), tag("div", value, class_="value"), *lines, class_="card")
+
+
+def _accuracy(run: Run) -> Markup | None:
+    metrics = run.metrics or {}
+    last, base, name = final_accuracy(metrics), metrics.get("base_accuracy"), display_name(run.metric, opens=True)
+    if last is None:
+        known = (run.facts.get("base") or {}).get("reward_split_accuracy")
+        return None if known is None else card("Base accuracy", percent(known), "on the reward split")
+    if base is None:
+        return card(name, percent(last), "on the report split")
+    tuned = metrics.get("finetuned_accuracy") is not None
+    states = f"base {percent(base)}" + (f", pruned {percent(metrics['pruned_accuracy'])}" if tuned else "")
+    title = f"{name}, fine-tuned" if tuned else f"{name}, pruned"
+    return card(title, percent(last), f"{points(last - base)} to the base", states)
+
+
+def _amounts(metrics: Mapping[str, Any]) -> list[Markup]:
+    made = []
+    for title, key in (("MACs an image", "macs"), ("Parameters", "params")):
+        before, after = metrics.get(f"base_{key}"), metrics.get(f"pruned_{key}")
+        if before and after is not None:
+            made.append(card(title, change(before, after), f"{before:,} {ARROW} {after:,}"))
+        elif metrics.get(key) is not None:
+            made.append(card(title, f"{metrics[key]:,}"))
+    return made
+
+
+def _size(run: Run) -> Markup | None:
+    after, before = run.sizes.get("pruned"), run.curves.get("base_bytes") or run.sizes.get("base")
+    if after is None:
+        return None
+    if not before:
+        return card("File size", size(after))
+    return card("File size", change(before, after), f"{size(before)} {ARROW} {size(after)}")
+
+
+def _latencies(metrics: Mapping[str, Any]) -> list[Markup]:
+    """A card a batch size and runtime (a run of an earlier version knew one runtime)."""
+    kinds: dict[tuple[Any, ...], dict[str, Mapping[str, Any]]] = {}
+    for record in metrics.get("latency") or []:
+        kind = (record["batch_size"], record.get("runtime", "eager"), record.get("device"), record.get("n_threads"))
+        kinds.setdefault(kind, {})[record["model"]] = record
+    return [
+        _latency(kind, both["base"], both["pruned"]) for kind, both in kinds.items() if {"base", "pruned"} <= set(both)
+    ]
+
+
+def _latency(kind: tuple[Any, ...], base: Mapping[str, Any], pruned: Mapping[str, Any]) -> Markup:
+    batch, runtime, device, threads = kind
+    before, after = base["median_seconds"], pruned["median_seconds"]
+    times = f"{1e3 * before:.2f} {ARROW} {1e3 * after:.2f} ms"
+    where = [str(each) for each in (runtime, device) if each]
+    if threads:
+        where.append(f"{threads} thread" + "s" * (threads != 1))
+    return card(f"Latency, batch {batch}", speed(before, after), times, _quartiles(base, pruned), ", ".join(where))
+
+
+def _quartiles(base: Mapping[str, Any], pruned: Mapping[str, Any]) -> str:
+    """How far the measurements spread: medians that overlap mean little."""
+    if not all("low_seconds" in each and "high_seconds" in each for each in (base, pruned)):
+        return ""
+    spreads = [f"{1e3 * each['low_seconds']:.2f} to {1e3 * each['high_seconds']:.2f}" for each in (base, pruned)]
+    return f"quartiles {f' {ARROW} '.join(spreads)}"

@@ -1,0 +1,239 @@
+"""What a run folder says about its run, read back for a report; nothing is computed anew."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from ...errors import UserError, first_line
+from ..runs.folder import CONFIG, FACTS, METRICS, RunFolder
+
+CURVES = "curves.json"
+STEPS = "curve.json"  # of `keepdrop iterate`
+JOINT = "network/decisions.json"  # of one agent for the whole network
+SEARCHES = "choices/agent/*.json"  # of `keepdrop compare`
+COMMANDS_BY_KEY = {  # the first that is in the configuration
+    "methods": "compare",
+    "criteria": "oracle",
+    "criterion": "iterate",
+    "agents": "apply",
+    "layer": "train-agent",
+    "order": "prune",
+}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decided layer; accuracies are fractions on the reward split, `keep` counts filters as the layer had them."""
+
+    name: str
+    n_filters: int
+    n_kept: int
+    keep: tuple[bool, ...]
+    decided_by: str
+    pruned_accuracy: float
+    recovered_accuracy: float
+    within_bound: bool
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    reward_curve: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder's content.
+
+    `metrics` is None while the run is unfinished; `methods` are the layers by decider. `joint` says that one agent
+    decided all layers at once, `network_curve` how its reward rose; `steps` is the curve of `keepdrop iterate`,
+    `searches` how the reward of each agent of `keepdrop compare` rose, by target and seed.
+    """
+
+    path: Path
+    command: str
+    config: Mapping[str, Any]
+    facts: Mapping[str, Any]
+    metrics: Mapping[str, Any] | None
+    methods: Mapping[str, tuple[Layer, ...]]
+    curves: Mapping[str, Any]
+    kept_channels: Mapping[str, Any]
+    constructor: Mapping[str, Any] | None
+    sizes: Mapping[str, int]
+    one_shot: bool = False
+    network_curve: tuple[float, ...] = ()
+    steps: Mapping[str, Any] = field(default_factory=dict)
+    searches: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+    @property
+    def metric(self) -> str | None:
+        """The metric's name, where it is known."""
+        return (self.metrics or {}).get("metric")
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run wrote its last file."""
+        return self.metrics is not None
+
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return self.path.resolve().name
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The layers as the run itself decided them (its controls left out)."""
+        return next(iter(self.methods.values()), ())
+
+
+def read_run(path: Path) -> Run:
+    """Read a run folder; a missing, damaged or foreign one is a `UserError`."""
+    if not path.is_dir():
+        raise UserError(
+            f"There is no run folder {str(path)!r}; expected the folder of an earlier run: look under runs/."
+        )
+    RunFolder.open(path)
+    config, facts = _config(path / CONFIG), read_json(path / FACTS) or {}
+    architecture = read_json(path / "pruned/architecture.json") or {}
+    metrics, kept = read_json(path / METRICS), architecture.get("kept", {})
+    agent = read_json(path / "network/agent/facts.json") or {}
+    return Run(
+        path=path,
+        command=_command(config, facts),
+        config=config,
+        facts=facts,
+        metrics=metrics,
+        methods=_methods(path) or _from_result(path / METRICS, metrics or {}, kept),
+        curves=read_json(path / CURVES) or {},
+        kept_channels=kept,
+        constructor=architecture.get("constructor"),
+        sizes=_sizes(path, config),
+        one_shot=(path / JOINT).is_file(),
+        network_curve=tuple(map(float, agent.get("reward_curve") or ())),
+        steps=read_json(path / STEPS) or {},
+        searches={file.stem: _curve(read_json(file) or {}) for file in sorted(path.glob(SEARCHES))},
+    )
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object of a run folder, None where the file is not there; a damaged one is a `UserError`."""
+    return _read(path, dict, "an object") if path.is_file() else None
+
+
+def _read(path: Path, kind: type, called: str) -> Any:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise UserError(
+            f"{str(path)!r} is damaged ({str(error)[:100]}); restore it or run the command anew."
+        ) from error
+    if not isinstance(content, kind):
+        raise UserError(f"{str(path)!r} holds a {type(content).__name__}, expected {called}; restore it.")
+    return content
+
+
+def _curve(choice: Mapping[str, Any]) -> tuple[float, ...]:
+    return tuple(map(float, (choice.get("facts") or {}).get("reward_curve") or ()))
+
+
+def original_masks(run: Run) -> dict[str, tuple[bool, ...]]:
+    """What each layer keeps, numbered as in the dense network, by layer.
+
+    A layer that was pruned several times is counted in the filters it first had; `architecture.json` knows which of
+    those are left.
+    """
+    masks: dict[str, tuple[bool, ...]] = {}
+    for layer in run.layers:
+        first = masks.get(layer.name)
+        masks[layer.name] = layer.keep if first is None else _composed(first, layer.keep)
+    for name, mask in masks.items():
+        kept = run.kept_channels.get(name, {}).get("out")
+        if kept is not None and len(kept) == sum(mask):
+            masks[name] = tuple(i in set(kept) for i in range(len(mask)))
+    return masks
+
+
+def _composed(first: Sequence[bool], then: Sequence[bool]) -> tuple[bool, ...]:
+    """Keep of what an earlier decision kept."""
+    left = iter(then)
+    return tuple(next(left, True) if one else False for one in first)
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except Exception as error:  # YAML has its own zoo of errors, and a file that is none is a user's affair
+        reason = first_line(error)[:100]
+        raise UserError(f"{str(path)!r} is damaged ({reason}); restore it or run the command anew.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{str(path)!r} holds no settings; restore it or run the command anew.")
+    return {str(key): value for key, value in content.items()}
+
+
+def _command(config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    typed = facts.get("command") or []
+    if len(typed) > 1 and isinstance(typed[1], str) and "=" not in typed[1] and not typed[1].startswith("-"):
+        return typed[1]
+    return next((command for key, command in COMMANDS_BY_KEY.items() if key in config), "train-cnn")
+
+
+def _methods(path: Path) -> dict[str, tuple[Layer, ...]]:
+    """Layers by decider: of `layers/`, and of `methods/NAME/layers/` in the order agent first."""
+    if (path / JOINT).is_file():
+        return {"agent": tuple(_layer(path / JOINT, content) for content in _read(path / JOINT, list, "a list"))}
+    found = {"agent": _layers(path / "layers")} if (path / "layers").is_dir() else {}
+    names = sorted((folder.name for folder in path.glob("methods/*")), key=lambda name: (name != "agent", name))
+    found |= {name: _layers(path / "methods" / name / "layers") for name in names}
+    return {name: layers for name, layers in found.items() if layers}
+
+
+def _layers(folder: Path) -> tuple[Layer, ...]:
+    files = sorted(folder.glob("*/decision.json"))
+    whole = (file for file in files if not file.parent.name.endswith(".partial"))
+    return tuple(_layer(file, read_json(file), read_json(file.parent / "agent/facts.json")) for file in whole)
+
+
+def _from_result(file: Path, metrics: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, tuple[Layer, ...]]:
+    """Layers of a run that decided them in another way than one by one: counts from the metrics, masks from the file.
+
+    A group whose filters are not simply the outputs of its first layer has no mask, and is left out.
+    """
+    layers = []
+    for group in metrics.get("groups") or []:
+        left = set(kept.get(group["name"], {}).get("out", range(group["n_filters"])))
+        if len(left) == group["n_kept"]:
+            keep = [i in left for i in range(group["n_filters"])]
+            layers.append(_layer(file, {**group, "keep": keep, "pruned_accuracy": group["reward_split_accuracy"]}))
+    return {layers[0].decided_by: tuple(layers)} if layers else {}
+
+
+def _layer(file: Path, content: Any, agent: Any = None) -> Layer:
+    content, agent = content or {}, agent or {}
+    try:
+        layer = Layer(
+            name=str(content["name"]),
+            n_filters=int(content["n_filters"]),
+            n_kept=int(content["n_kept"]),
+            keep=tuple(bool(one) for one in content["keep"]),
+            decided_by=str(content["decided_by"]),
+            pruned_accuracy=float(content["pruned_accuracy"]),
+            recovered_accuracy=float(content["recovered_accuracy"]),
+            within_bound=bool(content["within_bound"]),
+            facts=dict(content.get("facts") or {}),
+            reward_curve=tuple(map(float, agent.get("reward_curve") or ())),
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{str(file)!r} is no decision of a layer ({error!r}); restore it.") from error
+    if len(layer.keep) != layer.n_filters or sum(layer.keep) != layer.n_kept:
+        raise UserError(f"{str(file)!r} contradicts itself: its mask and its counts differ; restore it.")
+    return layer
+
+
+def _sizes(path: Path, config: Mapping[str, Any]) -> dict[str, int]:
+    """Bytes of the weight files that are still there: of the base, and of the pruned network."""
+    given = config.get("checkpoint")
+    base = path / "base/model.safetensors" if not given else Path(str(given))
+    files = {"base": base, "pruned": path / "pruned/model.safetensors"}
+    return {name: file.stat().st_size for name, file in files.items() if file.is_file()}

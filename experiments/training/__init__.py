@@ -1,0 +1,1 @@
+"""Training a network: settings, augmentation, the loop, its snapshots."""

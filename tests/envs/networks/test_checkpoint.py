@@ -1,0 +1,187 @@
+"""Checkpoints: what loads, what is refused with which sentence, and that a refusal leaves the model as it was."""
+
+import errno
+import os
+import re
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+from keepdrop.atomic import write_atomically
+from keepdrop.envs.networks.built_in import cifar_resnet, small_cnn
+from keepdrop.envs.networks.checkpoint import hash_state, load_checkpoint, save_weights
+from keepdrop.errors import UserError
+from safetensors.torch import save_file
+from torch import nn
+
+CHECKPOINTS = Path(__file__).parents[3].parent / "shared" / "checkpoints"
+
+
+class Payload:
+    """A class of the user's: unpickling it would run its code."""
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return small_cnn(widths=(2, 2, 3, 3, 4))
+
+
+@pytest.fixture
+def other():
+    torch.manual_seed(1)
+    return small_cnn(widths=(2, 2, 3, 3, 4))
+
+
+def refusal(model, path, **kwargs):
+    """The sentence load_checkpoint refuses with, after checking that the model is bitwise what it was."""
+    before = hash_state(model)
+    with pytest.raises(UserError) as caught:
+        load_checkpoint(model, path, **kwargs)
+    assert hash_state(model) == before
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+WRAPS = {
+    "plain": lambda state: state,
+    "state_dict": lambda state: {"state_dict": state, "best_prec1": 91.7},
+    "model": lambda state: {"model": state, "epoch": 3},
+    "data_parallel": lambda state: {"state_dict": OrderedDict((f"module.{k}", v) for k, v in state.items())},
+    "compiled": lambda state: {f"_orig_mod.module.{k}": v for k, v in state.items()},
+    "without_counters": lambda state: {k: v for k, v in state.items() if "num_batches" not in k},
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_loads_bitwise_through_every_wrapping(tmp_path, model, other, wrap):
+    torch.save(WRAPS[wrap](other.state_dict()), tmp_path / "weights.pt")
+    load_checkpoint(model, tmp_path / "weights.pt")
+    assert hash_state(model) == hash_state(other)
+
+
+def test_loads_legacy_torch_format(tmp_path, model, other):
+    torch.save(other.state_dict(), tmp_path / "weights.th", _use_new_zipfile_serialization=False)
+    load_checkpoint(model, tmp_path / "weights.th")
+    assert hash_state(model) == hash_state(other)
+
+
+def test_save_weights_and_load_are_inverse(tmp_path, model, other):
+    save_weights(other.to(memory_format=torch.channels_last), tmp_path / "new" / "weights.safetensors")
+    load_checkpoint(model, tmp_path / "new" / "weights.safetensors")
+    assert hash_state(model) == hash_state(other)
+
+
+def test_save_weights_takes_tied_weights(tmp_path):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    save_weights(model, tmp_path / "tied.safetensors")
+    before = hash_state(model)
+    load_checkpoint(model, tmp_path / "tied.safetensors")
+    assert hash_state(model) == before
+
+
+def test_key_names_the_entry(tmp_path, model, other):
+    torch.save({"ema": other.state_dict(), "model": model.state_dict()}, tmp_path / "w.pt")
+    load_checkpoint(model, tmp_path / "w.pt", key="ema")
+    assert hash_state(model) == hash_state(other)
+    assert "has no entry 'emma'; it holds: ema, model" in refusal(model, tmp_path / "w.pt", key="emma")
+
+
+def test_missing_file(tmp_path, model):
+    assert (
+        refusal(model, tmp_path / "gone.pt") == f"Checkpoint '{tmp_path / 'gone.pt'}' does not exist; check the path."
+    )
+    assert "is not a file; give the path of a .pt" in refusal(model, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["w.pt", "legacy.th", "w.safetensors"])
+@pytest.mark.parametrize("kept", [0.0, 0.01, 0.1, 0.5, 0.9, 0.999])
+def test_truncated_file(tmp_path, model, other, name, kept):
+    path = tmp_path / name
+    if name == "w.safetensors":
+        save_file(other.state_dict(), path)
+    else:
+        torch.save(other.state_dict(), path, _use_new_zipfile_serialization=name == "w.pt")
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content))])
+    assert "is truncated or not a torch or safetensors file; copy it again." in refusal(model, path)
+
+
+@pytest.mark.parametrize("content", [b"hello, not weights at all", b"\x80\x04garbage", os.urandom(4096), b"{}" * 99])
+@pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
+def test_garbage_file(tmp_path, model, content, name):
+    (tmp_path / name).write_bytes(content)
+    assert "is truncated or not a torch or safetensors file" in refusal(model, tmp_path / name)
+
+
+@pytest.mark.parametrize("content", [Payload(), {"state_dict": {}, "args": Payload()}, small_cnn(widths=(1,))])
+def test_checkpoint_that_wants_unpickling(tmp_path, model, content):
+    torch.save(content, tmp_path / "w.pt")
+    text = refusal(model, tmp_path / "w.pt")
+    assert "holds pickled Python objects, which can run any code while loading, so it is refused" in text
+    assert text.endswith("save only the weights with torch.save(model.state_dict(), path).")
+
+
+@pytest.mark.parametrize("content", [{"epoch": 3}, [1, 2], torch.zeros(3), {"state_dict": {}}])
+def test_file_without_a_state_dict(tmp_path, model, content):
+    torch.save(content, tmp_path / "w.pt")
+    assert "holds no state dict (a mapping from names to tensors)" in refusal(model, tmp_path / "w.pt")
+
+
+def test_wrong_architecture_names_keys_and_shapes(tmp_path, model):
+    torch.save(cifar_resnet(20).state_dict(), tmp_path / "w.pt")
+    text = refusal(model, tmp_path / "w.pt")
+    assert text.startswith(f"Checkpoint '{tmp_path / 'w.pt'}' is for another architecture; keys: ")
+    assert "missing (conv2.weight, bn2.weight, bn2.bias and 17 more)" in text
+    assert "108 not in the model (layer1.0.conv1.weight, " in text
+    assert "conv1.weight is (16, 3, 3, 3), the model has (2, 1, 3, 3)" in text
+
+
+def test_nan_weights(tmp_path, model, other):
+    with torch.no_grad():
+        other.conv2.weight[0, 0, 0, 0] = torch.nan
+    save_weights(other, tmp_path / "w.safetensors")
+    assert "holds NaN or infinite values in conv2.weight; its training diverged." in refusal(
+        model, tmp_path / "w.safetensors"
+    )
+
+
+def test_full_disk_leaves_the_old_file(tmp_path, model, monkeypatch):
+    path = tmp_path / "w.safetensors"
+    save_weights(model, path)
+    before = path.read_bytes()
+
+    def no_space(_descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(UserError, match=re.escape("(No space left on device); what was there before is intact")):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+def test_hash_sees_every_bit_and_nothing_else(model):
+    before = hash_state(model)
+    model.eval().requires_grad_(False)
+    assert hash_state(model.to(memory_format=torch.channels_last)) == before
+    with torch.no_grad():
+        model.linear.bias[0] = torch.nextafter(model.linear.bias[0], torch.tensor(9.0))
+    assert hash_state(model) != before
+
+
+@pytest.mark.skipif(not CHECKPOINTS.is_dir(), reason="the published checkpoints are not beside this repository")
+@pytest.mark.parametrize(("name", "depth"), [("resnet20-a", 20), ("resnet20-b", 20), ("resnet56-a", 56)])
+def test_published_checkpoints_load(name, depth):
+    model = cifar_resnet(depth)
+    before = hash_state(model)
+    load_checkpoint(model, CHECKPOINTS / f"{name}.th")
+    assert hash_state(model) != before
+
+
+@pytest.mark.skipif(not CHECKPOINTS.is_dir(), reason="the published checkpoints are not beside this repository")
+def test_published_checkpoint_of_another_depth_is_refused():
+    text = refusal(cifar_resnet(20), CHECKPOINTS / "resnet56-a.th")
+    assert "180 not in the model (layer1.3.conv1.weight" in text

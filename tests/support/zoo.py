@@ -1,0 +1,307 @@
+"""Small hand-written networks, one for every way in which channels can hang together."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class ResidualStream(nn.Module):
+    """Two blocks on one stream, the second with a projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.inner1, self.outer1 = nn.Conv2d(8, 6, 3, padding=1), nn.Conv2d(6, 8, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.inner2, self.outer2 = nn.Conv2d(8, 6, 3, stride=2, padding=1), nn.Conv2d(6, 12, 3, padding=1)
+        self.projection = nn.Conv2d(8, 12, 1, stride=2)
+        self.linear = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        x = F.relu(self.bn1(self.outer1(F.relu(self.inner1(x)))) + x)
+        x = F.relu(self.outer2(F.relu(self.inner2(x))) + self.projection(x))
+        return self.linear(x.mean((2, 3)))
+
+
+class PadShortcut(nn.Module):
+    """The zero-padded shortcut of CIFAR ResNets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.inner, self.outer = nn.Conv2d(6, 10, 3, stride=2, padding=1), nn.Conv2d(10, 10, 3, padding=1)
+        self.bn = nn.BatchNorm2d(10)
+        self.linear = nn.Linear(10, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        short = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2))
+        x = F.relu(self.bn(self.outer(F.relu(self.inner(x)))) + short)
+        return self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+class Concat(nn.Module):
+    """Branches of different widths side by side, read by two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 5, 3, padding=1)
+        self.left, self.right = nn.Conv2d(5, 7, 1), nn.Conv2d(5, 4, 3, padding=1)
+        self.bn = nn.BatchNorm2d(16)
+        self.head, self.other = nn.Conv2d(16, 6, 3), nn.Conv2d(16, 6, 3)
+        self.linear = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = F.relu(self.bn(torch.cat([self.left(x), x, self.right(x)], 1)))
+        return self.linear((self.head(x) * self.other(x)).mean((2, 3)))
+
+
+class Depthwise(nn.Module):
+    """Inverted residual with a channel multiplier in one of its depthwise convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.expand, self.deep = nn.Conv2d(6, 12, 1), nn.Conv2d(12, 12, 3, padding=1, groups=12)
+        self.bn = nn.BatchNorm2d(12)
+        self.project = nn.Conv2d(12, 6, 1)
+        self.wide = nn.Conv2d(6, 18, 3, padding=1, groups=6)
+        self.linear = nn.Linear(18, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu6(self.stem(x))
+        x = self.project(F.hardswish(self.bn(self.deep(F.relu6(self.expand(x)))))) + x
+        return self.linear(F.relu(self.wide(x)).mean((2, 3)))
+
+
+class Grouped(nn.Module):
+    """ResNeXt's grouped convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reduce, self.grouped = nn.Conv2d(3, 12, 1), nn.Conv2d(12, 16, 3, padding=1, groups=4)
+        self.bn = nn.BatchNorm2d(16)
+        self.restore = nn.Conv2d(16, 6, 1)
+        self.linear = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn(self.grouped(F.relu(self.reduce(x)))))
+        return self.linear(F.relu(self.restore(x)).mean((2, 3)))
+
+
+class Reused(nn.Module):
+    """One convolution and its normalisation run three times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.again, self.bn = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.inner = nn.Conv2d(8, 6, 1)
+        self.linear = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for _ in range(3):
+            x = F.relu(self.bn(self.again(x)))
+        y = self.inner(x)
+        return self.linear(F.relu(y).mean((2, 3))) + self.linear(F.sigmoid(y).amax((2, 3)))
+
+
+class Chunked(nn.Module):
+    """GraphPartition that multiply (GLU) and halves that go different ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gated, self.split = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(6, 10, 3, padding=1)
+        self.left, self.right = nn.Conv2d(5, 4, 1), nn.Conv2d(5, 4, 1)
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.gated(x).chunk(2, dim=1)
+        c, d = self.split(a * torch.sigmoid(b)).relu().chunk(2, 1)
+        return self.linear((self.left(c) + self.right(d)).relu().mean((2, 3)))
+
+
+class Shuffled(nn.Module):
+    """Hand-written channel shuffle, as in ShuffleNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 12, 3, padding=1)
+        self.bn = nn.BatchNorm2d(12)
+        self.head = nn.Conv2d(12, 8, 3, padding=1)
+        self.linear = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn(self.stem(x)))
+        b, c, h, w = x.shape
+        x = x.view(b, 3, c // 3, h, w).transpose(1, 2).reshape(b, c, h, w)
+        return self.linear(F.relu(self.head(x)).mean((2, 3)))
+
+
+class Flattened(nn.Module):
+    """Feature map flattened into linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3, padding=1)
+        self.bn = nn.BatchNorm2d(6)
+        self.hidden, self.linear = nn.Linear(6 * 16, 10), nn.Linear(10, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.bn(self.conv(x))), 2)
+        return self.linear(F.relu(self.hidden(x.flatten(1))))
+
+
+class Gated(nn.Module):
+    """Squeeze-and-excite, by 1x1 convolutions and by linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.middle = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 10, 3, padding=1)
+        self.squeeze, self.excite = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
+        self.down, self.up = nn.Linear(10, 5), nn.Linear(5, 10)
+        self.linear = nn.Linear(10, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.silu(self.stem(x))
+        x = x * torch.sigmoid(self.excite(F.relu(self.squeeze(x.mean((2, 3), keepdim=True)))))
+        x = F.relu(self.middle(x))
+        gate = torch.sigmoid(self.up(F.relu(self.down(x.mean((2, 3))))))
+        return self.linear((x * gate[:, :, None, None]).mean((2, 3)))
+
+
+class Decoder(nn.Module):
+    """Transposed convolutions, plain and grouped, to a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(3, 6, 3, stride=2, padding=1)
+        self.up, self.bn = nn.ConvTranspose2d(6, 8, 2, stride=2), nn.BatchNorm2d(8)
+        self.grouped = nn.ConvTranspose2d(8, 12, 3, groups=2)
+        self.deep = nn.ConvTranspose2d(12, 12, 3, groups=12)
+        self.linear = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn(self.up(F.relu(self.down(x)))))
+        x = F.relu(self.deep(F.leaky_relu(self.grouped(x))))
+        return self.linear(F.interpolate(x, scale_factor=0.5).mean((2, 3)))
+
+
+class Norms(nn.Module):
+    """PReLU, InstanceNorm and GroupNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.slope = nn.Conv2d(3, 12, 3, padding=1), nn.PReLU(12)
+        self.instance = nn.InstanceNorm2d(12, affine=True)
+        self.middle, self.norm = nn.Conv2d(12, 12, 3, padding=1), nn.GroupNorm(4, 12)
+        self.linear = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.instance(self.slope(self.stem(x)))
+        return self.linear(F.gelu(self.norm(self.middle(x))).mean((2, 3)))
+
+
+class PixelShuffle(nn.Module):
+    """Depth to space: four channels become one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(4, 6, 3, padding=1)
+        self.shuffle = nn.PixelShuffle(2)
+        self.linear = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(F.relu(self.head(F.relu(self.shuffle(self.stem(x))))).mean((2, 3)))
+
+
+class Branching(nn.Module):
+    """Control flow that looks at the data: `torch.fx` cannot take it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.head = nn.Conv2d(8, 6, 3, padding=1)
+        self.linear = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn(self.stem(x)))
+        x = self.head(x) if float(x.sum()) > -1 else -x
+        return self.linear(F.relu(x).mean((2, 3)))
+
+
+class OneDimensional(nn.Module):
+    """1d convolutions on (B, C, L)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn = nn.Conv1d(3, 8, 3, padding=1), nn.BatchNorm1d(8)
+        self.head, self.linear = nn.Conv1d(8, 6, 3), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool1d(F.relu(self.bn(self.stem(x.flatten(2)))), 2)
+        return self.linear(F.relu(self.head(x)).mean(2))
+
+
+class ThreeDimensional(nn.Module):
+    """3d convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn = nn.Conv3d(3, 6, 3, padding=1), nn.BatchNorm3d(6)
+        self.head, self.linear = nn.Conv3d(6, 6, 3, padding=1), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.avg_pool3d(F.relu(self.bn(self.stem(x[:, :, None].repeat(1, 1, 2, 1, 1)))), 2)
+        return self.linear(F.relu(self.head(x)).mean((2, 3, 4)))
+
+
+class SamePadding(nn.Conv2d):
+    """Pads by itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(F.pad(x, (0, 1, 0, 1)), self.weight, self.bias, self.stride)
+
+
+class NormRelu(nn.BatchNorm2d):
+    """Normalisation and activation in one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(
+            F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.1, self.eps)
+        )
+
+
+class HalfLinear(nn.Linear):
+    """Scales what it returns."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias) / 2
+
+
+class Extended(nn.Module):
+    """Subclasses whose `forward` does more than torch's, as timm's do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.bn = SamePadding(3, 6, 2, stride=2), NormRelu(6)
+        self.second, self.head = SamePadding(6, 5, 2), HalfLinear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(self.bn(self.first(x))).relu().mean((2, 3)))
+
+
+ZOO = {
+    each.__name__: each
+    for each in (
+        ResidualStream, PadShortcut, Concat, Depthwise, Grouped, Reused, Chunked, Shuffled, Flattened, Gated, Decoder,
+        Norms, PixelShuffle, Branching, OneDimensional, ThreeDimensional,
+        Extended,
+    )
+}  # fmt: skip
+IMAGES = (2, 3, 8, 8)
