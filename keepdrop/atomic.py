@@ -10,7 +10,7 @@ from pathlib import Path
 from .errors import UserError
 
 
-def write_atomically(path: str | Path, content: bytes | str) -> None:
+def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> None:
     """Replace a file in one step; on any failure, a full disk included, the old one stays.
 
     Args:
