@@ -42,15 +42,13 @@ def test_nothing_lands_outside_the_package(content):
     assert {top for top in tops if not top.endswith(".dist-info")} == {"keepdrop"} and len(tops) == 2
 
 
-def test_wheel_holds_every_module_and_configuration(content):
-    expected = {
-        f"keepdrop/{path.relative_to(ROOT)}"
-        for package in PACKAGES
-        for kind in ("py", "yaml")
-        for path in (ROOT / package).rglob(f"*.{kind}")
-    } | {f"keepdrop/{path.name}" for path in (ROOT / TOP).glob("*.py")}
-    assert {name for name in content if name.endswith((".py", ".yaml"))} == expected
-    assert {"keepdrop/conf/prune.yaml", "keepdrop/conf/network/small_cnn.yaml"} < expected
+def test_wheel_holds_every_file_of_the_packages(content):
+    """Modules, configuration and data: the digits with their license, templates of pages."""
+    files = [path for package in PACKAGES for path in (ROOT / package).rglob("*") if path.is_file()]
+    expected = {f"keepdrop/{path.relative_to(ROOT)}" for path in files if path.parent.name != "__pycache__"}
+    expected |= {f"keepdrop/{path.name}" for path in (ROOT / TOP).iterdir() if path.is_file()}
+    assert {name for name in content if ".dist-info/" not in name} == expected
+    assert {"keepdrop/conf/prune.yaml", "keepdrop/envs/data/digits.txt"} < expected
 
 
 def test_wheel_is_typed_and_licensed(content):

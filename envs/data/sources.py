@@ -31,17 +31,16 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".p
 
 
 def digits(seed: int = 0, test_fraction: float = 0.25) -> LabelledData:
-    """scikit-learn's 1,797 handwritten digits, (1, 8, 8), pixels 0..16 normalised to mean 0 and std 1, shuffled.
+    """The 1,797 handwritten digits of scikit-learn, (1, 8, 8), pixels 0..16 normalised to mean 0 and std 1, shuffled.
 
-    `test_fraction` in (0, 1) of them are the test images. Raises UserError for another fraction.
+    They are part of the package (digits.npz; source and license in digits.txt). `test_fraction` in (0, 1) of them are
+    the test images. Raises UserError for another fraction.
     """
-    from sklearn.datasets import load_digits
-
     if not 0 < test_fraction < 1:
         raise UserError(f"test_fraction must lie between 0 and 1, got {test_fraction}.")
-    pixels, targets = load_digits(return_X_y=True)
-    images = torch.from_numpy(pixels.astype(np.uint8)).view(-1, 1, 8, 8)
-    labels = torch.from_numpy(targets.astype(np.int64))
+    with np.load(Path(__file__).with_name("digits.npz"), allow_pickle=False) as file:
+        images = torch.from_numpy(file["images"])[:, None]
+        labels = torch.from_numpy(file["labels"].astype(np.int64))
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(labels)))
     n_test = max(1, round(test_fraction * len(labels)))
     # 16 is white; mean and std are those of all digits.

@@ -1,17 +1,29 @@
-"""HTML and SVG as strings, escaped by construction: only what `tag` made is taken as markup."""
+"""HTML and SVG elements, escaped by MarkupSafe, and the Jinja2 template of the page they stand in."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from html import escape
+from pathlib import Path
 
-VOID = {"meta", "path", "rect", "line", "circle", "polyline"}
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+__all__ = ["Markup", "copyable", "fold", "join", "page", "section", "table", "tag"]
+
+SELF_CLOSING = {"path", "rect", "line", "circle", "polyline"}
+# report.html.j2 takes report.css and report.js along: a page is one file.
+_TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    keep_trailing_newline=True,
+)
 
 
-class Markup(str):
-    """Text that is markup already."""
-
-    __slots__ = ()
+def page(title: str, *content: Markup | None) -> str:
+    """A page that needs nothing but itself; its policy forbids it the network."""
+    return _TEMPLATES.get_template("report.html.j2").render(title=title, content=join(content))
 
 
 def tag(name: str, /, *children: object, **attributes: object) -> Markup:
@@ -19,27 +31,34 @@ def tag(name: str, /, *children: object, **attributes: object) -> Markup:
 
     Attribute names are Python's: `class_` is class, `aria_label` is aria-label; True gives a bare attribute.
     """
-    given = "".join(_attribute(key, value) for key, value in attributes.items() if value is not None)
-    if name in VOID and not children:
-        return Markup(f"<{name}{given}>" if name == "meta" else f"<{name}{given}/>")
-    return Markup(f"<{name}{given}>{join(children)}</{name}>")
+    given = Markup().join(
+        _attribute(key, value) for key, value in attributes.items() if value is not None and value is not False
+    )
+    if name in SELF_CLOSING and not children:
+        return Markup("<{}{}/>").format(name, given)
+    return Markup("<{0}{1}>{2}</{0}>").format(name, given, join(children))
 
 
 def join(children: Iterable[object]) -> Markup:
     """Children one after another; None is nothing."""
-    parts = (child if isinstance(child, Markup) else escape(str(child)) for child in children if child is not None)
-    return Markup("".join(parts))
+    return Markup().join(child for child in children if child is not None)
 
 
-def table(head: Sequence[object], rows: Iterable[Sequence[object]], caption: str | None = None) -> Markup:
+def section(title: str, text: str | None, *content: Markup | None) -> Markup | None:
+    """A heading, a sentence, and what follows; nothing without content."""
+    if not any(content):
+        return None
+    return tag("section", tag("h2", title), tag("p", text, class_="soft") if text else None, *content)
+
+
+def table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> Markup:
     """A table whose first column names the row; it scrolls by itself where the screen is narrow."""
     top = tag("tr", *(tag("th", cell, scope="col") for cell in head))
     body = [
         tag("tr", *(tag("th", row[0], scope="row") if i == 0 else tag("td", cell) for i, cell in enumerate(row)))
         for row in rows
     ]
-    title = tag("caption", caption) if caption else None
-    return tag("div", tag("table", title, tag("thead", top), tag("tbody", *body)), class_="scroll", tabindex="0")
+    return tag("div", tag("table", tag("thead", top), tag("tbody", *body)), class_="scroll", tabindex="0")
 
 
 def fold(summary: str, *children: object) -> Markup:
@@ -47,8 +66,11 @@ def fold(summary: str, *children: object) -> Markup:
     return tag("details", tag("summary", summary), *children)
 
 
-def _attribute(key: str, value: object) -> str:
+def copyable(text: str) -> Markup:
+    """Code with a button that copies it."""
+    return tag("div", tag("pre", tag("code", text)), class_="copy")
+
+
+def _attribute(key: str, value: object) -> Markup:
     name = key.rstrip("_").replace("_", "-")
-    if value is False:
-        return ""
-    return f" {name}" if value is True else f' {name}="{escape(str(value))}"'
+    return Markup(" {}").format(name) if value is True else Markup(' {}="{}"').format(name, value)

@@ -12,10 +12,9 @@ from ..compare.methods import AGENT, FOLLOWS
 from ..compare.tables import STAGE_TITLES, Grid, grids, headline
 from .cards import card, percent, points
 from .charts import Axis, Series, bar, gauge, heights, line_chart, span
-from .frame import origin, page, section
-from .markup import Markup, fold, join, table, tag
+from .markup import Markup, fold, join, page, section, table, tag
 from .run_data import Run
-from .sections import kept_key, learning_curve
+from .sections import kept_key, learning_curve, origin
 
 Row = Mapping[str, Any]
 SHOWN = 12  # rows of a table that need not be opened

@@ -7,10 +7,10 @@ from typing import Any
 
 from ..oracle.correlations import AGENT, ORACLES, TITLES, table
 from .charts import signed_bar
-from .frame import origin, page, section
-from .markup import Markup, join, tag
+from .markup import Markup, join, page, section, tag
 from .markup import table as table_of
 from .run_data import Run
+from .sections import origin
 
 EXPLAINED = {
     "absolute_loss": "The oracle of Molchanov et al. (2017): a filter matters if the loss changes without it.",

@@ -9,12 +9,11 @@ from typing import Any
 
 from ...envs.data.objective import display_name
 from .cards import bound_sentence, cards, change, final_accuracy, percent, points
-from .frame import copyable, origin, page, section
-from .markup import Markup, table, tag
+from .markup import Markup, copyable, page, section, table, tag
 from .methods_page import methods_page
 from .oracle_page import oracle_page
 from .run_data import Run
-from .sections import filter_map, kept_bars, label, learning_curves, trade_off
+from .sections import filter_map, kept_bars, label, learning_curves, origin, trade_off
 
 BUILT_IN = "keepdrop.envs.networks.built_in."
 

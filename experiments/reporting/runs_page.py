@@ -8,8 +8,7 @@ from typing import Any
 from ...envs.data.objective import display_name
 from .cards import change, final_accuracy, percent, points, speed
 from .charts import Axis, Series, line_chart
-from .frame import page, section
-from .markup import Markup, fold, table, tag
+from .markup import Markup, fold, page, section, table, tag
 from .run_data import Run, original_masks
 
 STYLES = ("first", "second", "third", "fourth")

@@ -1,14 +1,17 @@
-"""The plots of a run's page. Each takes a `Run` and returns markup, or None where the run has nothing to show."""
+"""The sections of a run's page. Each takes a `Run` and returns markup, or None where the run has nothing to show."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from omegaconf import OmegaConf
 
 from ...envs.data.objective import display_name
 from .cards import percent
 from .charts import Axis, Series, bar, line_chart, mini_chart, ranges, strip
-from .frame import section
-from .markup import Markup, fold, join, table, tag
+from .markup import Markup, copyable, fold, join, section, table, tag
 from .run_data import Layer, Run, original_masks
 
 LABELS = {"l1": "L1", "l2": "L2", "apoz": "APoZ", "fpgm": "FPGM", "taylor": "Taylor", "bn_scale": "BN scale"}
@@ -196,3 +199,36 @@ def filter_map(run: Run) -> Markup | None:
     numbers = fold("Numbers of the filters kept", table(["layer", "kept"], rows))
     key = tag("p", kept_key(), class_="soft")
     return section("Which filters were kept", text, key, tag("div", *strips, class_="strips"), numbers)
+
+
+def origin(run: Run) -> Markup | None:
+    """Command, splits, versions and configuration."""
+    facts = run.facts
+    command = " ".join(shlex.quote(str(part)) for part in facts.get("command") or [])
+    splits = facts.get("splits") or {}
+    rows = [
+        [
+            role,
+            f"{entry.get('n_images', 0):,}",
+            str(entry.get("source", "")),
+            tag("code", str(entry.get("sha256", ""))[:12]),
+        ]
+        for role, entry in splits.items()
+    ]
+    parts = [
+        copyable(command) if command else None,
+        table(["split", "images", "taken from", "sha256"], rows) if rows else None,
+        fold("Versions and machine", table(["", ""], _versions(facts))),
+        fold(
+            "Configuration",
+            tag("pre", tag("code", OmegaConf.to_yaml(OmegaConf.create(dict(run.config))))),
+        ),
+    ]
+    text = "fit trains weights, reward scores masks, report is opened once, at the end."
+    return section("Where it comes from", text if rows else None, *parts)
+
+
+def _versions(facts: Mapping[str, Any]) -> Sequence[Sequence[object]]:
+    machine = facts.get("machine") or {}
+    known = {**(facts.get("versions") or {}), **machine, "seed": facts.get("seed"), "commit": facts.get("git")}
+    return [[name, "-" if value is None else str(value)] for name, value in known.items()]

@@ -71,6 +71,13 @@ def test_digits_are_normalised_shuffled_and_complete():
         digits(test_fraction=25)
 
 
+def test_digits_are_those_of_scikit_learn():
+    """Digests of version 0.1.0, which had them from sklearn.datasets.load_digits."""
+    data = digits()
+    assert data.train.digest() == "aaf1659c3c1b7d1ec8b6c85957985ffc38e87a06c015ddfe41f796e276cbfbd3"
+    assert data.test.digest() == "167ff0c031808da50a9dfd81097101c30b5cb598a5c71bfa196c89474d67f427"
+
+
 @pytest.mark.parametrize("kind", ["uint8", "float32", "float64", "float16"])
 def test_npz_of_bytes_and_of_floats_gives_equal_normalised_batches(tmp_path, kind):
     given = arrays(kind=kind)

@@ -9,8 +9,7 @@ import pytest
 from keepdrop.experiments.commands.report import write_report
 from keepdrop.experiments.reporting.cards import bound_sentence
 from keepdrop.experiments.reporting.charts import Axis, Series, line_chart, ranges, span, strip, ticks
-from keepdrop.experiments.reporting.frame import page
-from keepdrop.experiments.reporting.markup import Markup, table, tag
+from keepdrop.experiments.reporting.markup import Markup, page, table, tag
 from keepdrop.experiments.reporting.run_data import original_masks, read_run
 from keepdrop.experiments.reporting.run_page import run_page
 from keepdrop.experiments.reporting.runs_page import unique_names
@@ -31,7 +30,7 @@ def change(path, **changed):
 
 def test_children_and_attributes_are_escaped():
     assert tag("p", "<b>&") == "<p>&lt;b&gt;&amp;</p>"
-    assert tag("p", Markup("<b>"), title='"<', class_="x") == '<p title="&quot;&lt;" class="x"><b></p>'
+    assert tag("p", Markup("<b>"), title='"<', class_="x") == '<p title="&#34;&lt;" class="x"><b></p>'
     assert tag("a", aria_label="x", hidden=True, open=False, id=None) == '<a aria-label="x" hidden></a>'
     assert "&lt;i&gt;" in table(["<i>"], [["a"]]) and isinstance(table(["a"], []), Markup)
 
@@ -248,6 +247,13 @@ def test_browser_shows_it_on_every_screen(run, tmp_path, dark):
     for frame in looked_at(run / "report.html", tmp_path, dark):
         assert len(frame["charts"]) == 1 and 0.6 * min(frame["size"], 900) < frame["charts"][0] <= frame["size"], frame
         assert frame["buttons"] == 2
+
+
+def test_title_and_text_of_a_page_are_escaped():
+    hostile = "</title><script>alert('1')</script>"
+    text = page(hostile, tag("p", hostile, title=hostile), hostile)
+    assert hostile not in text and text.count("<script>") == 1
+    assert html.unescape(text).count(hostile) == 4
 
 
 def test_page_forbids_itself_the_network():
