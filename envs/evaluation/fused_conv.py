@@ -1,14 +1,19 @@
-"""A convolution with what follows it in one call of the processor's library, on the channels that a mask leaves.
+"""Fused convolutions on a CPU: a convolution and what follows it in one oneDNN call, on the channels a mask keeps.
 
 oneDNN can add a residual and apply ReLU while a convolution's result is still in registers, and takes weights packed
-beforehand. torch offers both to its compiler (`torch.ops.mkldnn`); here they are called without compiling. Where the
-operator is missing nothing is fused.
+beforehand. torch offers both to its compiler (`torch.ops.mkldnn`); here they are called without compiling. Where torch
+or the processor lacks them (`can_fuse`), nothing is fused.
 
-Shapes: B images, C input channels, K output channels.
+A convolution over a map of a few pixels runs as one matrix product. A padded 3x3 kernel on a 2x2 map multiplies zeros
+of the padding more often than pixels (20 of its 36 products per channel), and libraries get little speed out of rows of
+two pixels. As a matrix from all pixels to all pixels it takes 16 products per channel, in one large product.
+
+Shapes: B images, C input channels, K output channels, (H, W) map, (P, Q) map it becomes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +22,6 @@ from torch.nn import functional
 
 from ..networks.graph_passes import exchange, only_user, relu_after
 from ..networks.module_kinds import is_plain_conv2d
-from .small_maps import as_matrix, is_small, map_after
 
 _PER_CHANNEL = (nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Dropout, nn.Identity)
 
@@ -25,14 +29,16 @@ _PER_CHANNEL = (nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Dr
 _OWN_MEMORY = (functional.pad, torch.relu_, "add_")
 _DTYPES = (torch.float32, torch.bfloat16)
 
+Pair = Sequence[int]
+
 
 class FusedConv(nn.Module):
     """`relu?(conv(x) + residual?)`, with weights that can be exchanged and channels that can be left out.
 
     Args:
         conv: an ordinary 2d convolution; its weight and bias are kept as they are.
-        relu: whether ReLU follows.
-        size: (H, W) of its input, if that is always the same; a small one makes it a matrix product (`small_maps`).
+        relu: whether a ReLU follows.
+        size: (H, W) of its input, if that is always the same; a small one makes it a matrix product.
     """
 
     def __init__(self, conv: nn.Conv2d, relu: bool, size: tuple[int, int] | None = None) -> None:
@@ -44,11 +50,6 @@ class FusedConv(nn.Module):
         self._how = ([int(side) for side in conv.padding], list(conv.stride), list(conv.dilation), conv.groups)
         self._matrix_of = None if size is None or conv.groups > 1 else _small(conv, size)
         self.cast(conv.weight.dtype)
-
-    @property
-    def is_matrix(self) -> bool:
-        """Whether it runs as a matrix product (`small_maps`)."""
-        return self._matrix_of is not None
 
     def cast(self, dtype: torch.dtype) -> None:
         """Compute in this precision from now on."""
@@ -87,7 +88,7 @@ class FusedConv(nn.Module):
         bias = None if bias is None else bias.to(self.dtype)
         if self._matrix_of is not None:
             size, becomes = self._matrix_of
-            matrix = as_matrix(weight.to(self.dtype), size, *self._how[:3])
+            matrix = _as_matrix(weight.to(self.dtype), size, *self._how[:3])
             packed = torch.ops.mkldnn._reorder_linear_weight(matrix)
             return packed, None if bias is None else bias.repeat(becomes[0] * becomes[1])
         dense = weight.to(self.dtype).contiguous(memory_format=torch.channels_last)
@@ -126,8 +127,8 @@ class FusedConv(nn.Module):
 def _small(conv: nn.Conv2d, size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, ...]] | None:
     """The map a convolution reads and the one it makes, if they are small enough for a matrix."""
     padding = [int(side) for side in conv.padding]
-    becomes = map_after(size, conv.kernel_size, padding, conv.stride, conv.dilation)
-    return (size, becomes) if is_small(size, conv.kernel_size, becomes) else None
+    becomes = _map_after(size, conv.kernel_size, padding, conv.stride, conv.dilation)
+    return (size, becomes) if _is_small(size, conv.kernel_size, becomes) else None
 
 
 def picked(x: Tensor, channels: Tensor) -> Tensor:
@@ -137,19 +138,52 @@ def picked(x: Tensor, channels: Tensor) -> Tensor:
     return rows.view(n, h, w, -1).permute(0, 3, 1, 2)
 
 
-def can_fuse(example: Tensor) -> bool:
-    """Whether this machine and these images have the fused operator."""
+def _map_after(size: Pair, kernel: Pair, padding: Pair, stride: Pair, dilation: Pair) -> tuple[int, ...]:
+    """(P, Q), what a convolution makes of a map of `size` (H, W)."""
+    sides = zip(size, kernel, padding, stride, dilation, strict=True)
+    return tuple((n + 2 * pad - gap * (k - 1) - 1) // step + 1 for n, k, pad, step, gap in sides)
+
+
+def _is_small(size: Pair, kernel: Pair, after: Pair) -> bool:
+    """Whether the matrix has at most twice as many weights a channel as the kernel, so that it saves work."""
+    return size[0] * size[1] * after[0] * after[1] <= 2 * kernel[0] * kernel[1]
+
+
+def _as_matrix(weight: Tensor, size: Pair, padding: Pair, stride: Pair, dilation: Pair) -> Tensor:
+    """The matrix (P Q K, H W C) that does on flattened channels_last maps what `weight` (K, C, h, w) does on maps."""
+    n_out, n_in, *kernel = weight.shape
+    after = _map_after(size, kernel, padding, stride, dilation)
+    taps = weight.permute(0, 2, 3, 1)
+    matrix = weight.new_zeros(*after, n_out, *size, n_in)
+    for p in range(after[0]):
+        for q in range(after[1]):
+            for i in range(kernel[0]):
+                for j in range(kernel[1]):
+                    y, x = p * stride[0] - padding[0] + i * dilation[0], q * stride[1] - padding[1] + j * dilation[1]
+                    if 0 <= y < size[0] and 0 <= x < size[1]:
+                        matrix[p, q, :, y, x] = taps[:, i, j]
+    return matrix.view(after[0] * after[1] * n_out, -1)
+
+
+def can_fuse(example: Tensor, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether torch and the processor have the fused operator for such images in this precision."""
     return (
         example.dim() == 4
         and example.device.type == "cpu"
         and torch.backends.mkldnn.is_available()
-        and torch._C._has_mkldnn
         and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+        and (dtype != torch.bfloat16 or has_bfloat16())
     )
 
 
+def has_bfloat16() -> bool:
+    """Whether the processor computes in bfloat16 itself (AVX-512, AVX-NE-CONVERT or AMX); oneDNN packs it only then."""
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return supported is not None and bool(supported())
+
+
 def fuse(graph: fx.GraphModule, once: set[str]) -> dict[str, FusedConv]:
-    """Exchange convolutions of `once` (names of modules that run once), by themselves or with what follows, in place.
+    """Replace convolutions of `once` (names of modules that run once), alone or with what follows them, in place.
 
     Returns the fused ones by the convolution's name.
     """
@@ -206,7 +240,7 @@ def _is_fused(graph: fx.GraphModule, node: fx.Node) -> bool:
 def feeders(graph: fx.GraphModule) -> dict[FusedConv, FusedConv]:
     """Fused convolution -> the one that alone makes its input, channel by channel, for it alone.
 
-    What the reader does not read, its feeder need not compute.
+    What the reader does not read, its feeder does not have to compute.
     """
     found: dict[FusedConv, FusedConv] = {}
     for node in graph.graph.nodes:

@@ -1,4 +1,4 @@
-"""A traced network cut in two: the prefix, whose values no mask changes, and the suffix, which runs per mask.
+"""Partition of a traced network: the prefix, whose values no mask changes, and the suffix, which runs per mask.
 
 Shapes: B images, C classes.
 """
@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from ..networks.graph_passes import fold_batch_norms, functionalise, order_weights, reuse_memory
 from ..networks.module_kinds import LeafTracer
 from ..surgery.filter_group import FilterGroup
-from .fused_conv import FusedConv, can_fuse, feeders, fuse
+from .fused_conv import FusedConv, feeders, fuse
 
 Frontier = tuple[Tensor, ...]
 
@@ -28,11 +28,9 @@ class GraphPartition:
     Attributes:
         prefix: makes the frontier.
         suffix: reads it.
-        masked: the modules behind the frontier, by name.
-        fused: of the network's convolutions, those that run in another form.
+        masked: the modules whose weights carry the masks, by name.
+        fused: of the network's convolutions, those that run in fused form.
         feeders: fused convolution -> the one that makes its whole input (`fused_conv.feeders`).
-        source: the whole network, simplified but not cut; None where nothing was traced.
-        behind: the part of it behind the frontier, to be cut again.
     """
 
     prefix: Callable[..., Frontier]
@@ -40,49 +38,45 @@ class GraphPartition:
     masked: nn.Module
     fused: Mapping[str, FusedConv] = field(default_factory=dict)
     feeders: Mapping[FusedConv, FusedConv] = field(default_factory=dict)
-    source: fx.GraphModule | None = None
-    behind: fx.GraphModule | None = None
 
 
-def whole(model: nn.Module) -> GraphPartition:
-    """The network as it is, behind a frontier that is the images themselves."""
-    ready = prepared(model)
+def unpartitioned(model: nn.Module) -> GraphPartition:
+    """The whole network as the suffix, behind a frontier that is the images themselves."""
+    ready = _evaluation_copy(model)
     return GraphPartition(lambda images: (images,), ready, ready)
 
 
-def prepared(model: nn.Module) -> nn.Module:
-    """A copy for evaluation: no gradients, channels_last weights where they are images'."""
-    ready = copy.deepcopy(model).eval().requires_grad_(False)
-    order_weights(ready)
-    return ready
+def partition(model: nn.Module, groups: Sequence[FilterGroup], example: Tensor, *, fusing: bool) -> GraphPartition:
+    """Trace and simplify the network, and partition it before the first consumers of `groups`.
 
+    Args:
+        model: the network, copied and never changed.
+        groups: the groups whose masks will vary.
+        example: (B, ...) a few images.
+        fusing: whether convolutions run in fused form (`fused_conv`).
 
-def split(model: nn.Module, groups: Sequence[FilterGroup], example: Tensor, *, fusing: bool = True) -> GraphPartition:
-    """Trace, simplify and cut the network before the first consumers of `groups`; raises whatever stands against it."""
-    original = prepared(model)
+    Raises whatever stands in the way.
+    """
+    original = _evaluation_copy(model)
     ready = copy.deepcopy(original)
     traced = fx.GraphModule(ready, LeafTracer().trace(ready))
     if sum(node.op == "placeholder" for node in traced.graph.nodes) != 1:
         raise ValueError("its forward takes several arguments")
     functionalise(traced)
     fold_batch_norms(traced)
-    with torch.inference_mode():
-        partition = cut_again(traced, groups, (example,), fusing=fusing)
-        check_same(original(example), partition.suffix(*partition.prefix(example)))
-    return partition
-
-
-@torch.inference_mode()
-def cut_again(
-    traced: fx.GraphModule, groups: Sequence[FilterGroup], example: Frontier, *, fusing: bool = True
-) -> GraphPartition:
-    """Cut a simplified network, or what lies behind an earlier frontier, before the first consumers of `groups`.
-
-    `example` holds a value of a few rows for every input; `traced` and its layers become part of the halves.
-    """
-    _Shapes(traced).run(*example)
     consumers = {cut.module for group in groups for cut in group.consumers}
-    return _Cutter(traced, consumers, len(example[0])).partition(fusing and can_fuse(example[0]))
+    with torch.inference_mode():
+        _Shapes(traced).run(example)
+        made = _Partitioner(traced, consumers, len(example)).partition(fusing)
+        check_same(original(example), made.suffix(*made.prefix(example)))
+    return made
+
+
+def _evaluation_copy(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode without gradients, the weights of 2d convolutions in channels_last order."""
+    ready = copy.deepcopy(model).eval().requires_grad_(False)
+    order_weights(ready)
+    return ready
 
 
 def _runs_once(traced: fx.GraphModule) -> set[str]:
@@ -109,7 +103,7 @@ class _Shapes(fx.Interpreter):
         return value
 
 
-class _Cutter:
+class _Partitioner:
     """Sorts the nodes of a traced network by what they depend on, and copies them into two graphs."""
 
     def __init__(self, traced: fx.GraphModule, consumers: set[str], n_images: int) -> None:
@@ -125,21 +119,19 @@ class _Cutter:
                 self._on_images.add(node)
 
     def partition(self, fusing: bool) -> GraphPartition:
-        """The two halves, as modules that share the traced network's layers."""
+        """Prefix and suffix, as modules that share the traced network's layers."""
         frontier = self._frontier()
-        prefix, suffix, behind = self._prefix(frontier), self._suffix(frontier), self._suffix(frontier)
-        for half in (prefix, suffix):
-            reuse_memory(half)
+        prefix, suffix = self._prefix(frontier), self._suffix(frontier)
+        for part in (prefix, suffix):
+            reuse_memory(part)
         fused: dict[str, FusedConv] = {}
         if fusing:
             once = _runs_once(self._traced)
             fused = {**fuse(prefix, once), **fuse(suffix, once)}
-        return GraphPartition(
-            prefix, suffix, self._traced, fused, {**feeders(prefix), **feeders(suffix)}, self._traced, behind
-        )
+        return GraphPartition(prefix, suffix, self._traced, fused, {**feeders(prefix), **feeders(suffix)})
 
     def _cached(self, node: fx.Node) -> bool:
-        """Whether the node's value is worth keeping: one row an image, the same under every mask.
+        """Whether the node's value is worth keeping: one row per image, the same under every mask.
 
         Sizes and tuples are cheap: the suffix makes them again from what they came from.
         """

@@ -1,33 +1,34 @@
-"""How well a network answers on images, masked or not: points image by image (`objective`), right or wrong for top-1.
+"""Accuracy of a network on images, under masks or as it is: points per image (`objective`), right or wrong for top-1.
 
-Points are integers, so that sums of them do not depend on batches or order; accuracy is made of them elsewhere.
+Points are integers, so that sums of them do not depend on batches or order; accuracy is made of them elsewhere. What is
+known about a mask is remembered image by image, so that a mask that comes again costs nothing and disturbs no random
+stream.
 
 Shapes: M masks, N filters, B images.
 """
 
 from __future__ import annotations
 
-import copy
+import hashlib
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import UserError
+from ..data.images import LabelledImages
 from ..data.objective import TOP1, Objective, objective_of
 from ..networks.batch_size import chunks, default_batch, fastest_batch
 from ..networks.modes import evaluating
 from ..surgery.filter_group import FilterGroup
 from ..surgery.masking import MixKey
-from .mask_memory import MaskMemory, mask_key
-from .mask_passes import MaskPasses
 from .masked_network import Frontier, MaskedNetwork
 
-if TYPE_CHECKING:
-    from ..data.sources import LabelledImages
-
 GIB = 2**30
+Masks = Mapping[str, Tensor]
+Mixes = Mapping[MixKey, Tensor]
 
 
 class MaskEvaluator:
@@ -40,13 +41,13 @@ class MaskEvaluator:
         labels: (B,) int64, or other targets (B, ...).
         cache_gib: memory for the frontier; if it needs more, it is computed again chunk by chunk.
         method: "auto", "split" or "whole" (`MaskedNetwork`).
-        batch: images a pass, times masks where these run in one batch; None measures which is the fastest,
+        batch: images per pass, times masks where these run in one batch; None measures which is the fastest,
             in half a second at most.
         dtype: "float32" or "bfloat16" (`MaskedNetwork`).
         compile: run the suffix through `torch.compile`.
         stack: run many masks in one batch; None does so on a GPU (`MaskedNetwork`).
-        memory: answers (one byte an image; four but for top-1) of so many masks are remembered, and not computed again.
-        objective: what answers are judged by.
+        memory: number of masks whose answers are remembered (one byte per image for top-1, else four).
+        objective: what answers are scored by.
 
     A mask's count does not depend on the other masks, their number or order, nor on `batch`, `cache_gib` or `memory`:
     on a CPU an image's logits are bitwise the same in every chunk of two images or more, and no chunk is smaller.
@@ -73,47 +74,20 @@ class MaskEvaluator:
                 f"Expected as many labels as images, at least one, and a batch of 1 or more; got {len(images)} images, "
                 f"{len(labels)} labels, batch={batch}."
             )
-        images = channels_last(images)
-        self._budget_bytes, self._memory_size, self._objective = int(cache_gib * GIB), memory, objective
-        network = MaskedNetwork(model, groups, images[:3], method=method, dtype=dtype, compile=compile, stack=stack)
-        self._adopt(network, (images,), labels, batch)
-
-    def _adopt(self, network: MaskedNetwork, inputs: Frontier, labels: Tensor, batch: int | None) -> None:
-        self.network, self._inputs, self._labels = network, inputs, labels
-        self._memory = MaskMemory(len(labels), self._memory_size, self._objective.dtype)
-        self._passes = MaskPasses(network, self._objective, batch or default_batch(labels.device))
-        self._frontier = self._cache()
+        self._images, self._labels, self._objective = channels_last(images), labels, objective
+        self.network = MaskedNetwork(
+            model, groups, self._images[:3], method=method, dtype=dtype, compile=compile, stack=stack
+        )
+        self._memory = MaskMemory(len(labels), memory, objective.dtype)
+        self._passes = MaskPasses(self.network, objective, batch or default_batch(labels.device))
+        self._frontier = self._cache(int(cache_gib * GIB))
         if batch is None and self._frontier is not None:
             with self.network.masked({}, 0) as run:
                 self._passes.batch = fastest_batch(run, self._frontier)
 
-    def advanced(self, masks: Mapping[str, Tensor], mixes: Mapping[MixKey, Tensor] | None = None) -> MaskEvaluator:
-        """An evaluator in which some groups are decided for good, and whose frontier lies behind them.
-
-        For decisions from low to high: it starts from this one's cached frontier, so that only what lies between the
-        two is computed, once, instead of again for every mask of the groups that are left.
-
-        Args:
-            masks: (N,) bool a group.
-            mixes: (N, N) each, applied instead of the mask.
-        """
-        one = {name: mask[None] for name, mask in masks.items()}
-        self._checked(one)
-        cached = self._frontier is not None and self.method == "split"
-        inputs = self._frontier if cached and self._frontier is not None else self._inputs
-        network = self.network.advanced(
-            one,
-            {key: mix[None] for key, mix in (mixes or {}).items()},
-            tuple(value[:3] for value in inputs),
-            from_frontier=cached,
-        )
-        result = copy.copy(self)
-        result._adopt(network, inputs, self._labels, self.batch)
-        return result
-
     @property
     def batch(self) -> int:
-        """Images a pass, times masks where these run in one batch."""
+        """Images per pass, times masks where these run in one batch."""
         return self._passes.batch
 
     @property
@@ -122,21 +96,16 @@ class MaskEvaluator:
         return self.network.method
 
     @property
-    def frontier(self) -> Frontier | None:
-        """What is cached of every image; None if it is computed again for every call."""
-        return self._frontier
-
-    @property
     def cached_bytes(self) -> int:
         """Memory that the frontier takes; 0 if it is computed again for every call."""
         return sum(value.numel() * value.element_size() for value in self._frontier or ())
 
     def correct(
         self,
-        masks: Mapping[str, Tensor],
+        masks: Masks,
         *,
         image_indices: Tensor | None = None,
-        mixes: Mapping[MixKey, Tensor] | None = None,
+        mixes: Mixes | None = None,
     ) -> Tensor:
         """Right answers, or points, under each of M masks: (M,) int64.
 
@@ -149,10 +118,10 @@ class MaskEvaluator:
 
     def correct_per_image(
         self,
-        masks: Mapping[str, Tensor],
+        masks: Masks,
         *,
         image_indices: Tensor | None = None,
-        mixes: Mapping[MixKey, Tensor] | None = None,
+        mixes: Mixes | None = None,
     ) -> Tensor:
         """Points under each mask, (M, B) or (M, B') with `image_indices`: bool, right or not, for top-1, else int32."""
         n_masks = self._checked(masks)
@@ -167,12 +136,12 @@ class MaskEvaluator:
                 known[keys[row]][images] = each.to(self._memory.dtype)
         return torch.stack([known[key][indices] for key in keys]).to(self._objective.dtype)
 
-    def _computed(self, masks: Mapping[str, Tensor], images: Tensor, mixes: Mapping[MixKey, Tensor]) -> Tensor:
+    def _computed(self, masks: Masks, images: Tensor, mixes: Mixes) -> Tensor:
         """Points of the images, (B',) int64, under each mask: (M, B')."""
         if len(images) == 1:  # never alone: see the class
             return self._computed(masks, images.repeat(2), mixes)[:, :1]
         images = images.to(self._labels.device)
-        values = self._inputs if self._frontier is None else self._frontier
+        values = (self._images,) if self._frontier is None else self._frontier
         if len(images) != len(self._labels) or not torch.equal(images.cpu(), torch.arange(len(images))):
             values = tuple(value[images] for value in values)
         labels = self._labels[images]
@@ -181,26 +150,26 @@ class MaskEvaluator:
         # Without a cache every chunk goes through the prefix once and then through all masks.
         found = []
         for rows in chunks(len(labels), self.batch):
-            frontier = self.network.prefix(*(value[rows] for value in values))
+            frontier = self.network.prefix(values[0][rows])
             found.append(self._passes.points(frontier, labels[rows], masks, mixes))
         return torch.cat(found, 1)
 
-    def _cache(self) -> Frontier | None:
+    def _cache(self, budget_bytes: int) -> Frontier | None:
         if self.network.method == "whole":
-            return self.network.prefix(*self._inputs)
+            return self.network.prefix(self._images)
         kept: Frontier | None = None
         for rows in chunks(len(self._labels), self.batch):
-            frontier = self.network.prefix(*(value[rows] for value in self._inputs))
+            frontier = self.network.prefix(self._images[rows])
             if kept is None:
                 row_bytes = sum(value[0].numel() * value.element_size() for value in frontier)
-                if row_bytes * len(self._labels) > self._budget_bytes:
+                if row_bytes * len(self._labels) > budget_bytes:
                     return None
                 kept = tuple(_room(value, len(self._labels)) for value in frontier)
             for place, value in zip(kept, frontier, strict=True):
                 place[rows] = value
         return kept
 
-    def _checked(self, masks: Mapping[str, Tensor]) -> int:
+    def _checked(self, masks: Masks) -> int:
         sizes = {group.name: group.n_filters for group in self.network.groups}
         for name, mask in masks.items():
             if name not in sizes:
@@ -213,6 +182,87 @@ class MaskEvaluator:
         if len(counts) != 1:
             raise ValueError(f"every group needs the same number of masks, got {sorted(counts)}.")
         return counts.pop()
+
+
+@dataclass
+class MaskPasses:
+    """Passes of the suffix under masks: one mask after another, or all of them in one batch.
+
+    Attributes:
+        network: the network whose suffix runs.
+        objective: what answers are scored by.
+        batch: images per pass, times masks where these share it; halved where a GPU's memory is not enough.
+    """
+
+    network: MaskedNetwork
+    objective: Objective
+    batch: int
+
+    def points(self, frontier: Frontier, labels: Tensor, masks: Masks, mixes: Mixes) -> Tensor:
+        """Points (M, B) of the frontier's images under M masks, on the CPU."""
+        n_masks = len(next(iter(masks.values())))
+        run = self._in_one_batch if self.network.stacks and n_masks > 1 else self._one_by_one
+        found = torch.empty(n_masks, len(labels), dtype=self.objective.dtype)
+        while True:
+            try:
+                run(found, frontier, labels, masks, mixes)
+                return found
+            except torch.OutOfMemoryError:
+                if self.batch <= 2:
+                    raise
+                self.batch //= 2
+
+    def _one_by_one(self, found: Tensor, frontier: Frontier, labels: Tensor, masks: Masks, mixes: Mixes) -> None:
+        for index, own in enumerate(found):
+            with self.network.masked(masks, index, mixes) as run:
+                for rows in chunks(len(labels), self.batch):
+                    outputs = run(tuple(value[rows] for value in frontier))
+                    own[rows] = self.objective.points(outputs, labels[rows]).cpu()
+
+    def _in_one_batch(self, found: Tensor, frontier: Frontier, labels: Tensor, masks: Masks, mixes: Mixes) -> None:
+        run, n_masks = self.network.together(masks, mixes), len(found)
+        for rows in chunks(len(labels), self.batch // n_masks):
+            logits = run(tuple(value[rows] for value in frontier))
+            targets = labels[rows].expand(n_masks, *labels[rows].shape).flatten(0, 1)
+            found[:, rows] = self.objective.points(logits.flatten(0, 1), targets).view(n_masks, -1).cpu()
+
+
+class MaskMemory:
+    """Points (right, wrong) or unknown for every image, for the masks used last.
+
+    Args:
+        n_images: B; an entry takes B bytes, or four times as many for other points than right and wrong.
+        size: entries kept; the one used longest ago goes first.
+        dtype: of an image's points.
+    """
+
+    def __init__(self, n_images: int, size: int, dtype: torch.dtype = torch.bool) -> None:
+        self.n_images, self.size = n_images, size
+        self.dtype = torch.int8 if dtype == torch.bool else dtype
+        self._entries: OrderedDict[bytes, Tensor] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def entry(self, key: bytes) -> Tensor:
+        """(B,) to read and fill: 1 right, 0 wrong (or points), -1 unknown. It outlives its place in here."""
+        found = self._entries.pop(key, None)
+        if found is None:
+            found = torch.full((self.n_images,), -1, dtype=self.dtype)
+        self._entries[key] = found
+        while len(self._entries) > self.size:
+            self._entries.popitem(last=False)
+        return found
+
+
+def mask_key(masks: Masks, mixes: Mixes | None, index: int) -> bytes:
+    """A digest of mask number `index` and of everything that is mixed under it."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(masks):
+        digest.update(name.encode() + b"\0" + masks[name][index].cpu().contiguous().numpy().tobytes())
+    for key in sorted(mixes or {}):
+        digest.update("\0".join(key).encode() + b"\0" + (mixes or {})[key][index].cpu().contiguous().numpy().tobytes())
+    return digest.digest()
 
 
 def _by_images(
@@ -228,7 +278,7 @@ def _by_images(
 
 
 def channels_last(images: Tensor) -> Tensor:
-    """Images in the memory order that convolutions on a CPU like best; other tensors as they are."""
+    """Images in the memory order that suits convolutions on a CPU best; other tensors as they are."""
     return images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
 
 
@@ -270,6 +320,6 @@ def count_correct(model: nn.Module, data: LabelledImages, batch: int = 500) -> t
 
 
 def accuracy_on(model: nn.Module, data: LabelledImages) -> float:
-    """Accuracy, or the mean score under the data's measure, a fraction; see `count_correct`."""
+    """Accuracy, or the mean score under the data's metric, a fraction; see `count_correct`."""
     correct, total = count_correct(model, data)
     return correct / total

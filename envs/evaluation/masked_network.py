@@ -1,4 +1,4 @@
-"""A network cut in two: what does not depend on any mask is computed once, only the rest runs per mask.
+"""A masked network: what does not depend on any mask is computed once, only the rest runs per mask.
 
 Masks are folded into the weights of the consumers (`folding`), so a mask costs one pass through the suffix and no copy
 of any activation; channels that a mask leaves unread are neither read nor computed where that is possible. Networks
@@ -9,8 +9,9 @@ Shapes: M masks, N filters, B images, C classes.
 
 from __future__ import annotations
 
-import copy
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,12 +22,16 @@ from ..surgery.filter_group import FilterGroup
 from ..surgery.folding import by_input, fold, fold_all, from_input, mixing_obstacle
 from ..surgery.masking import MixKey
 from .cudnn_conv import fuse_relu
-from .fused_conv import FusedConv
-from .graph_partition import Frontier, GraphPartition, cut_again, split, whole
+from .fused_conv import FusedConv, can_fuse, has_bfloat16
+from .graph_partition import Frontier, GraphPartition, partition, unpartitioned
 from .stacked_suffix import stacked_suffix
 
 METHODS = ("auto", "split", "whole")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+EMULATED = (
+    "This processor does not compute in bfloat16 (it lacks AVX-512, AVX-NE-CONVERT and AMX): evaluation.dtype=bfloat16 "
+    "runs without the fused convolutions, probably slower than float32; leave evaluation.dtype at float32."
+)
 
 
 class MaskedNetwork:
@@ -35,14 +40,14 @@ class MaskedNetwork:
     Args:
         model: the network; it is copied, never changed. It takes one tensor and returns logits (B, C).
         groups: the groups whose masks will vary.
-        example: (B, ...) a few images; used to find out which values are per image and to check the split.
+        example: (B, ...) a few images; used to find out which values are per image and to check the partition.
         method: "split" (traced, with a frontier), "whole" (every mask runs everything), or "auto": split if possible.
-        dtype: "float32" or "bfloat16": in what everything is computed.
+        dtype: "float32" or "bfloat16": the precision everything is computed in.
         compile: run the suffix through `torch.compile`, in place of the fused convolutions.
-        stack: run many masks in one batch where the network allows it (`stacked`); None does so on a GPU.
+        stack: run many masks in one batch where the network allows it (`stacked_suffix`); None does so on a GPU.
 
     `method` says which one is used, `why_whole` the reason if it is not "split", `stacks` whether masks run in one
-    batch.
+    batch. Warns where bfloat16 is asked for on a processor that has to emulate it.
     """
 
     def __init__(
@@ -60,86 +65,62 @@ class MaskedNetwork:
             raise UserError(f"The evaluation method must be one of {', '.join(METHODS)}, got {method!r}.")
         if dtype not in DTYPES:
             raise UserError(f"The dtype of evaluation must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+        if dtype == "bfloat16" and example.device.type == "cpu" and not has_bfloat16():
+            warn_of_emulation()
         self.why_whole = "it was asked for" if method == "whole" else ""
-        self.compile = compile
-        self._stack = example.device.type != "cpu" if stack is None else stack
-        partition = None if method == "whole" else self._split(model, groups, example, method)
-        self.method = "whole" if partition is None else "split"
-        self.dtype = DTYPES[dtype]
-        self._adopt(groups, partition or whole(model))
+        self.groups, self.dtype, self.compile = tuple(groups), DTYPES[dtype], compile
+        stack = example.device.type != "cpu" if stack is None else stack
+        fusing = not compile and not stack and can_fuse(example, self.dtype)
+        found = None if method == "whole" else self._partitioned(model, example, method, fusing)
+        self.method = "whole" if found is None else "split"
+        self._partition = found or unpartitioned(model)
+        names = {cut.module for group in groups for cut in group.consumers}
+        self._weights = {name: _weight(self._partition.masked, name).detach().clone() for name in names}
+        self._run = torch.compile(self._partition.suffix, dynamic=False) if compile else self._partition.suffix
         if self.dtype != torch.float32:
             self._cast(example)
-        self._set_up_stack((example,))
+        self._set_up_stack(example, stack)
 
-    def _split(
-        self, model: nn.Module, groups: Sequence[FilterGroup], example: Tensor, method: str
-    ) -> GraphPartition | None:
+    def _partitioned(self, model: nn.Module, example: Tensor, method: str, fusing: bool) -> GraphPartition | None:
         try:
-            return split(model, groups, example, fusing=self._fusing)
+            return partition(model, self.groups, example, fusing=fusing)
         except Exception as error:
             if method == "split":
                 raise UserError(f'The network cannot be split ({error}); use method "whole" or "auto".') from error
             self.why_whole = f"the network cannot be split ({error})"
             return None
 
-    def _adopt(self, groups: Sequence[FilterGroup], partition: GraphPartition) -> None:
-        self.groups, self._halves = tuple(groups), partition
-        names = {cut.module for group in groups for cut in group.consumers}
-        self._weights = {name: _weight(partition.masked, name).detach().clone() for name in names}
-        self._run = torch.compile(partition.suffix, dynamic=False) if self.compile else partition.suffix
-
-    @property
-    def _fusing(self) -> bool:
-        return not self.compile and not self._stack
-
-    def _set_up_stack(self, example: Frontier) -> None:
-        """Masks in one batch, if that is wished and possible; on a GPU everything in as few kernels as possible."""
+    def _set_up_stack(self, example: Tensor, stack: bool) -> None:
+        """All masks in one batch, if wanted and possible; on an NVIDIA GPU everything in as few kernels as possible."""
         self._stacked = None
-        if self._stack and isinstance(self._halves.suffix, fx.GraphModule):
-            self._stacked = stacked_suffix(self._halves.suffix, self.prefix(*example), self._weights)
+        if stack and isinstance(self._partition.suffix, fx.GraphModule):
+            self._stacked = stacked_suffix(self._partition.suffix, self.prefix(example), self._weights)
         if self.compile:
             if self._stacked is not None:
                 self._stacked.run = torch.compile(self._stacked.graph, dynamic=False)
-        elif example[0].is_cuda:
+        elif example.is_cuda:
             stacked = None if self._stacked is None else self._stacked.graph
-            for graph in (self._halves.prefix, self._halves.suffix, stacked):
+            for graph in (self._partition.prefix, self._partition.suffix, stacked):
                 if isinstance(graph, fx.GraphModule):
                     fuse_relu(graph)
 
     def _cast(self, example: Tensor) -> None:
-        partition = self._halves
-        for part in (partition.prefix, partition.suffix, partition.masked, partition.behind, partition.source):
-            if isinstance(part, nn.Module):
-                part.to(self.dtype)
-        for fused in partition.fused.values():
-            fused.cast(self.dtype)
+        found = self._partition
         try:
+            for part in (found.prefix, found.suffix, found.masked):
+                if isinstance(part, nn.Module):
+                    part.to(self.dtype)
+            for fused in found.fused.values():
+                fused.cast(self.dtype)
             with torch.inference_mode():
-                partition.suffix(*self.prefix(example))
-        except RuntimeError as error:
+                found.suffix(*self.prefix(example))
+        except (RuntimeError, TypeError) as error:
             raise UserError(f"The network cannot be evaluated in {self.dtype} ({error}); use float32.") from error
 
     @torch.inference_mode()
-    def prefix(self, *images: Tensor) -> Frontier:
-        """Every value that no mask changes and the suffix reads: tensors with B rows each.
-
-        Takes the images; an `advanced` network takes the frontier it advanced from.
-        """
-        return self._halves.prefix(*(value.to(self.dtype) for value in images))
-
-    def suffix(
-        self,
-        frontier: Frontier,
-        masks: Mapping[str, Tensor],
-        mixes: Mapping[MixKey, Tensor] | None = None,
-    ) -> Tensor:
-        """Logits (M, B, C) under M masks; see `masked` for the arguments."""
-        n_masks = len(next(iter(masks.values())))
-        out = []
-        for index in range(n_masks):
-            with self.masked(masks, index, mixes) as run:
-                out.append(run(frontier))
-        return torch.stack(out)
+    def prefix(self, images: Tensor) -> Frontier:
+        """The frontier of the images (B, ...): every value that no mask changes and the suffix reads, B rows each."""
+        return self._partition.prefix(images.to(self.dtype))
 
     def masked(self, masks: Mapping[str, Tensor], index: int, mixes: Mapping[MixKey, Tensor] | None = None) -> _Folded:
         """A context in which the suffix runs under mask number `index`.
@@ -160,7 +141,7 @@ class MaskedNetwork:
     def together(
         self, masks: Mapping[str, Tensor], mixes: Mapping[MixKey, Tensor] | None = None
     ) -> Callable[[Frontier], Tensor]:
-        """Runs the suffix under all M masks in one batch: logits (M, B, C) of a frontier; arguments as for `suffix`."""
+        """Runs the suffix under all M masks in one batch: logits (M, B, C) of a frontier; arguments as for `masked`."""
         stacked, n_masks = self._stacked, len(next(iter(masks.values())))
         if stacked is None:
             raise ValueError("this network's masks run one by one; see `stacks`.")
@@ -170,39 +151,6 @@ class MaskedNetwork:
                 choices = (mixes or {}).get((group.name, cut.module), masks[group.name])
                 fold_all(weights[cut.module], cut, choices)
         return torch.inference_mode()(lambda frontier: stacked(frontier, weights))
-
-    def advanced(
-        self,
-        masks: Mapping[str, Tensor],
-        mixes: Mapping[MixKey, Tensor] | None,
-        example: Frontier,
-        *,
-        from_frontier: bool,
-    ) -> MaskedNetwork:
-        """This network with some groups decided, (1, N) bool a group: its frontier lies behind them.
-
-        Args:
-            masks: what is decided; the groups left can still be masked.
-            mixes: (1, N, N) each, as for `masked`.
-            example: a few rows of this network's frontier, or of its images.
-            from_frontier: which of the two; the new network's `prefix` takes the same.
-        """
-        folded = self._folded(masks, 0, mixes or {})
-        decided = {name: (self._zeroed(name, weight, read), read) for name, (weight, read) in folded.items()}
-        rest = [group for group in self.groups if group.name not in masks]
-        source = self._halves.behind if from_frontier else self._halves.source
-        traced, whole_halves = copy.deepcopy(source), copy.deepcopy(self._halves) if source is None else self._halves
-        with torch.no_grad():
-            for name, (weight, _) in decided.items():
-                _weight(whole_halves.masked if traced is None else traced, name).copy_(weight)
-        network = copy.copy(self)
-        network._adopt(rest, whole_halves if traced is None else cut_again(traced, rest, example, fusing=self._fusing))
-        # In full precision, which the copy of a network that was cast has lost.
-        kept = {name: decided[name][0] if name in decided else self._weights[name] for name in network._weights}
-        network._weights = {name: weight.clone() for name, weight in kept.items()}
-        network._install(decided)
-        network._set_up_stack(example)
-        return network
 
     def _folded(
         self, masks: Mapping[str, Tensor], index: int, mixes: Mapping[MixKey, Tensor]
@@ -215,7 +163,7 @@ class MaskedNetwork:
         for group in self.groups:
             for cut in group.consumers if group.name in masks else ():
                 mix = mixes.get((group.name, cut.module))
-                module = self._halves.masked.get_submodule(cut.module)
+                module = self._partition.masked.get_submodule(cut.module)
                 if mix is not None and (why := mixing_obstacle(module, cut)):
                     raise ValueError(f"a mix cannot be applied at {cut.module!r}: {why}.")
                 choice = masks[group.name][index] if mix is None else mix[index]
@@ -229,28 +177,28 @@ class MaskedNetwork:
         """Weights of a consumer that ignore the input channels not in `read`."""
         if bool(read.all()):
             return weight
-        module = self._halves.masked.get_submodule(name)
+        module = self._partition.masked.get_submodule(name)
         first = by_input(module, weight).clone(memory_format=torch.preserve_format)
         first[~read.to(weight.device)] = 0
         return from_input(module, first)
 
     def _untouched(self, name: str) -> tuple[Tensor, Tensor]:
         weight = self._weights[name]
-        n_channels = len(by_input(self._halves.masked.get_submodule(name), weight))
+        n_channels = len(by_input(self._partition.masked.get_submodule(name), weight))
         return weight, torch.ones(n_channels, dtype=torch.bool)
 
     def _install(self, folded: Mapping[str, tuple[Tensor, Tensor]]) -> list[FusedConv]:
-        """Put weights where the halves read them; returns the fused convolutions that were changed."""
+        """Put weights where the partition reads them; returns the fused convolutions that were changed."""
         orders: dict[FusedConv, dict[str, Any]] = {}
         for name, (weight, read) in folded.items():
-            fused = self._halves.fused.get(name)
+            fused = self._partition.fused.get(name)
             if fused is None or fused.n_groups > 1 or not bool(read.any()):
                 weight = self._zeroed(name, weight, read)
             if fused is None:
-                _weight(self._halves.masked, name).copy_(weight)
+                _weight(self._partition.masked, name).copy_(weight)
                 continue
             reads = None if fused.n_groups > 1 or bool(read.all()) else _some(read)
-            feeder = None if reads is None else self._halves.feeders.get(fused)
+            feeder = None if reads is None else self._partition.feeders.get(fused)
             orders.setdefault(fused, {}).update(weight=weight, reads=reads, narrow=feeder is not None)
             if feeder is not None:
                 orders.setdefault(feeder, {})["writes"] = reads
@@ -276,12 +224,18 @@ class _Folded:
         for fused in self._changed:
             fused.reset()
         with torch.no_grad():
-            for name in self._folded.keys() - network._halves.fused.keys():
-                _weight(network._halves.masked, name).copy_(network._weights[name])
+            for name in self._folded.keys() - network._partition.fused.keys():
+                _weight(network._partition.masked, name).copy_(network._weights[name])
 
     @torch.inference_mode()
     def _run(self, frontier: Frontier) -> Tensor:
         return self._network._run(*frontier)
+
+
+@cache
+def warn_of_emulation() -> None:
+    """Say once per process, and not again for every layer, that bfloat16 is emulated."""
+    warnings.warn(EMULATED, RuntimeWarning, stacklevel=3)
 
 
 def _some(read: Tensor) -> Tensor:

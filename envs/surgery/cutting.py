@@ -102,25 +102,3 @@ def find_module(model: nn.Module, name: str) -> nn.Module:
         return model.get_submodule(name)
     except AttributeError as error:
         raise UserError(f"The network has no module {name!r}; was it built by another constructor?") from error
-
-
-def round_keep(keep: Tensor, scores: Tensor, round_to: int, min_kept: int = 1) -> Tensor:
-    """The mask with the best dropped filters taken back, until `round_to` divides the number kept.
-
-    Args:
-        keep: (N,) bool.
-        scores: (N,), higher is more important.
-        round_to: wanted multiple of kept filters; N itself is always allowed.
-        min_kept: least number of filters kept.
-
-    Hardware likes multiples of 8 or 16; rounding up never costs accuracy.
-    """
-    if round_to < 1 or min_kept < 1:
-        raise UserError(f"round_to and min_kept must be 1 or more, got round_to={round_to}, min_kept={min_kept}.")
-    if keep.shape != scores.shape:
-        raise UserError(f"keep has shape {tuple(keep.shape)} and scores {tuple(scores.shape)}; they must be equal.")
-    wanted = min(len(keep), -(-max(int(keep.sum()), min_kept) // round_to) * round_to)
-    ranked = torch.where(keep, torch.inf, scores.double()).argsort(descending=True, stable=True)
-    rounded = keep.clone()
-    rounded[ranked[:wanted]] = True
-    return rounded

@@ -1,17 +1,21 @@
-"""Which group of the dense network a group of the pruned network is: by where its channels came from.
+"""Matching of filter groups before and after a cut: followed through it, or recognised by where their channels were.
 
-A group is called after the first convolution and, if that has several, after a channel; both may change as neighbours
-are cut. Seen from the dense network they do not.
+A group is named after its first convolution and, if that has several groups, after a channel; both may change as
+neighbours are cut. Seen from the dense network they do not.
 
 Shapes: N filters.
 """
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Mapping, Sequence
 
-from ..surgery.kept_channels import KeptChannels
+import numpy as np
+from torch import Tensor, nn
+
+from .cutting import KeptRows, kept_rows
 from .filter_group import Cut, FilterGroup, GroupPlan
+from .kept_channels import KeptChannels
 from .slicing import Rows
 
 
@@ -58,3 +62,28 @@ def original_channels(cut: Cut, kept: KeptChannels) -> Rows:
     """The channels of a cut as the dense network numbers them."""
     known = kept.rows.get(cut.module, {}).get(cut.axis)
     return cut.channels if known is None else known[cut.channels]
+
+
+def regrouped(
+    groups: Sequence[FilterGroup], model: nn.Module, choices: Mapping[FilterGroup, Tensor]
+) -> tuple[FilterGroup, ...]:
+    """The groups as `prune(model, choices)` has them, in the same order and under the same names, without searching.
+
+    Args:
+        groups: of `model`, all that are to be followed.
+        model: the network before the cut.
+        choices: keep mask (N,) bool of each group that is cut; the others keep all filters.
+    """
+    kept = kept_rows(model, choices)
+    return tuple(_shrunk(group, choices.get(group), kept) for group in groups)
+
+
+def _shrunk(group: FilterGroup, keep: Tensor | None, kept: KeptRows) -> FilterGroup:
+    rows = np.arange(group.n_filters) if keep is None else np.flatnonzero(keep.cpu().numpy())
+    cuts = []
+    for cut in group.cuts:
+        channels, left = cut.channels[rows], kept.get(cut.module, {}).get(cut.axis)
+        if left is not None:
+            channels = np.searchsorted(left, channels).astype(np.int64)
+        cuts.append(Cut(cut.module, cut.axis, channels, cut.kind))
+    return FilterGroup(group.name, len(rows), tuple(cuts))

@@ -17,8 +17,8 @@ from ...envs.networks.checkpoint import hash_state, load_checkpoint, save_weight
 from ...envs.networks.cost import count_cost
 from ...envs.surgery.cutting import prune
 from ...envs.surgery.filter_group import FilterGroup
+from ...envs.surgery.group_matching import regrouped
 from ...envs.surgery.kept_channels import KeptChannels
-from ...envs.surgery.regroup import regrouped
 from ...envs.task import PruningTask, replace_model
 from ..config.baseline_training import begin_task
 from ..config.build import build_augment

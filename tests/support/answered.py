@@ -1,4 +1,4 @@
-"""Networks of random weights with their own answers to random images, and masks: what several test files judge."""
+"""Networks of random weights with their own answers to random images, and masks: what several test files evaluate."""
 
 import torch
 from keepdrop.envs.groups.finding import find_groups
@@ -29,3 +29,12 @@ def some_masks(group, m, generator):
     masks = torch.rand(m, group.n_filters, generator=generator) < 0.5
     masks[:, 0] = True
     return masks
+
+
+def logits_of(network, frontier, masks, mixes=None):
+    """Logits (M, B, C) of a `MaskedNetwork` under M masks, one after the other; arguments as for its `masked`."""
+    found = []
+    for index in range(len(next(iter(masks.values())))):
+        with network.masked(masks, index, mixes) as run:
+            found.append(run(frontier))
+    return torch.stack(found)

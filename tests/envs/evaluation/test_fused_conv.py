@@ -1,17 +1,19 @@
 """Fused convolutions do what they replace, in either precision, on all channels or some."""
 
+import warnings
+from types import SimpleNamespace
+
 import pytest
 import torch
 from answered import answered, some_masks
+from digits_task import make_task
 from keepdrop.envs.evaluation.fused_conv import FusedConv, can_fuse, picked
 from keepdrop.envs.evaluation.mask_evaluator import MaskEvaluator
-from keepdrop.envs.evaluation.masked_network import MaskedNetwork
+from keepdrop.envs.evaluation.masked_network import EMULATED, MaskedNetwork, warn_of_emulation
 from keepdrop.envs.evaluation.settings import EvaluationSettings
 from keepdrop.envs.networks.built_in import cifar_resnet, small_cnn, vgg16_bn
-from keepdrop.envs.search_judge import disagreement
 from keepdrop.errors import UserError
 from torch import nn
-from zoo import ZOO
 
 pytestmark = pytest.mark.skipif(not can_fuse(torch.zeros(1, 1, 4, 4)), reason="this torch has no fused convolution")
 
@@ -46,7 +48,7 @@ def test_channels_left_out_at_either_end():
 def test_everything_of_a_resnet_is_fused_and_sums_are_inside():
     model, images, _, groups, _ = answered(lambda: cifar_resnet(8), (3, 16, 16), 40)
     network = MaskedNetwork(model, groups[1:2], images[:3])
-    targets = [str(node.target) for node in network._halves.suffix.graph.nodes]
+    targets = [str(node.target) for node in network._partition.suffix.graph.nodes]
     assert sum("fused" in target for target in targets) == 5  # of 7: the stem and one more lie in the prefix
     assert targets.count("add_") == 1  # the shortcut that comes with the frontier must not be overwritten
 
@@ -55,50 +57,15 @@ def test_a_chain_computes_only_what_is_read():
     model, images, _, groups, generator = answered(small_cnn, (1, 8, 8), 40)
     network = MaskedNetwork(model, groups, images[:3])
     # The first group's channels come with the frontier.
-    assert len(network._halves.feeders) == 3
+    assert len(network._partition.feeders) == 3
     masks = {group.name: some_masks(group, 1, generator) for group in groups}
     with network.masked(masks, 0):
-        widths = [fused._now[0].shape[0] for fused in network._halves.feeders.values()]
+        widths = [fused._now[0].shape[0] for fused in network._partition.feeders.values()]
     kept = [int(masks[group.name].sum()) for group in groups[1:4]]
     assert sorted(widths) == sorted(kept)
 
 
-@pytest.mark.parametrize("name", [*ZOO, "resnet", "vgg"])
-def test_advancing_is_masking(name):
-    special = {"resnet": (lambda: cifar_resnet(8), (3, 16, 16)), "vgg": (vgg16_bn, (3, 32, 32))}
-    make, shape = special.get(name) or (ZOO[name], (3, 8, 8))
-    model, images, labels, groups, generator = answered(make, shape, 8 if name == "vgg" else 40)
-    masks = {group.name: some_masks(group, 2, generator) for group in groups[:: 6 if name == "vgg" else 1]}
-    chosen = [group for group in groups if group.name in masks]
-    for cache_gib in (1.0, 0.0):
-        evaluator = MaskEvaluator(model, chosen, images, labels, cache_gib=cache_gib)
-        expected = evaluator.correct_per_image(masks)
-        for index in range(2):
-            now = evaluator
-            for group in chosen[:-1]:
-                now = now.advanced({group.name: masks[group.name][index]})
-            last = chosen[-1].name
-            got = now.correct_per_image({last: masks[last][index : index + 1]})
-            assert (got[0] != expected[index]).float().mean() <= 0.03  # other kernels: a near tie may turn
-        assert torch.equal(evaluator.correct_per_image(masks), expected)
-
-
-def test_advancing_with_a_mix_and_in_bfloat16():
-    model, images, labels, groups, generator = answered(lambda: cifar_resnet(8), (3, 16, 16), 40)
-    mask = some_masks(groups[1], 1, generator)
-    key = (groups[1].name, groups[1].consumers[0].module)
-    mixes = {key: torch.randn(1, groups[1].n_filters, groups[1].n_filters, generator=generator) * mask[:, None]}
-    last = some_masks(groups[-1], 3, generator)
-    for dtype, tolerance in (("float32", 0.0), ("bfloat16", 0.1)):
-        evaluator = MaskEvaluator(model, [groups[1], groups[-1]], images, labels, dtype=dtype)
-        both = {groups[1].name: mask.expand(3, -1), groups[-1].name: last}
-        expected = evaluator.correct_per_image(both, mixes={key: mixes[key].expand(3, -1, -1)})
-        now = evaluator.advanced({groups[1].name: mask[0]}, {key: mixes[key][0]})
-        got = now.correct_per_image({groups[-1].name: last})
-        assert (got != expected).float().mean() <= tolerance
-        assert now.cached_bytes < evaluator.cached_bytes
-
-
+@pytest.mark.filterwarnings("ignore:This processor does not compute in bfloat16")
 def test_bfloat16_is_near_and_half_the_size():
     model, images, labels, groups, generator = answered(lambda: cifar_resnet(8), (3, 16, 16), 40)
     masks = {groups[1].name: some_masks(groups[1], 4, generator)}
@@ -110,16 +77,56 @@ def test_bfloat16_is_near_and_half_the_size():
         MaskedNetwork(model, groups, images, dtype="float16")
 
 
-def test_the_disagreement_of_a_precision_is_measured():
-    from judged import make_task
+def test_bfloat16_on_a_processor_without_it(monkeypatch):
+    """Evaluated by torch's own convolutions, with one warning for all layers; float32 stays fused."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    warn_of_emulation.cache_clear()
+    model, images, labels, groups, generator = answered(lambda: cifar_resnet(8), (3, 16, 16), 40)
+    masks = {groups[1].name: some_masks(groups[1], 4, generator)}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        plain, _ = (MaskEvaluator(model, [group], images, labels, dtype="bfloat16") for group in groups[1:3])
+    assert [str(each.message) for each in said] == [EMULATED]
+    assert plain.method == "split" and not plain.network._partition.fused
+    exact = MaskEvaluator(model, groups[1:2], images, labels)
+    assert exact.network._partition.fused
+    assert plain.cached_bytes * 2 == exact.cached_bytes
+    assert (exact.correct_per_image(masks) != plain.correct_per_image(masks)).float().mean() < 0.1
 
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_which_precision_is_fused(monkeypatch, supported):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    images = torch.zeros(1, 1, 4, 4)
+    assert can_fuse(images) and can_fuse(images, torch.bfloat16) == supported
+
+
+def test_a_torch_that_cannot_be_asked_has_no_bfloat16(monkeypatch):
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(_convolution_pointwise=None))
+    images = torch.zeros(1, 1, 4, 4)
+    assert can_fuse(images) and not can_fuse(images, torch.bfloat16)
+
+
+def test_without_onednn_nothing_is_fused_and_counts_are_the_same(monkeypatch):
+    """As on macOS and some Arm builds of torch."""
+    model, images, labels, groups, generator = answered(lambda: cifar_resnet(8), (3, 16, 16), 40)
+    masks = {group.name: some_masks(group, 4, generator) for group in groups}
+    fused = MaskEvaluator(model, groups, images, labels)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    plain = MaskEvaluator(model, groups, images, labels)
+    assert plain.method == "split" and not plain.network._partition.fused and fused.network._partition.fused
+    assert torch.equal(plain.correct_per_image(masks), fused.correct_per_image(masks))
+
+
+@pytest.mark.filterwarnings("ignore:This processor does not compute in bfloat16")
+def test_the_disagreement_of_a_precision_is_measured():
     settings = {"compensation_images": 150, "statistics_images": 60}
     masks = torch.rand(5, 10, generator=torch.Generator().manual_seed(0)) < 0.5
     masks[:, 0] = True
-    same = disagreement(make_task(EvaluationSettings(**settings)).layer("conv2"), masks)
+    same = make_task(EvaluationSettings(**settings)).layer("conv2").disagreement_with_float32(masks)
     assert same == {"answers": 0.0, "accuracy": 0.0}
     layer = make_task(EvaluationSettings(dtype="bfloat16", **settings)).layer("conv2")
-    apart = disagreement(layer, masks)
+    apart = layer.disagreement_with_float32(masks)
     assert 0 < apart["answers"] < 0.05 and apart["accuracy"] <= apart["answers"] * 5
     # A decision is verified in full precision.
     exact = make_task(EvaluationSettings(**settings)).layer("conv2").outcomes(masks)
@@ -132,6 +139,10 @@ def test_a_compiled_suffix_counts_the_same():
     masks = {groups[1].name: some_masks(groups[1], 3, generator)}
     plain = MaskEvaluator(model, groups[1:2], images, labels).correct(masks)
     assert torch.equal(MaskEvaluator(model, groups[1:2], images, labels, compile=True).correct(masks), plain)
+
+
+def _is_matrix(fused):
+    return fused._matrix_of is not None
 
 
 @pytest.mark.parametrize("relu", [True, False])
@@ -150,7 +161,7 @@ def test_a_few_pixels_are_one_matrix_product(size, how, relu):
     x, after = torch.randn(40, 6, *size), torch.relu if relu else nn.Identity()
     fused, reads, writes = FusedConv(conv, relu, size), torch.tensor([0, 3, 5]), torch.tensor([1, 2, 7])
     plain = FusedConv(conv, relu)
-    assert fused.is_matrix and not plain.is_matrix
+    assert _is_matrix(fused) and not _is_matrix(plain)
     with torch.inference_mode():
         assert torch.allclose(fused(x), after(conv(x)), atol=1e-5)
         residual = torch.randn_like(conv(x))
@@ -164,14 +175,15 @@ def test_a_few_pixels_are_one_matrix_product(size, how, relu):
 
 def test_large_maps_stay_convolutions():
     conv = nn.Conv2d(6, 8, 3, padding=1).requires_grad_(False)
-    assert not FusedConv(conv, True, (4, 4)).is_matrix
-    assert not FusedConv(nn.Conv2d(6, 8, 3, padding=1, groups=2).requires_grad_(False), True, (2, 2)).is_matrix
+    assert not _is_matrix(FusedConv(conv, True, (4, 4)))
+    grouped = nn.Conv2d(6, 8, 3, padding=1, groups=2).requires_grad_(False)
+    assert not _is_matrix(FusedConv(grouped, True, (2, 2)))
 
 
 def test_last_convolutions_of_a_vgg_are_matrices():
     model, images, _, groups, _ = answered(vgg16_bn, (3, 32, 32), 4)
     network = MaskedNetwork(model, groups[-2:], images[:3])
-    assert [name for name, fused in network._halves.fused.items() if fused.is_matrix] == [
+    assert [name for name, fused in network._partition.fused.items() if _is_matrix(fused)] == [
         "features.34",
         "features.37",
         "features.40",

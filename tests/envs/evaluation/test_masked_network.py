@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from answered import logits_of
 from keepdrop.envs.evaluation.masked_network import MaskedNetwork
 from keepdrop.envs.groups.finding import find_groups
 from keepdrop.envs.groups.verification import randomised
@@ -52,7 +53,7 @@ def test_suffix_under_a_mask_is_the_masked_network(name):
         network = MaskedNetwork(model, [group], images[:3])
         assert network.method == ("whole" if name in WHOLE else "split"), network.why_whole
         assert _same(
-            network.suffix(network.prefix(images), {group.name: masks}), _expected(model, images, {group: masks})
+            logits_of(network, network.prefix(images), {group.name: masks}), _expected(model, images, {group: masks})
         )
 
 
@@ -67,11 +68,11 @@ def test_several_groups_and_mixes_at_once(name):
     }
     network = MaskedNetwork(model, groups, images[:3])
     masks = {group.name: mask for group, mask in choices.items()}
-    got = network.suffix(network.prefix(images), masks, mixes)
+    got = logits_of(network, network.prefix(images), masks, mixes)
     assert _same(got, _expected(model, images, choices, mixes))
     # A group that is not named keeps everything, and nothing of the masks before stays behind.
     only = {groups[0]: choices[groups[0]]}
-    got = network.suffix(network.prefix(images), {groups[0].name: choices[groups[0]]})
+    got = logits_of(network, network.prefix(images), {groups[0].name: choices[groups[0]]})
     assert _same(got, _expected(model, images, only))
 
 
@@ -82,8 +83,8 @@ def test_split_and_whole_agree_and_late_groups_have_small_suffixes():
     slow = MaskedNetwork(model, groups[-1:], images[:3], method="whole")
     assert (fast.method, slow.method, slow.why_whole) == ("split", "whole", "it was asked for")
     names = {groups[-1].name: masks}
-    assert _same(fast.suffix(fast.prefix(images), names), slow.suffix(slow.prefix(images), names))
-    calls = [n for n in fast._halves.suffix.graph.nodes if n.op == "call_module"]
+    assert _same(logits_of(fast, fast.prefix(images), names), logits_of(slow, slow.prefix(images), names))
+    calls = [n for n in fast._partition.suffix.graph.nodes if n.op == "call_module"]
     assert [n.target for n in calls if "conv" in n.target] == ["fused_layer3_0_conv2"]
 
 
@@ -93,7 +94,7 @@ def test_the_users_model_is_untouched():
     images = torch.randn(4, 1, 8, 8)
     group = find_groups(model, images, verify=False).groups[0]
     network = MaskedNetwork(model, [group], images)
-    network.suffix(network.prefix(images), {"conv1": torch.arange(16)[None] < 4})
+    logits_of(network, network.prefix(images), {"conv1": torch.arange(16)[None] < 4})
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert model.training and all(p.requires_grad for p in model.parameters())
 
@@ -125,9 +126,9 @@ def test_in_place_operations_do_not_spoil_the_frontier():
         assert network.method == "split", network.why_whole
         frontier = network.prefix(images)
         before = [value.clone() for value in frontier]
-        first = network.suffix(frontier, {group.name: masks})
+        first = logits_of(network, frontier, {group.name: masks})
         assert all(torch.equal(a, b) for a, b in zip(before, frontier, strict=True))
-        assert torch.equal(first, network.suffix(frontier, {group.name: masks}))
+        assert torch.equal(first, logits_of(network, frontier, {group.name: masks}))
         assert _same(first, _expected(model, images, {group: masks}))
 
 
@@ -150,7 +151,7 @@ def test_chunk_sizes_are_not_baked_in():
     masks = _masks(groups[0], generator)
     network = MaskedNetwork(model, groups[:1], images[:3])
     assert network.method == "split", network.why_whole
-    got = network.suffix(network.prefix(images), {groups[0].name: masks})
+    got = logits_of(network, network.prefix(images), {groups[0].name: masks})
     assert _same(got, _expected(model, images, {groups[0]: masks}))
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from answered import logits_of
 from keepdrop.envs.evaluation.masked_network import MaskedNetwork
 from keepdrop.envs.groups.finding import find_groups
 from keepdrop.envs.groups.verification import difference
@@ -75,12 +76,12 @@ def test_masked_equals_pruned(name, network):
 def test_split_evaluation(name, network):
     model, images = network(name)
     group = find_groups(model, images[:1]).groups[-1]
-    split = MaskedNetwork(model, [group], images)
-    assert split.method == "split", split.why_whole
+    network = MaskedNetwork(model, [group], images)
+    assert network.method == "split", network.why_whole
     keep = _keep(group, torch.Generator().manual_seed(3))
     with torch.no_grad():
         expected = prune(model, {group: keep})(images)
-    got = split.suffix(split.prefix(images), {group.name: keep[None]})[0]
+    got = logits_of(network, network.prefix(images), {group.name: keep[None]})[0]
     assert torch.allclose(got, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 

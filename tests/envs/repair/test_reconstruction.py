@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from judged import make_task
+from digits_task import make_task
 from keepdrop.envs.groups.finding import find_groups
 from keepdrop.envs.groups.verification import randomised
 from keepdrop.envs.networks.built_in import cifar_resnet, small_cnn

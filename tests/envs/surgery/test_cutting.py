@@ -8,7 +8,7 @@ import torch
 from keepdrop.envs.groups.finding import Cut, FilterGroup, find_groups
 from keepdrop.envs.groups.verification import difference, randomised
 from keepdrop.envs.networks.built_in import cifar_resnet, small_cnn, vgg16_bn
-from keepdrop.envs.surgery.cutting import cut_channels, prune, round_keep
+from keepdrop.envs.surgery.cutting import cut_channels, prune
 from keepdrop.envs.surgery.masking import masked_inputs
 from keepdrop.errors import UserError
 from torch import nn
@@ -223,14 +223,3 @@ def test_whole_blocks_of_a_grouped_convolution_can_go():
     assert pruned[0].groups == 2
     expected = module(images)[:, kept["0"]["out"]]
     assert torch.allclose(pruned(images[:, kept["0"]["in"]]), expected, atol=1e-6)
-
-
-def test_round_keep():
-    keep = torch.tensor([1, 0, 0, 1, 0, 1, 0, 0, 0, 0], dtype=torch.bool)
-    scores = torch.tensor([0.0, 5, 4, 0, 3, 0, 2, 1, 9, -1])
-    assert round_keep(keep, scores, 4).nonzero().flatten().tolist() == [0, 3, 5, 8]
-    assert round_keep(keep, scores, 1).equal(keep)
-    assert round_keep(keep, scores, 1, min_kept=5).sum() == 5
-    assert round_keep(keep, scores, 16).all()
-    with pytest.raises(UserError, match="round_to and min_kept must be 1 or more"):
-        round_keep(keep, scores, 0)

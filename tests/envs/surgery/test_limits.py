@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from judged import MASKED, QUICK, make_task
+from digits_task import MASKED, QUICK, make_task
 from keepdrop.envs.groups.finding import find_groups, select_groups
 from keepdrop.envs.networks.built_in import cifar_resnet, small_cnn
 from keepdrop.envs.observation import STATISTIC_NAMES

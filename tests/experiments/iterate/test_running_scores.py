@@ -8,7 +8,7 @@ from keepdrop.envs.groups.finding import find_groups
 from keepdrop.envs.networks.built_in import cifar_resnet, small_cnn
 from keepdrop.envs.observation import STATISTIC_NAMES, observe
 from keepdrop.envs.surgery.cutting import prune
-from keepdrop.envs.surgery.regroup import regrouped
+from keepdrop.envs.surgery.group_matching import regrouped
 from keepdrop.experiments.iterate.running_scores import RUNNING, collecting
 from torch import nn
 from torch.nn import functional
