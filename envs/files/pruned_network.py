@@ -1,13 +1,16 @@
 """A pruned network as data: `model.safetensors` and `architecture.json`, no pickle, no class definitions.
 
 `architecture.json` says how the dense network is made, which of its channels were kept (numbered as in the dense
-network), and what every tensor looks like; `load_pruned` makes the dense network, cuts it and fills in the weights.
+network), and what every tensor looks like; `load_pruned` makes the dense network, cuts it and fills in the weights. A
+probe, the network's answer to one fixed input of shape (1, ...), tells apart what shapes cannot (strides, activations).
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,19 +22,20 @@ import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ...atomic import write_atomically
-from ...errors import UserError
+from ...errors import UserError, first_line
 from ..networks import built_in as networks
 from ..surgery.cutting import cut_channels, find_module
 from ..surgery.kept_channels import KeptChannels
 from ..surgery.slicing import width
-from .probe import check_probe, probe_of
 from .renamed import current_target
 
 FORMAT_VERSION = 1
 SIGNED = ("format_version", "constructor", "kept", "widths", "tensors", "weights_sha256", "probe")
 LARGEST = 10**6  # no width or number of classes of keepdrop's own networks comes near
+LARGEST_INPUT, TOLERANCE = 10**7, 1e-2  # of the probe
 WEIGHTS, ARCHITECTURE = "model.safetensors", "architecture.json"
 BUILT_IN = {
     f"keepdrop.envs.networks.built_in.{name}": getattr(networks, name)
@@ -73,7 +77,7 @@ def save_pruned(
         "widths": {name: dict(axes) for name, axes in kept.widths.items()},
         "tensors": {name: _described(value) for name, value in tensors.items()},
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
-        "probe": None if input_shape is None else probe_of(model, input_shape),
+        "probe": None if input_shape is None else _probe_of(model, input_shape),
     }
     try:
         whole = {**core, "checksum": _checksum(core), "versions": _versions(), "facts": dict(facts or {})}
@@ -109,7 +113,7 @@ def load_pruned(folder: str | Path, constructor: Callable[[], nn.Module] | None 
     _check_widths(dense, core["kept"], core["widths"])
     model = cut_channels(dense, core["kept"])
     _fill(model, tensors, core["tensors"])
-    check_probe(model.eval(), core["probe"])
+    _check_probe(model.eval(), core["probe"])
     return model
 
 
@@ -213,6 +217,52 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor], described: Mapping[st
     if any(value.is_meta for value in own.values()):
         model.to_empty(device="cpu")
     model.load_state_dict(dict(tensors), strict=True)
+
+
+def _probe_of(model: nn.Module, shape: Sequence[int]) -> dict[str, Any] | None:
+    """Shape and outputs, as JSON; None for a network that does not answer in finite numbers."""
+    outputs = _answer(copy.deepcopy(model).cpu().eval(), shape)
+    return {"shape": list(shape), "outputs": outputs} if all(map(math.isfinite, outputs)) else None
+
+
+def _check_probe(model: nn.Module, probe: Any) -> None:
+    """Raise UserError if `model` (evaluation mode, CPU) answers otherwise; None was not asked and passes."""
+    if probe is None:
+        return
+    shape, expected = _checked_probe(probe)
+    try:
+        got = _answer(model, shape)
+    except Exception as error:
+        raise UserError(
+            f"The constructor's network does not run on the file's probe {shape} ({first_line(error)})."
+        ) from error
+    largest = max(map(abs, expected), default=0.0)
+    apart = max((abs(a - b) for a, b in zip(got, expected, strict=False)), default=0.0)
+    if len(got) != len(expected) or not apart <= TOLERANCE * largest:
+        raise UserError(
+            "The constructor's network has the shapes of the file and answers otherwise; it must be built as the one "
+            "that was pruned (strides, activations, order of layers)."
+        )
+
+
+def _checked_probe(probe: Any) -> tuple[list[int], list[float]]:
+    known: Mapping[str, Any] = probe if isinstance(probe, Mapping) else {}
+    shape: Any = known.get("shape")
+    outputs: Any = known.get("outputs")
+    whole = isinstance(shape, list) and all(type(each) is int and 0 < each <= LARGEST_INPUT for each in shape)
+    numbers = isinstance(outputs, list) and all(type(each) in (int, float) for each in outputs)
+    if not whole or not numbers or math.prod(shape) > LARGEST_INPUT:
+        raise UserError("The file's 'probe' is damaged; restore it.")
+    return shape, outputs
+
+
+@torch.no_grad()
+def _answer(model: nn.Module, shape: Sequence[int]) -> list[float]:
+    # No random numbers: their generator may change from version to version.
+    values = torch.sin(0.37 * torch.arange(math.prod(shape), dtype=torch.float64)).reshape(list(shape))
+    dtype = next((each.dtype for each in model.parameters() if each.is_floating_point()), torch.float32)
+    outputs = [each for each in tree_leaves(model(values.to(dtype))) if isinstance(each, Tensor)]
+    return [number for each in outputs for number in each.double().flatten().tolist()]
 
 
 def _described(value: Tensor) -> dict[str, Any]:

@@ -1,10 +1,10 @@
-"""A network that was cut, repaired in closed form: every layer behind a cut is regressed on what it is fed now.
+"""Reconstruction: a cut network repaired in closed form, every layer behind a cut regressed on its present inputs.
 
 Layer after layer, in the order of execution, the weights are solved for what the DENSE network's layer put out, given
 what the cut network, already repaired up to there, feeds it. That is the least-squares reconstruction of He et al. 2017
-(arXiv 1707.06168, eq. 5), and at the end of a residual branch their section 3.3: the branch is also asked for what its
-shortcut lost. Ours: a ridge towards the weights as cut, an intercept, and every layer behind the first cut is solved,
-not only the ones that read pruned channels. One pass over a few hundred images; no gradient, no label.
+(arXiv 1707.06168, eq. 5), and at the end of a residual branch their section 3.3: the branch also has to make up for
+what its shortcut lost. Ours: a ridge towards the weights as cut, an intercept, and every layer behind the first cut is
+solved, not only those that read pruned channels. One pass over a few hundred images; no gradient, no label.
 
 Shapes: B images, S samples, K weights a filter, O outputs.
 """
@@ -12,6 +12,8 @@ Shapes: B images, S samples, K weights a filter, O outputs.
 from __future__ import annotations
 
 import copy
+import operator
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,13 +24,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...errors import UserError
 from ..evaluation.mask_evaluator import channels_last
-from ..networks.graph_passes import functionalise
-from ..networks.module_kinds import LeafTracer
+from ..networks.graph_passes import functionalise, only_user
+from ..networks.module_kinds import LeafTracer, is_leaf
 from ..surgery.cutting import KeptRows, cut_channels, kept_rows
 from ..surgery.filter_group import FilterGroup
 from ..surgery.slicing import Rows
-from .patches import inputs_at, outputs_at, regress
-from .repair_sites import Site, find_sites, shortcuts_first
+from .patches import inputs_at, obstacle, outputs_at, regress
+
+_SUMS = {operator.add, operator.iadd, torch.add}
 
 
 @dataclass(frozen=True)
@@ -36,10 +39,10 @@ class ReconstructionSettings:
     """How a cut network is repaired.
 
     Args:
-        images: of the fit split; they are in memory together, as activations of one layer.
-        places: sampled positions an image and layer.
+        images: number of images of the fit split; they are in memory together, as activations of one layer.
+        places: sampled positions per image and layer.
         ridge: pull towards the weights as cut, relative to the mean energy of an input.
-        max_inputs: layers with more weights a filter stay as cut (the system grows with the square).
+        max_inputs: layers with more weights per filter stay as cut (the system grows with the square).
     """
 
     images: int = 1000
@@ -53,6 +56,21 @@ class ReconstructionSettings:
                 f"The reconstruction has images={self.images}, places={self.places}, ridge={self.ridge}, "
                 f"max_inputs={self.max_inputs}; expected all of them above 0."
             )
+
+
+@dataclass(frozen=True)
+class Site:
+    """A layer that can be solved.
+
+    Attributes:
+        module: its name.
+        norm: the batch norm right behind it, which takes the intercept.
+        partner: the graph node that is added to its output (behind the norm) and is known before it runs.
+    """
+
+    module: str
+    norm: str | None
+    partner: str | None
 
 
 @dataclass(frozen=True)
@@ -101,14 +119,76 @@ class Reconstruction:
         return pruned
 
 
-def cut_compensated(
-    model: nn.Module,
-    choices: Mapping[FilterGroup, Tensor],
-    images: Tensor,
-    settings: ReconstructionSettings | None = None,
-) -> nn.Module:
-    """Cut once and repair; see `Reconstruction`, which keeps the dense network's part for many cuts."""
-    return Reconstruction(model, images, settings).cut(choices)
+def find_sites(traced: fx.GraphModule, max_inputs: int) -> tuple[dict[str, Site], dict[str, str]]:
+    """The sites by graph node, and the layers that are left as cut, by name, with the reason."""
+    calls = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
+    order = {node: position for position, node in enumerate(traced.graph.nodes)}
+    sites, skipped = {}, {}
+    for node in traced.graph.nodes:
+        if not _is_layer(traced, node):
+            continue
+        module = traced.get_submodule(node.target)
+        why = obstacle(module, max_inputs) if is_leaf(module) else "a class of its own"
+        why = "it is called more than once" if calls[node.target] > 1 else why
+        if why:
+            skipped[node.target] = why
+            continue
+        norm = _norm_behind(traced, node, calls)
+        partner = _partner(norm or node)
+        known = partner is not None and order[partner] < order[node]
+        name = partner.name if partner is not None and known else None
+        sites[node.name] = Site(str(node.target), None if norm is None else str(norm.target), name)
+    return sites, skipped
+
+
+def shortcuts_first(traced: fx.GraphModule) -> None:
+    """Reorder the graph so that what is added to a layer's output is computed before the layer, where it can be."""
+    calls = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
+    for node in list(traced.graph.nodes):
+        if _is_layer(traced, node):
+            partner = _partner(_norm_behind(traced, node, calls) or node)
+            if partner is not None:
+                _move_before(node, partner)
+    traced.recompile()
+
+
+def _is_layer(traced: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op != "call_module":
+        return False
+    module = traced.get_submodule(str(node.target))
+    return isinstance(getattr(module, "weight", None), torch.Tensor) and not isinstance(module, _BatchNorm)
+
+
+def _norm_behind(traced: fx.GraphModule, node: fx.Node, calls: Counter[Any]) -> fx.Node | None:
+    user = only_user(node)
+    if user is None or user.op != "call_module" or calls[user.target] > 1:
+        return None
+    module = traced.get_submodule(str(user.target))
+    return user if isinstance(module, _BatchNorm) and module.running_mean is not None else None
+
+
+def _partner(tail: fx.Node) -> fx.Node | None:
+    """What is added to the value of `tail`, if that is all that happens to it."""
+    total = only_user(tail)
+    if total is None or total.target not in _SUMS or total.kwargs or len(total.all_input_nodes) != 2:
+        return None
+    return next(each for each in total.all_input_nodes if each is not tail)
+
+
+def _move_before(node: fx.Node, wanted: fx.Node) -> None:
+    """Put `wanted`, and what it needs, before `node`; nothing happens if it depends on `node` itself."""
+    order: Mapping[fx.Node, int] = {each: position for position, each in enumerate(node.graph.nodes)}
+    needed: set[fx.Node] = set()
+    stack = [wanted]
+    while stack:
+        each = stack.pop()
+        if each is node:
+            return
+        if order[each] > order[node] and each not in needed:
+            needed.add(each)
+            stack.extend(each.all_input_nodes)
+    for each in sorted(needed, key=lambda each: order[each]):
+        node.prepend(each)
 
 
 def _trace(model: nn.Module) -> fx.GraphModule:

@@ -9,7 +9,7 @@ from keepdrop.envs.groups.finding import find_groups
 from keepdrop.envs.groups.verification import randomised
 from keepdrop.envs.networks.built_in import cifar_resnet, small_cnn
 from keepdrop.envs.repair.patches import inputs_at, obstacle, outputs_at, patches_at, regress
-from keepdrop.envs.repair.reconstruction import Reconstruction, ReconstructionSettings, cut_compensated
+from keepdrop.envs.repair.reconstruction import Reconstruction, ReconstructionSettings
 from keepdrop.envs.surgery.cutting import prune
 from keepdrop.errors import UserError
 from torch import nn
@@ -88,7 +88,7 @@ def test_filters_that_others_repeat_are_dropped_without_a_trace(bias, norm):
     group = next(g for g in find_groups(model, images[:1]).groups if g.name == "first")
     keep = torch.arange(8) < 4
     settings = ReconstructionSettings(images=16, places=36, ridge=1e-10)
-    repaired = cut_compensated(model, {group: keep}, images, settings)
+    repaired = Reconstruction(model, images, settings).cut({group: keep})
     fresh = torch.randn(8, 3, 6, 6, generator=generator, dtype=torch.float64)
     torch.testing.assert_close(repaired(fresh), model(fresh), rtol=1e-6, atol=1e-7)
     assert not torch.allclose(prune(model, {group: keep})(fresh), model(fresh), atol=1e-2)
@@ -124,7 +124,7 @@ def test_nothing_dropped_changes_nothing():
     model = cifar_resnet(8).double().eval()
     images = torch.randn(8, 3, 16, 16, dtype=torch.float64)
     group = find_groups(model, images[:1]).groups[1]
-    same = cut_compensated(model, {group: torch.ones(group.n_filters, dtype=torch.bool)}, images)
+    same = Reconstruction(model, images).cut({group: torch.ones(group.n_filters, dtype=torch.bool)})
     torch.testing.assert_close(same(images), model(images), rtol=1e-9, atol=1e-9)
 
 
@@ -146,7 +146,7 @@ def test_frozen_parameters_and_modes_are_kept_and_repeating_gives_the_same_bits(
     group = task.groups[0]
     keep = torch.arange(group.n_filters) % 2 == 0
     images, _ = task.fit_images(64)
-    one, two = (cut_compensated(model, {group: keep}, images) for _ in range(2))
+    one, two = (Reconstruction(model, images).cut({group: keep}) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
     assert one.training
     assert [p.requires_grad for p in one.parameters()] == [p.requires_grad for p in model.parameters()]
@@ -161,7 +161,7 @@ def test_accuracy_comes_back():
         with torch.no_grad():
             return float((model.eval()(images).argmax(1) == labels).float().mean())
 
-    repaired = cut_compensated(task.model, choices, task.fit_images(300)[0])
+    repaired = Reconstruction(task.model, task.fit_images(300)[0]).cut(choices)
     assert accuracy(repaired) > accuracy(prune(task.model, choices)) + 0.1
 
 
@@ -185,4 +185,4 @@ def test_bad_input_is_refused_in_one_sentence():
     model = small_cnn(widths=(4, 4, 4)).eval()
     group = find_groups(model, torch.zeros(1, 1, 8, 8)).groups[0]
     with pytest.raises(UserError, match="keeps none"):
-        cut_compensated(model, {group: torch.zeros(4, dtype=torch.bool)}, torch.randn(4, 1, 8, 8))
+        Reconstruction(model, torch.randn(4, 1, 8, 8)).cut({group: torch.zeros(4, dtype=torch.bool)})
