@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+RENEW = "run `python benchmarks/structure.py --write docs/architecture.md`"
 # Where names of the package stand that a reader may copy. The changelog names old ones on purpose.
 WRITTEN = [
     *(ROOT / "docs").rglob("*.md"),
@@ -30,7 +31,7 @@ def structure():
 
 def test_the_tree_says_what_the_rooms_say(structure):
     tree = re.search(r"<!-- tree -->\n(.*?)\n<!-- end of tree -->", PAGE, re.DOTALL)[1]
-    assert tree == structure.annotated_tree()
+    assert tree == structure.annotated_tree(), RENEW
     said = " ".join(tree.split())
     for room in structure.rooms():
         source = (ROOT / room.replace(".", "/") / "__init__.py").read_text(encoding="utf-8")
@@ -40,7 +41,7 @@ def test_the_tree_says_what_the_rooms_say(structure):
 
 def test_the_order_is_the_one_that_is_tested(structure):
     order = re.search(r"<!-- order -->\n```text\n(.*?)\n```\n<!-- end of order -->", PAGE, re.DOTALL)[1]
-    assert order.replace("\n", " ").split(" < ") == structure.rooms()
+    assert order.replace("\n", " ").split(" < ") == structure.rooms(), RENEW
 
 
 def test_no_folder_is_flat(structure):
