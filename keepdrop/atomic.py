@@ -1,4 +1,4 @@
-"""Atomic writes: a file is the old one or the new one, never a piece of either. Every room writes through these."""
+"""Atomic writes: a file is the old one or the new one, never part of either. Every room writes through these."""
 
 from __future__ import annotations
 
@@ -44,6 +44,6 @@ def replacing(path: Path) -> Iterator[Path]:
         if isinstance(error, OSError):
             raise UserError(
                 f"Could not write {str(path)!r} ({error.strerror or error}); what was there before is intact: free "
-                "some space or choose another folder, then go on (a run: with resume=RUN)."
+                "some space or choose another folder, then continue (a run: with resume=RUN)."
             ) from error
         raise

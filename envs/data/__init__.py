@@ -1,1 +1,1 @@
-"""Images, targets, what an answer is judged by, and the three splits."""
+"""Images, targets, what an answer is scored by, and the three splits."""

@@ -1,9 +1,9 @@
-"""Arrays that come from outside: read without unpickling, and checked before anything trusts them."""
+"""Arrays from outside (.npz): read without unpickling, and validated before anything trusts them."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
+from .images import ArrayImages, LabelledData
 
 Arrays = Mapping[str, np.ndarray]
 KEYS = ("x_train", "y_train", "x_test", "y_test")
@@ -38,6 +39,43 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     raise UserError(f"Data file '{path}' lacks {', '.join(missing)} (it holds {found}); expected {', '.join(KEYS)}.")
 
 
+def from_arrays(
+    arrays: Arrays,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    n_classes: int | None = None,
+    name: str = "arrays",
+) -> LabelledData:
+    """The four arrays as `sources.npz` describes them, already in memory; `name` stands in the errors."""
+    images = {part: checked_images(arrays[f"x_{part}"], f"x_{part}", name) for part in ("train", "test")}
+    n_classes, labels = _targets(arrays, {part: len(each) for part, each in images.items()}, n_classes, name)
+    if images["train"].dtype != images["test"].dtype:
+        kinds = f"{images['train'].dtype} and {images['test'].dtype}"
+        raise UserError(f"'{name}': x_train and x_test must have one type, got {kinds}.")
+    refuse_copies(arrays["x_train"], arrays["x_test"], name)
+    if mean is None or std is None:
+        found_mean, found_std = _channel_statistics(images["train"])
+        mean, std = mean or found_mean, std or found_std
+    train, test = (ArrayImages(images[part], labels[part], mean, std, n_classes) for part in ("train", "test"))
+    return LabelledData(train, test)
+
+
+def _targets(
+    arrays: Arrays, n_images: Mapping[str, int], n_classes: int | None, name: str
+) -> tuple[int, dict[str, Tensor]]:
+    """The number of classes and the checked labels of both parts; 0 and the targets where they are no labels."""
+    given = {part: arrays[f"y_{part}"] for part in n_images}
+    if n_classes == 0 or not holds_labels(given["train"]):
+        if given["train"].dtype != given["test"].dtype:
+            kinds = f"{given['train'].dtype} and {given['test'].dtype}"
+            raise UserError(f"'{name}': y_train and y_test must have one type, got {kinds}.")
+        return 0, {part: checked_targets(array, f"y_{part}", n_images[part], name) for part, array in given.items()}
+    classes = n_classes or len(np.unique(given["train"]))
+    return classes, {
+        part: checked_labels(array, f"y_{part}", n_images[part], classes, name) for part, array in given.items()
+    }
+
+
 def checked_images(array: np.ndarray, key: str, name: str) -> Tensor:
     """An image array as a tensor (n, C, H, W), uint8 or float32; UserError for any other shape, type or NaN."""
     form = "uint8 (n, height, width, channels) or floating (n, channels, height, width)"
@@ -45,7 +83,7 @@ def checked_images(array: np.ndarray, key: str, name: str) -> Tensor:
     if not is_bytes and array.dtype.kind != "f":
         raise UserError(f"'{name}': {key} has type {array.dtype}; expected {form}.")
     if array.ndim != 4 or 0 in array.shape:
-        raise UserError(f"'{name}': {key} has shape {array.shape}; expected {form}, none of them 0.")
+        raise UserError(f"'{name}': {key} has shape {array.shape}; expected {form}, all of them above 0.")
     channels, sides = (array.shape[3], array.shape[1:3]) if is_bytes else (array.shape[1], array.shape[2:])
     if channels > min(sides):
         raise UserError(
@@ -65,7 +103,7 @@ def checked_labels(array: np.ndarray, key: str, n_images: int, n_classes: int, n
     if array.dtype.kind not in "iu":
         raise UserError(f"'{name}': {key} has type {array.dtype}; expected integer labels 0..{n_classes - 1}.")
     if array.shape != (n_images,):
-        raise UserError(f"'{name}': {key} has shape {array.shape}; expected ({n_images},), one label an image.")
+        raise UserError(f"'{name}': {key} has shape {array.shape}; expected ({n_images},), one label per image.")
     low, high = int(array.min()), int(array.max())
     if low < 0 or high >= n_classes:
         raise UserError(
@@ -76,7 +114,7 @@ def checked_labels(array: np.ndarray, key: str, n_images: int, n_classes: int, n
 
 
 def holds_labels(array: np.ndarray) -> bool:
-    """Whether an array of targets is one integer an image, a label; anything else is for other measures than top-1."""
+    """Whether an array of targets is one integer per image, a label; anything else is for other metrics than top-1."""
     return array.ndim == 1 and array.dtype.kind in "iu"
 
 
@@ -85,10 +123,10 @@ def checked_targets(array: np.ndarray, key: str, n_images: int, name: str) -> Te
     if array.dtype.kind not in "iufb":
         raise UserError(f"'{name}': {key} has type {array.dtype}; expected numbers.")
     if array.ndim == 0 or len(array) != n_images:
-        raise UserError(f"'{name}': {key} has shape {array.shape}; expected {n_images} targets, one an image.")
+        raise UserError(f"'{name}': {key} has shape {array.shape}; expected {n_images} targets, one per image.")
     if array.dtype.kind == "f":
         if not np.isfinite(array).all():
-            raise UserError(f"'{name}': {key} has NaN or infinite values; mend or remove them.")
+            raise UserError(f"'{name}': {key} has NaN or infinite values; fix or remove them.")
         array = array.astype(np.float32)
     # torch has no arithmetic for the wider unsigned types.
     kept = array if array.dtype.kind == "f" or array.dtype == np.uint8 else array.astype(np.int64)
@@ -108,3 +146,14 @@ def refuse_copies(x_train: np.ndarray, x_test: np.ndarray, name: str) -> None:
 
 def _fingerprint(image: np.ndarray) -> bytes:
     return hashlib.blake2b(image.tobytes(), digest_size=16).digest()
+
+
+def _channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
+    """Mean and std per channel of (n, C, H, W), of uint8 after scaling to [0, 1]."""
+    scale = 1.0 if images.is_floating_point() else 1 / 255
+    mean, std = [], []
+    for channel in images.unbind(1):
+        values = channel.to(torch.float32) * scale
+        mean.append(float(values.mean()))
+        std.append(float(values.std().clamp_min(1e-6)))
+    return mean, std

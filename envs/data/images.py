@@ -1,6 +1,6 @@
 """Images and their targets behind one small interface: arrays held in memory, or any map-style dataset.
 
-Targets are labels, one integer an image, or, for another metric than top-1, tensors of one shape: class maps, numbers.
+Targets are labels, one integer per image, or, for another metric than top-1, tensors of one shape: class maps, numbers.
 
 Shape suffixes: B images of a batch.
 """
@@ -77,7 +77,7 @@ class ArrayImages:
 
     `images`: uint8 or floating, (len, C, H, W); `labels`: int64 (len,), or with `n_classes` 0 any targets (len, ...),
     kept in their own type, of which a batch is int64 or float32. A batch of images is (images * scale - mean) / std
-    with `mean` and `std` one number a channel. `scale` defaults to 1/255 for uint8 and to 1 for floating images.
+    with `mean` and `std` one number per channel. `scale` defaults to 1/255 for uint8 and to 1 for floating images.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class ArrayImages:
                 f"got mean={list(mean)} and std={list(std)}."
             )
         if len(images) != len(labels):
-            raise UserError(f"There are {len(images)} images but {len(labels)} labels; give one label an image.")
+            raise UserError(f"There are {len(images)} images but {len(labels)} labels; give one label per image.")
         self._images, self.n_classes = images, n_classes
         self.labels = labels.long() if n_classes else labels
         self.target_shape = tuple(labels.shape[1:])
@@ -196,7 +196,7 @@ class DatasetImages:
             raise UserError(f"Dataset images differ in shape: {sorted(shapes)}, the first was {self.image_shape}.")
         images = torch.stack([image for image, _ in items]).to(torch.float32)
         if not torch.isfinite(images).all():
-            raise UserError("The dataset gave images with NaN or infinite values; mend or remove them.")
+            raise UserError("The dataset gave images with NaN or infinite values; fix or remove them.")
         if not self._classified:
             return images, self._stacked([target for _, target in items])
         labels = torch.tensor([int(label) for _, label in items])
@@ -216,7 +216,7 @@ class DatasetImages:
             )
         stacked = as_targets(torch.stack(targets))
         if not torch.isfinite(stacked).all():
-            raise UserError("The dataset gave targets with NaN or infinite values; mend or remove them.")
+            raise UserError("The dataset gave targets with NaN or infinite values; fix or remove them.")
         return stacked
 
     def select(self, indices: Tensor) -> Self:
@@ -236,7 +236,7 @@ class DatasetImages:
 
 
 def as_targets(values: Tensor) -> Tensor:
-    """Targets as losses like them: int64 or float32."""
+    """Targets in the types that losses take: int64 or float32."""
     return values.to(torch.float32 if values.is_floating_point() else torch.int64)
 
 

@@ -1,7 +1,7 @@
 """Metrics: how well one image's answer fits its target, from 0 (not at all) to 1 (perfectly).
 
-Any callable (outputs, targets) -> (B,) is one; a network's score is the mean over images, and stands wherever keepdrop
-says accuracy. `Top1` is the default. Each image is scored by itself: a score must not depend on the rest of the batch.
+Any callable (outputs, targets) -> (B,) is one; a network's score is the mean over images, and takes the place of
+accuracy everywhere. `Top1` is the default. Each image is scored by itself: a score must not depend on its batch.
 
 Shapes: B images, C classes.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from ...errors import UserError
 
 Metric = Callable[[Tensor, Tensor], Tensor]
-"""Outputs (B, ...) and targets (B, ...) -> a score an image, (B,), in [0, 1], higher is better."""
+"""Outputs (B, ...) and targets (B, ...) -> one score per image, (B,), in [0, 1], higher is better."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class TopK:
 class PixelAccuracy:
     """Fraction of an image's pixels whose largest logit is the target's class.
 
-    Logits (B, C, ...), targets int64 (B, ...). Pixels whose target is `ignore_index` do not count, in the default loss
-    neither; an image without any other scores 1.
+    Logits (B, C, ...), targets int64 (B, ...). Pixels whose target is `ignore_index` do not count, nor do they in the
+    default loss; an image without any other pixel scores 1.
     """
 
     ignore_index: int | None = None
@@ -59,18 +59,18 @@ class PixelAccuracy:
         """Logits (B, C, ...), targets (B, ...) -> (B,)."""
         _check_maps(outputs, targets, self.ignore_index)
         valid = _valid(targets, self.ignore_index).flatten(1)
-        right = (outputs.argmax(1) == targets).flatten(1) & valid
-        n_valid = valid.sum(1)
-        return torch.where(n_valid > 0, right.sum(1).double() / n_valid.clamp_min(1), 1.0)
+        right = as_float64(((outputs.argmax(1) == targets).flatten(1) & valid).sum(1))
+        n_valid = as_float64(valid.sum(1))
+        return torch.where(n_valid > 0, right / n_valid.clamp_min(1), 1.0)
 
 
 @dataclass(frozen=True)
 class MeanIoU:
     """Intersection over union of predicted and target pixels of a class, averaged over classes, image by image.
 
-    Logits (B, C, ...), targets int64 (B, ...). Classes that occur in neither do not count; nor do pixels whose target
-    is `ignore_index`, in the default loss neither. An image without any other scores 1. The mean over images is not the
-    usual figure of a data set, which sums intersections and unions over images first: that one has no score an image.
+    Logits (B, C, ...), targets int64 (B, ...). Classes that occur in neither do not count, nor do pixels whose target
+    is `ignore_index` (nor in the default loss). An image without any other pixel scores 1. The mean over images is not
+    the usual figure of a data set, which sums intersections and unions over images first and so has no score per image.
     """
 
     ignore_index: int | None = None
@@ -84,7 +84,8 @@ class MeanIoU:
         truth = targets.flatten(1).masked_fill(~valid, n_classes)
         both = _counts(found.masked_fill(found != truth, n_classes), n_classes)
         union = _counts(found, n_classes) + _counts(truth, n_classes) - both
-        fractions = both.double() / union.clamp_min(1)
+        both, union = as_float64(both), as_float64(union)
+        fractions = both / union.clamp_min(1)
         present = (union > 0).sum(1)
         return torch.where(present > 0, fractions.sum(1) / present.clamp_min(1), 1.0)
 
@@ -93,7 +94,7 @@ class MeanIoU:
 class Within:
     """Fraction of an image's numbers that miss their targets by `tolerance` at most, in the targets' unit.
 
-    Outputs and floating targets of one shape, (B,) or (B, ...); of one number an image it is right or wrong.
+    Outputs and floating targets of one shape, (B,) or (B, ...); with one number per image it is right or wrong.
     """
 
     tolerance: float
@@ -104,12 +105,12 @@ class Within:
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Outputs (B, ...), targets (B, ...) -> (B,)."""
-        return (_errors(outputs, targets) <= self.tolerance).double().mean(1)
+        return as_float64(_errors(outputs, targets) <= self.tolerance).mean(1)
 
 
 @dataclass(frozen=True)
 class Closeness:
-    """1 / (1 + error / scale), error being the mean absolute one of an image's numbers: 1 for none, 1/2 at `scale`.
+    """1 / (1 + error / scale) with the mean absolute error of an image's numbers: 1 for none, 1/2 at `scale`.
 
     Outputs and floating targets of one shape, (B,) or (B, ...). Smooth where `Within` jumps: small losses show.
     """
@@ -125,14 +126,19 @@ class Closeness:
         return 1 / (1 + _errors(outputs, targets).mean(1) / self.scale)
 
 
+def as_float64(values: Tensor) -> Tensor:
+    """The values in float64, on the device they are on; on the CPU where that device has no float64 (mps)."""
+    return (values.cpu() if values.device.type == "mps" else values).double()
+
+
 def _errors(outputs: Tensor, targets: Tensor) -> Tensor:
     """Absolute errors (B, S), float64."""
     if outputs.shape != targets.shape:
         raise UserError(
             f"The network returns {tuple(outputs.shape)} for targets of shape {tuple(targets.shape)}; expected one "
-            "number for each of the targets'."
+            "number per target."
         )
-    return (outputs.double() - targets.double()).abs().reshape(len(targets), -1)
+    return (as_float64(outputs) - as_float64(targets)).abs().reshape(len(targets), -1)
 
 
 def _check_maps(outputs: Tensor, targets: Tensor, ignore_index: int | None) -> None:

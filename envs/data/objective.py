@@ -1,8 +1,8 @@
-"""What a network is judged by and trained on: a metric for scores and a loss for gradients, carried by the images.
+"""The objective of a network: a metric that scores its answers and a loss to train on, carried by the images.
 
 Scores are kept as whole numbers of points, so that sums of them do not depend on batches, chunks or order: one point
 for a right answer under `Top1`; under any other metric an image's score is rounded to a multiple of 2^-24, which is as
-fine as float32 near 1, and counted in these.
+fine as float32 near 1, and counted in multiples of that.
 
 Shapes: B images, C classes.
 """
@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from ...errors import UserError, first_line
 from .images import LabelledImages
-from .metrics import Metric, Top1
+from .metrics import Metric, Top1, as_float64
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Outputs (B, ...) and targets (B, ...) -> a scalar, the mean over the batch."""
@@ -35,7 +35,7 @@ class Objective:
     """A metric and a loss.
 
     Args:
-        metric: (outputs, targets) -> a score an image, (B,), in [0, 1], higher is better.
+        metric: (outputs, targets) -> one score per image, (B,), in [0, 1], higher is better.
         loss: (outputs, targets) -> their mean loss. None: cross-entropy for integer targets, without the pixels that
             the metric ignores (its `ignore_index`), and the mean squared error for floating ones.
 
@@ -53,7 +53,7 @@ class Objective:
 
     @property
     def name(self) -> str:
-        """The metric's name, for people, with the arguments that are not the default ones."""
+        """The metric's name for display, with the arguments that differ from the defaults."""
         return _name(self.metric)
 
     @property
@@ -63,7 +63,7 @@ class Objective:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of an image's points."""
+        """Type of an image's points."""
         return torch.bool if self.is_top1 else torch.int32
 
     def points(self, outputs: Any, targets: Tensor) -> Tensor:
@@ -71,7 +71,8 @@ class Objective:
         if self.is_top1:
             return self.metric(output_of(outputs), targets)
         scores = self.metric(_fitted(output_of(outputs).float(), targets), targets)
-        return (self._checked(scores, len(targets)).clamp(0, 1) * GRID).round().to(torch.int32)
+        points = (self._checked(scores, len(targets)).clamp(0, 1) * GRID).round().to(torch.int32)
+        return points.to(targets.device)
 
     def fraction(self, points: Tensor) -> float:
         """Mean score of the images with these points (B,)."""
@@ -87,7 +88,7 @@ class Objective:
         return functional.cross_entropy(outputs, targets, ignore_index=self._ignored, label_smoothing=smoothing)
 
     def summed_loss(self, outputs: Any, targets: Tensor) -> Tensor:
-        """The loss summed over images, so that an image's part in it does not depend on how many there are."""
+        """The loss summed over images, so that an image's share does not depend on how many there are."""
         outputs = output_of(outputs)
         if self.loss is None and targets.dim() == 1 and not targets.is_floating_point():
             return functional.cross_entropy(outputs, targets, reduction="sum")
@@ -109,7 +110,7 @@ class Objective:
         return (1 - weight) * loss + weight * temperature**2 * divergence
 
     def check_smoothing(self, smoothing: float, targets: Tensor) -> None:
-        """UserError for label smoothing beside a loss that knows none."""
+        """UserError for label smoothing with a loss that has none."""
         if smoothing > 0 and (self.loss is not None or targets.is_floating_point()):
             raise UserError(
                 f"label_smoothing is {smoothing:g}, which goes with cross-entropy only; set it to 0, or put it into "
@@ -129,7 +130,7 @@ class Objective:
 
     @property
     def identity(self) -> str:
-        """What tells this measure from others in the digest of a training; "" for the default."""
+        """What distinguishes this objective from others in the digest of a training; "" for the default."""
         return "" if self == TOP1 else f" {self.name} {_name(self.loss)}"
 
     @property
@@ -141,9 +142,9 @@ class Objective:
         if not isinstance(scores, Tensor) or scores.shape != (n_images,):
             raise UserError(
                 f"The metric {self.name} returns {_shown(scores)} for {n_images} images; expected a tensor of shape "
-                f"({n_images},), a score an image."
+                f"({n_images},), one score per image."
             )
-        scores = scores.double()
+        scores = as_float64(scores)
         if not bool(((scores >= -SLACK) & (scores <= 1 + SLACK)).all()):
             raise UserError(
                 f"The metric {self.name} returns scores from {float(scores.min()):g} to {float(scores.max()):g}; "
@@ -156,16 +157,16 @@ TOP1 = Objective()
 
 
 def display_name(name: str | None, *, opens: bool = False) -> str:
-    """What a metric is called where people read: top-1 is "accuracy", as is what runs of earlier versions do not name.
+    """A metric's name for display: "accuracy" for top-1 and for runs of earlier versions, which name none.
 
-    `opens` is for the first word of a sentence or a title.
+    `opens` capitalises it, to begin a sentence or a title.
     """
     said = "accuracy" if name in (None, TOP1.name) else name
     return said[0].upper() + said[1:] if opens else said
 
 
 class ImagesWithObjective:
-    """Images with what answers to them are judged by; everything else is the images' own (`LabelledImages`)."""
+    """Images with an objective of their own; everything else is that of the images (`LabelledImages`)."""
 
     def __init__(self, images: LabelledImages, objective: Objective) -> None:
         self.images, self.objective = images, objective
@@ -202,18 +203,18 @@ class ImagesWithObjective:
 
 
 def with_objective(images: LabelledImages, objective: Objective) -> LabelledImages:
-    """The images, judged by `objective` from now on. UserError for `Top1` where the targets are no labels."""
+    """The images with `objective` for their answers. UserError for `Top1` where the targets are no labels."""
     if objective.is_top1 and images.n_classes < 1:
         raise UserError(
-            f"A target is {_shown(images.batch(torch.arange(1))[1][0])}, but top-1 accuracy needs one integer label an "
-            "image; choose another metric, e.g. metric=mean_iou for class maps or metric=within for numbers."
+            f"A target is {_shown(images.batch(torch.arange(1))[1][0])}, but top-1 accuracy needs one integer label "
+            "per image; choose another metric, e.g. metric=mean_iou for class maps or metric=within for numbers."
         )
     bare = images.images if isinstance(images, ImagesWithObjective) else images
     return bare if objective == TOP1 else ImagesWithObjective(bare, objective)
 
 
 def objective_of(images: LabelledImages) -> Objective:
-    """What answers to these images are judged by: top-1 accuracy and cross-entropy unless said otherwise."""
+    """The objective for answers to these images: top-1 accuracy and cross-entropy unless stated otherwise."""
     return getattr(images, "objective", TOP1)
 
 
@@ -250,7 +251,7 @@ def _fitted(outputs: Tensor, targets: Tensor) -> Tensor:
     if len(outputs) != len(targets) or ours != theirs:
         raise UserError(
             f"The network returns {tuple(outputs.shape)} for targets of shape {tuple(targets.shape)}; expected one "
-            "number for each of the targets'."
+            "number per target."
         )
     return outputs.reshape(targets.shape)
 

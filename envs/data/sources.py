@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
-from .arrays import Arrays, checked_images, checked_labels, checked_targets, holds_labels, read_npz, refuse_copies
+from .arrays import from_arrays, read_npz
 from .images import ArrayImages, DatasetImages, LabelledData, LabelledImages
 
 __all__ = [
@@ -57,7 +57,7 @@ def npz(
     """Arrays `x_train, y_train, x_test, y_test` of an .npz file.
 
     Images are uint8 (n, height, width, channels), scaled to [0, 1], or floating (n, channels, height, width), taken as
-    they are; then normalised with `mean` and `std` a channel (default: those of the training images). Labels are
+    they are; then normalised with `mean` and `std` per channel (default: those of the training images). Labels are
     integers (n,) in [0, n_classes); `n_classes` defaults to the number of labels in y_train. Anything else, (n, ...),
     and with `n_classes` 0 integers too, are targets for another metric than top-1. Nothing is unpickled.
 
@@ -65,43 +65,6 @@ def npz(
     range, and test images that are copies of training images.
     """
     return from_arrays(read_npz(Path(path)), mean, std, n_classes, name=str(path))
-
-
-def from_arrays(
-    arrays: Arrays,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    n_classes: int | None = None,
-    name: str = "arrays",
-) -> LabelledData:
-    """The four arrays as `npz` describes them, already in memory; `name` stands in the errors."""
-    images = {part: checked_images(arrays[f"x_{part}"], f"x_{part}", name) for part in ("train", "test")}
-    n_classes, labels = _targets(arrays, {part: len(each) for part, each in images.items()}, n_classes, name)
-    if images["train"].dtype != images["test"].dtype:
-        kinds = f"{images['train'].dtype} and {images['test'].dtype}"
-        raise UserError(f"'{name}': x_train and x_test must have one type, got {kinds}.")
-    refuse_copies(arrays["x_train"], arrays["x_test"], name)
-    if mean is None or std is None:
-        found_mean, found_std = _channel_statistics(images["train"])
-        mean, std = mean or found_mean, std or found_std
-    train, test = (ArrayImages(images[part], labels[part], mean, std, n_classes) for part in ("train", "test"))
-    return LabelledData(train, test)
-
-
-def _targets(
-    arrays: Arrays, n_images: Mapping[str, int], n_classes: int | None, name: str
-) -> tuple[int, dict[str, Tensor]]:
-    """The number of classes and the checked labels of both parts; 0 and the targets where they are no labels."""
-    given = {part: arrays[f"y_{part}"] for part in n_images}
-    if n_classes == 0 or not holds_labels(given["train"]):
-        if given["train"].dtype != given["test"].dtype:
-            kinds = f"{given['train'].dtype} and {given['test'].dtype}"
-            raise UserError(f"'{name}': y_train and y_test must have one type, got {kinds}.")
-        return 0, {part: checked_targets(array, f"y_{part}", n_images[part], name) for part, array in given.items()}
-    classes = n_classes or len(np.unique(given["train"]))
-    return classes, {
-        part: checked_labels(array, f"y_{part}", n_images[part], classes, name) for part, array in given.items()
-    }
 
 
 def from_datasets(train: Any, test: Any, n_classes: int | None = None) -> LabelledData:
@@ -159,7 +122,7 @@ class ImageFolder:
 
     def __init__(self, folder: Path, transform: Callable[[Any], Tensor]) -> None:
         if not folder.is_dir():
-            raise UserError(f"There is no image folder '{folder}'; expected one sub-folder a class in it.")
+            raise UserError(f"There is no image folder '{folder}'; expected one sub-folder per class in it.")
         self.classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
         self.files = [
             (path, label)
@@ -183,7 +146,7 @@ class ImageFolder:
             with Image.open(path) as image:
                 return self._transform(image.convert("RGB")), label
         except (UnidentifiedImageError, OSError) as error:
-            raise UserError(f"'{path}' is not a readable image; mend or remove it.") from error
+            raise UserError(f"'{path}' is not a readable image; fix or remove it.") from error
 
 
 def _centre_crop(size: int, mean: Sequence[float], std: Sequence[float]) -> Callable[[Any], Tensor]:
@@ -211,14 +174,3 @@ def _torchvision_datasets() -> Any:
             "from the same index as torch."
         ) from error
     return datasets
-
-
-def _channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
-    """Mean and std a channel of (n, C, H, W), of uint8 after scaling to [0, 1]."""
-    scale = 1.0 if images.is_floating_point() else 1 / 255
-    mean, std = [], []
-    for channel in images.unbind(1):
-        values = channel.to(torch.float32) * scale
-        mean.append(float(values.mean()))
-        std.append(float(values.std().clamp_min(1e-6)))
-    return mean, std

@@ -36,7 +36,7 @@ class Splits:
 
     @property
     def objective(self) -> Objective:
-        """What answers are judged by, and what is minimised in training."""
+        """What answers are scored by, and what is minimised in training."""
         return objective_of(self.reward)
 
     def summary(self) -> dict[str, dict[str, Any]]:

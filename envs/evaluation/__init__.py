@@ -1,1 +1,1 @@
-"""Many masks, fast: what no mask changes is computed once, the rest runs for every mask."""
+"""Fast evaluation of many masks: what no mask changes is computed once, the rest runs for every mask."""

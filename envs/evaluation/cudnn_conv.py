@@ -1,4 +1,4 @@
-"""A convolution with the residual and the ReLU behind it in one kernel, on an NVIDIA GPU.
+"""Fused convolutions on an NVIDIA GPU: a convolution with the residual and the ReLU behind it in one kernel.
 
 Small convolutions are bound by memory there: bias, sum and ReLU as kernels of their own read and write each map again.
 cuDNN does all of them while the result is still in registers.
@@ -45,7 +45,7 @@ class CudnnConv(nn.Module):
 
 
 def fuse_relu(graph: fx.GraphModule) -> int:
-    """Exchange convolutions that a ReLU follows, perhaps with a sum in between, in place; returns how many."""
+    """Replace convolutions that a ReLU follows, perhaps with a sum in between, in place; returns how many."""
     count = 0
     for node in list(graph.graph.nodes):
         conv = graph.get_submodule(str(node.target)) if node.op == "call_module" else None

@@ -1,4 +1,4 @@
-"""The dense network before any pruning: measured once, and refused if it knows nothing.
+"""Dense baseline: the network before any pruning, measured once, and refused if it only guesses.
 
 Shapes: B images.
 """
@@ -21,8 +21,8 @@ from .mask_evaluator import correct_flags
 class DenseBaseline:
     """The network before any pruning: measured once, never again.
 
-    `correct` (B,) says image by image what it got right on the reward split, or the points it got under another metric
-    than top-1, so that the base accuracy of any subset of these images is exact and free.
+    `correct` (B,) holds what it got right on the reward split, image by image, or its points under another metric than
+    top-1, so that the base accuracy of any subset of these images is exact and free.
     """
 
     correct: Tensor

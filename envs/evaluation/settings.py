@@ -1,4 +1,4 @@
-"""How masks are judged: the settings behind every outcome."""
+"""Evaluation settings: how masks are evaluated, behind every outcome."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TARGETS = ("dense", "current")
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """How masks are judged.
+    """How masks are evaluated.
 
     Args:
         compensate: regress dropped channels on the kept ones and fold the result into the consumers, in the reward as
@@ -22,13 +22,13 @@ class EvaluationSettings:
         ridge: strength of that regression's ridge, relative to the mean channel energy.
         compensation_images: images of the fit split behind the regression.
         statistics_images: images of the fit split behind an observation.
-        cache_gib: memory for the cached part of the network that no mask touches, in GiB.
+        cache_gib: memory for the cached values that no mask changes, in GiB.
         method: "auto", "split" or "whole" (`MaskedNetwork`).
-        dtype: in what masks are evaluated during a search, "float32" or "bfloat16"; a decision is always verified in
-            float32, and how often the two disagree is measured.
-        compile: run the part behind the cached one through `torch.compile` instead of the fused kernels; it compiles
-            anew for every layer, and was slower where it was measured (docs/performance.md).
-        memory: so many masks a layer are remembered with their answers.
+        dtype: precision of masks during a search, "float32" or "bfloat16"; a decision is always verified in float32,
+            and how often the two disagree is measured.
+        compile: run the part behind the cached one through `torch.compile` instead of the fused kernels; it
+            recompiles for every layer, and was slower where it was measured (docs/performance.md).
+        memory: number of masks per layer that are remembered with their answers.
     """
 
     compensate: bool = True

@@ -1,4 +1,4 @@
-"""The suffix under many masks in one batch: for devices that many small passes would leave idle.
+"""Stacked suffix: many masks in one batch, for devices that many small passes would leave idle.
 
 All masks look at the same frontier. So the layer that reads the masked filters makes every mask's outputs from it at
 once, as one layer with M times as many outputs, and everything behind it runs once, on M x B rows.

@@ -170,7 +170,7 @@ def _dense(stored: Any, constructor: Callable[[], nn.Module] | None, n_tensors: 
             )
         maker, kwargs = BUILT_IN[target], {key: value for key, value in stored.items() if key != "_target_"}
         if max(_numbers(kwargs), default=0) > LARGEST or max(_numbers(kwargs.get("depth")), default=0) > n_tensors:
-            raise UserError(f"The file asks for a network beyond measure ({str(kwargs)[:80]}); restore it.")
+            raise UserError(f"The file asks for an absurdly large network ({str(kwargs)[:80]}); restore it.")
         constructor, device = lambda: maker(**kwargs), torch.device("meta")
     try:
         with device:

@@ -1,1 +1,1 @@
-"""Which filters can only go together: channel labels, what operators do to them, finding and verifying groups."""
+"""Filter groups, which can only be cut as a whole: channel labels, rules for operators, finding and verification."""

@@ -97,7 +97,7 @@ def spread(ids: Ids, dim: int, shape: torch.Size) -> Tensor:
 
 
 def per_channel(forest: ChannelLabels, labels: Tensor, dim: int) -> Ids:
-    """One label a channel along `dim`; filters that share a channel there are united.
+    """One label per channel along `dim`; filters that share a channel there are united.
 
     Label 0 beside a filter in one channel (spatial zero padding by concatenation) fixes that filter.
     """

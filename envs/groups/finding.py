@@ -1,8 +1,8 @@
-"""Which filters of a network can only go together.
+"""Finding filter groups: which filters of a network can only go together.
 
-One run of the network follows every channel by its label (`label_trace`): sums tie, concatenations shift, reshapes and
-shuffles move, unknown operations fix. What is found is then checked: a group is offered only if the network masked at
-the group's consumers and the network cut for real give the same answer.
+One run of the network follows every channel by its label (`label_tracing`): sums tie, concatenations shift, reshapes
+and shuffles move, unknown operations fix. What is found is then verified: a group is offered only if the network masked
+at the group's consumers and the network cut for real give the same answer.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Runs a network once and follows every channel from the filter that makes it to the layers that read it."""
+"""Label tracing: one run of a network follows every channel from the filter that makes it to the layers reading it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ REACHES_OUTPUT = "its filters are the network's output"
 
 
 class LabelTrace(TorchDispatchMode):
-    """Sees every operator outside known modules; inside them it looks away and the module's own rule speaks."""
+    """Sees every operator outside known modules; inside them it looks away and the module's own rule applies."""
 
     def __init__(self) -> None:
         super().__init__()

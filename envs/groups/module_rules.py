@@ -22,7 +22,7 @@ BATCH_NORMS = ("native_batch_norm", "_native_batch_norm_legit_no_training", "cud
 
 @dataclass
 class Ownership:
-    """Labels of every module's channels, in execution order: `ids[module, axis]` has one label a channel."""
+    """Labels of every module's channels, in execution order: `ids[module, axis]` has one label per channel."""
 
     forest: ChannelLabels
     ids: dict[tuple[str, Axis], Ids] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""The promise behind every group, checked: masked at its consumers == cut for real."""
+"""Verification of filter groups: masked at its consumers, a network answers as it does when cut for real."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def difference(model: nn.Module, choices: Mapping[FilterGroup, Tensor], inputs: 
 
 
 def randomised(model: nn.Module, generator: torch.Generator) -> nn.Module:
-    """`model` itself in float64 and evaluation mode, all parameters and statistics drawn anew."""
+    """`model` itself in float64 and evaluation mode, all parameters and statistics redrawn."""
     model.double().eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,1 +1,1 @@
-"""What a network is: kinds of modules, inputs, modes, tracing, cost, checkpoints, the built-in CNNs."""
+"""Networks: kinds of modules, inputs, modes, graph rewrites, cost, checkpoints, the built-in CNNs."""

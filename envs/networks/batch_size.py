@@ -1,4 +1,4 @@
-"""How many images go through a network at once.
+"""Batch size: how many images go through a network at once, and which number is the fastest.
 
 Shapes: B images.
 """
@@ -18,17 +18,17 @@ CALIBRATION_SECONDS = {"cpu": 0.4, "cuda": 0.1}
 
 
 def default_batch(device: torch.device) -> int:
-    """Images a pass where nothing was measured."""
+    """Images per pass where nothing was measured."""
     return BATCHES[_kind(device)][0]
 
 
 def _kind(device: torch.device) -> str:
-    """Whose settings count."""
+    """The kind of device whose settings apply."""
     return device.type if device.type in BATCHES else "cpu"
 
 
 def chunks(count: int, batch: int) -> Iterator[slice]:
-    """Slices of `batch` images or so, none of them of one image alone."""
+    """Slices of about `batch` images, never of a single one."""
     start = 0
     while start < count:
         end = min(start + max(2, batch), count)
@@ -39,9 +39,9 @@ def chunks(count: int, batch: int) -> Iterator[slice]:
 
 
 def fastest_batch(run: Callable[[tuple[Tensor, ...]], Any], values: tuple[Tensor, ...]) -> int:
-    """The batch of B rows of `values` with the least time a row; the default one unless another is clearly better.
+    """The batch of B rows of `values` with the least time per row; the default one unless another is clearly better.
 
-    A GPU gets more rows than there are, the same ones again: there masks share a batch.
+    A GPU gets more rows than there are, by repeating them: there masks share a batch.
     """
     device, total = values[0].device, len(values[0])
     default, candidates = default_batch(device), BATCHES[_kind(device)]
@@ -55,14 +55,14 @@ def fastest_batch(run: Callable[[tuple[Tensor, ...]], Any], values: tuple[Tensor
         if time.perf_counter() + batch * min(seconds.values()) > deadline and min(seconds.values()) < float("inf"):
             continue
         try:
-            seconds[batch] = min(seconds[batch], _seconds_a_row(run, values, batch))
+            seconds[batch] = min(seconds[batch], _seconds_per_row(run, values, batch))
         except torch.OutOfMemoryError:
             continue
     best = min(seconds, key=lambda batch: seconds[batch])
     return best if seconds[best] < 0.9 * seconds[default] else default
 
 
-def _seconds_a_row(run: Callable[[tuple[Tensor, ...]], Any], values: tuple[Tensor, ...], batch: int) -> float:
+def _seconds_per_row(run: Callable[[tuple[Tensor, ...]], Any], values: tuple[Tensor, ...], batch: int) -> float:
     total, device = len(values[0]), values[0].device
     rows = slice(0, batch) if batch <= total else torch.arange(batch, device=device) % total
     some = tuple(value[rows] for value in values)
@@ -74,6 +74,8 @@ def _seconds_a_row(run: Callable[[tuple[Tensor, ...]], Any], values: tuple[Tenso
 
 
 def wait_for(device: torch.device) -> None:
-    """Until a GPU has done what it was given."""
+    """Wait until a GPU has finished what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

@@ -1,4 +1,4 @@
-"""Weights in and out of a network, without ever unpickling a user's file."""
+"""Checkpoints: weights in and out of a network, without ever unpickling a user's file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a network costs: multiply-accumulates and parameters by module."""
+"""Cost of a network: multiply-accumulates (MACs) and parameters by module."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 @dataclass(frozen=True)
 class ModuleCost:
-    """One module: its class, MACs an image over all its calls, own parameters, and calls in one forward pass."""
+    """One module: its class, MACs per image over all its calls, own parameters, and calls in one forward pass."""
 
     kind: str
     macs: int
@@ -31,7 +31,7 @@ class ModuleCost:
 
 @dataclass(frozen=True)
 class Cost:
-    """A network: MACs an image, parameters, and every module that has either, by qualified name."""
+    """A network: MACs per image, parameters, and every module that has either, by qualified name."""
 
     macs: int
     params: int
@@ -39,7 +39,7 @@ class Cost:
 
 
 def count_cost(model: nn.Module, example_inputs: Inputs) -> Cost:
-    """MACs an image (batch 1) and parameters of `model`, from one forward pass on `example_inputs`.
+    """MACs per image (batch 1) and parameters of `model`, from one forward pass on `example_inputs`.
 
     Counted are convolutions (1d to 3d, grouped, transposed) and linear layers; a bias, normalisation, activations and
     products outside such modules are not. A module called twice counts twice, its parameters once. `example_inputs` is
@@ -63,15 +63,15 @@ def count_cost(model: nn.Module, example_inputs: Inputs) -> Cost:
 
 def _recorder(calls: dict[nn.Module, list[int]]) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
     def record(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        # Each output element costs one product a weight of its filter; a transposed convolution spreads each input
+        # Each output element costs one product per weight of its filter; a transposed convolution spreads each input
         # element over the filter instead.
         elements = inputs[0].numel() if isinstance(module, TRANSPOSED) and inputs else output.numel()
-        calls[module].append(elements * _products_an_element(module))
+        calls[module].append(elements * _products_per_element(module))
 
     return record
 
 
-def _products_an_element(module: Any) -> int:
+def _products_per_element(module: Any) -> int:
     if isinstance(module, nn.Linear):
         return module.in_features
     width = module.out_channels if isinstance(module, TRANSPOSED) else module.in_channels

@@ -1,4 +1,4 @@
-"""Rewrites of a traced network that change its speed and not its result."""
+"""Graph rewrites of a traced network that change its speed and not its result."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def relu_after(traced: fx.GraphModule, node: fx.Node) -> fx.Node | None:
 def exchange(traced: fx.GraphModule, chain: Sequence[fx.Node], place: str, made: nn.Module, *inputs: Any) -> None:
     """Call the module `made`, as submodule `place`, instead of a chain of nodes of which only the last is read.
 
-    The graph is not compiled anew.
+    The graph is not recompiled.
     """
     traced.add_submodule(place, made)
     with traced.graph.inserting_before(chain[-1]):

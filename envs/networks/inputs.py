@@ -1,4 +1,4 @@
-"""What a network is called with: one tensor, a tuple of positional or a mapping of keyword arguments."""
+"""Example inputs of a network: one tensor, a tuple of positional or a mapping of keyword arguments."""
 
 from __future__ import annotations
 
@@ -59,5 +59,5 @@ def resized(example_inputs: Inputs, size: int) -> Inputs:
 
 
 def is_batch(value: Any, size: int) -> bool:
-    """Whether an argument is a tensor with one row an image."""
+    """Whether an argument is a tensor with one row per image."""
     return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == size

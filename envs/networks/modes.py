@@ -1,4 +1,4 @@
-"""Train and eval mode of a network, given back as they were."""
+"""Train and eval modes of a network, restored afterwards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Modules whose channel behaviour is known, so that they are taken whole instead of being looked into."""
+"""Kinds of modules: those whose channel behaviour is known are taken whole instead of being looked into."""
 
 from __future__ import annotations
 
@@ -77,5 +77,5 @@ class LeafTracer(fx.Tracer):
     """Traces a network down to torch's modules and to user subclasses that behave exactly like them."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Leaves of ours, every layer that may read a group's filters, and whatever `torch.fx` takes as a leaf."""
+        """Known modules, every layer that may read a group's filters, and whatever `torch.fx` takes as a leaf."""
         return is_leaf(m) or isinstance(m, (*_CONVS, nn.Linear)) or super().is_leaf_module(m, module_qualified_name)

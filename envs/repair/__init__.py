@@ -1,1 +1,1 @@
-"""Closed-form repair of a cut network: dropped channels expressed by kept ones, readers regressed anew."""
+"""Closed-form repair of a cut network: dropped channels expressed by kept ones, layers regressed again."""

@@ -1,6 +1,6 @@
-"""What the dropped channels of a layer can be told from the kept ones, folded into the layer that reads them.
+"""Compensation: dropped channels predicted from the kept ones, folded into the layer that reads them.
 
-A linear regression at the consumer's input: for every filter i the channel it would have shown is predicted from the
+A linear regression at the consumer's input: the channel that every filter i would have made is predicted from the
 kept channels, x'_i = sum_k P_ik x_k. Design page, fact 11; the idea of reconstructing the next layer's input by least
 squares is that of Luo et al. 2017 (ThiNet, arXiv 1707.06342) and He et al. 2017 (arXiv 1707.06168).
 
@@ -77,7 +77,7 @@ class Compensation:
             dense_group: the same group as found in `dense`; needed where the consumer's channels are numbered
                 otherwise there (concatenations with pruned neighbours).
             ridge: > 0; it draws the solution towards plain masking.
-            batch: images a pass.
+            batch: images per pass.
 
         Raises UserError for a ridge that is not positive, or a dense network whose group does not fit.
         """
@@ -85,7 +85,7 @@ class Compensation:
             raise UserError(f"The ridge of a compensation must be greater than 0, got {ridge}.")
         cuts, skipped = _usable(model, group)
         targets = _targets(cuts, model, dense, dense_group or group)
-        moments = _objective(model, cuts, dense, targets, images, batch) if cuts else {}
+        moments = _moments(model, cuts, dense, targets, images, batch) if cuts else {}
         consumers = {cut.module: copy.deepcopy(model.get_submodule(cut.module)) for cut in cuts}
         return Compensation(group, ridge, moments, consumers, skipped)
 
@@ -169,7 +169,7 @@ def _targets(cuts: list[Cut], model: nn.Module, dense: nn.Module | None, dense_g
     return {cut.module: by_name[cut.module] for cut in cuts}
 
 
-def _objective(
+def _moments(
     model: nn.Module,
     cuts: list[Cut],
     dense: nn.Module | None,
@@ -187,8 +187,8 @@ def _objective(
             goal = now if dense is None else _inputs(dense, list(targets.values()), images[start : start + batch])
             for name, seen in now.items():
                 for x, y in zip(seen, goal[name], strict=True):
-                    sums[name][0] += (x.T @ x).double().cpu()
-                    sums[name][1] += (x.T @ y).double().cpu()
+                    sums[name][0] += (x.T @ x).cpu().double()
+                    sums[name][1] += (x.T @ y).cpu().double()
     return {name: Moments(both[0], both[1]) for name, both in sums.items()}
 
 

@@ -1,6 +1,6 @@
-"""What a layer reads and writes at a few sampled places, as rows of a regression.
+"""Patches: what a layer reads and writes at a few sampled places, as rows of a regression.
 
-Shapes: B images, S samples (images x places), C channels, O outputs, K weights a filter (C x kernel size).
+Shapes: B images, S samples (images x places), C channels, O outputs, K weights per filter (C x kernel size).
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
+from ..data.metrics import as_float64
+
 Places = tuple[Tensor, ...]
-"""Image number and position along every spatial axis, each broadcastable to (B, places an image)."""
+"""Image number and position along every spatial axis, each broadcastable to (B, places per image)."""
 
 
 def places(sizes: tuple[int, ...], count: int) -> Places:
@@ -66,14 +68,14 @@ def inputs_at(module: nn.Module, value: Tensor, count: int) -> Tensor:
 def obstacle(module: nn.Module, max_inputs: int) -> str:
     """Why a layer's weights are not regressed, or "" if they can be."""
     if isinstance(module, nn.Linear):
-        return "" if module.in_features <= max_inputs else f"more than {max_inputs} inputs an output"
+        return "" if module.in_features <= max_inputs else f"more than {max_inputs} inputs per output"
     if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return "neither a convolution nor linear"
     if module.groups > 1:
         return "a grouped convolution"
     if module.padding_mode != "zeros":
         return f"padding mode {module.padding_mode}"
-    return "" if module.weight[0].numel() <= max_inputs else f"more than {max_inputs} inputs an output"
+    return "" if module.weight[0].numel() <= max_inputs else f"more than {max_inputs} inputs per output"
 
 
 def regress(inputs_SK: Tensor, wanted_SO: Tensor, prior_KO: Tensor, ridge: float, intercept: bool) -> Tensor:
@@ -84,9 +86,8 @@ def regress(inputs_SK: Tensor, wanted_SO: Tensor, prior_KO: Tensor, ridge: float
     if intercept:
         inputs_SK = torch.cat([inputs_SK, inputs_SK.new_ones(len(inputs_SK), 1)], 1)
         prior_KO = torch.cat([prior_KO, prior_KO.new_zeros(1, prior_KO.shape[1])])
-    gram = (inputs_SK.T @ inputs_SK).double()
-    cross = (inputs_SK.T @ wanted_SO).double()
+    gram, cross = as_float64(inputs_SK.T @ inputs_SK), as_float64(inputs_SK.T @ wanted_SO)
     strength = ridge * gram.diagonal().mean().clamp_min(1e-12)
-    prior_KO = prior_KO.double()
+    prior_KO = as_float64(prior_KO)
     system = gram + strength * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     return prior_KO + torch.linalg.solve(system, cross - gram @ prior_KO)

@@ -6,7 +6,7 @@ what the cut network, already repaired up to there, feeds it. That is the least-
 what its shortcut lost. Ours: a ridge towards the weights as cut, an intercept, and every layer behind the first cut is
 solved, not only those that read pruned channels. One pass over a few hundred images; no gradient, no label.
 
-Shapes: B images, S samples, K weights a filter, O outputs.
+Shapes: B images, S samples, K weights per filter, O outputs.
 """
 
 from __future__ import annotations
@@ -254,9 +254,9 @@ class _Repair(fx.Interpreter):
             wanted_SO = wanted_SO - bias
         solved = regress(inputs_SK, wanted_SO, prior_KO, settings.ridge, intercept)
         if isinstance(bias, Tensor):
-            bias += solved[-1].to(bias.dtype)
+            bias += solved[-1].to(bias)
         elif isinstance(norm, _BatchNorm):
-            _tensor(norm, "running_mean").sub_(solved[-1].to(weight.dtype))
+            _tensor(norm, "running_mean").sub_(solved[-1].to(weight))
         weight.copy_((solved[:-1] if intercept else solved).T.reshape(weight.shape))
 
     def _wanted(self, name: str, site: Site, rows: Rows | None, norm: nn.Module | None) -> Tensor:

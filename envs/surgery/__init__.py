@@ -1,1 +1,1 @@
-"""Cutting and masking: filter groups as data, slices, masks, limits, MACs targets, kept channels."""
+"""Cutting and masking: filter groups as data, slicing, masks, limits, MACs targets, kept channels."""

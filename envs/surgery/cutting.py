@@ -1,4 +1,4 @@
-"""Filters removed for real: a new, smaller network of the same classes.
+"""Surgery: filters cut out of a network, as a new, smaller network of the same classes.
 
 Shapes: N filters of a group.
 """
@@ -45,7 +45,7 @@ def kept_rows(model: nn.Module, choices: Mapping[FilterGroup, Tensor]) -> dict[s
             if cut.channels.max() >= width(module, cut.axis):
                 raise UserError(
                     f"Group {group.name!r} cuts {cut.axis!r} channel {cut.channels.max()} of {cut.module!r}, which has "
-                    f"only {width(module, cut.axis)}; find the groups anew on this network."
+                    f"only {width(module, cut.axis)}; find the groups of this network again."
                 )
             dropped[cut.module, cut.axis].extend(cut.channels[lost].reshape(-1).tolist())
     kept: dict[str, dict[str, Rows]] = defaultdict(dict)

@@ -1,4 +1,4 @@
-"""Filter groups as data: which channels of which modules go together, and how a user chooses among them.
+"""Filter groups as data: which channels of which modules go together, and how a user selects them.
 
 Shapes: N filters, R channels of one module that belong to one filter.
 """

@@ -1,4 +1,4 @@
-"""A mask or a channel mix moved from a consumer's input into its weights: conv(P x, W) == conv(x, W P).
+"""Folding a mask or a channel mix from a consumer's input into its weights: conv(P x, W) == conv(x, W P).
 
 Exact for convolutions (whatever their padding), transposed convolutions and linear layers. With a mask not even a bit
 changes (zero weight instead of zero input), and no activation has to be copied.
@@ -73,7 +73,7 @@ def fold_all(weights: Tensor, cut: Cut, choices: Tensor) -> Tensor:
     """`fold` for M masks at once, of a convolution without groups or a linear layer.
 
     Args:
-        weights: (M, K, C, ...), one for each mask; written over.
+        weights: (M, K, C, ...), one for each mask; overwritten.
         cut: the group's channels at this consumer.
         choices: keep masks (M, N) bool, or mixes (M, N, N).
     """

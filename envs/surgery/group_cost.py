@@ -1,4 +1,4 @@
-"""What a network costs once filters are gone, without building it: exact arithmetic on the counted dense network."""
+"""Cost of a network once filters are gone, without building it: exact arithmetic on the counted dense network."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def pruned_cost(model: nn.Module, cost: Cost, kept: Mapping[FilterGroup, int]) -> tuple[int, int]:
-    """MACs an image and parameters when each group keeps the given number of its filters.
+    """MACs per image and parameters when each group keeps the given number of its filters.
 
     Which filters go does not matter, only how many. Equal to `count_cost` of the pruned network (a test compares).
 

@@ -1,4 +1,4 @@
-"""Which channels of the dense network are left after a series of cuts."""
+"""Kept channels: which ones of the dense network are left after a series of cuts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .slicing import Rows, width
 class KeptChannels:
     """Which channels of the dense network are left: module -> axis ("out", "in") -> their numbers there, ascending.
 
-    Networks are pruned step by step, and each step counts channels anew; `after` translates. Modules that were never
+    Networks are pruned step by step, and each step renumbers channels; `after` translates. Modules that were never
     touched do not appear. `widths` holds how many channels the dense network has there.
     """
 

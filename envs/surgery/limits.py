@@ -1,4 +1,4 @@
-"""What a decision may not do: widths that are no multiple, fewer filters than a minimum, filters that must stay.
+"""Limits of a decision: widths in multiples, a least number of filters, filters that must stay.
 
 Shapes: M masks, N filters.
 """
@@ -104,7 +104,7 @@ class Limits:
             model: the network `group` was found in.
             group: the group; `protect` must know it by name (`resolved`).
             masks_MN: (M, N) bool decisions.
-            scores_N: (N,), higher is more important: which filters are taken back, and which make room.
+            scores_N: (N,), higher is more important: which filters are restored, and which make room.
         """
         if self.none:
             return masks_MN

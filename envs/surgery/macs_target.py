@@ -1,4 +1,4 @@
-"""A MACs target that every method meets in the same way: a ranking of all filters, cut off where the budget ends.
+"""MACs target that every method meets in the same way: a ranking of all filters, cut off where the budget ends.
 
 Shapes: N filters of a group.
 """
@@ -56,7 +56,7 @@ class _Share:
 
 
 class MacsMeter:
-    """MACs of a network by filters kept a group: `group_cost.pruned_cost` made fast enough to search with.
+    """MACs of a network by filters kept per group: `group_cost.pruned_cost` made fast enough to search with.
 
     Args:
         model: the network the groups were found in.
@@ -85,7 +85,7 @@ class MacsMeter:
         )
 
     def macs(self, kept: Sequence[int]) -> float:
-        """MACs an image when the group at position i keeps `kept[i]` filters."""
+        """MACs per image when the group at position i keeps `kept[i]` filters."""
         dropped = [group.n_filters - n for group, n in zip(self.groups, kept, strict=True)]
         return sum(module.at(dropped) for module in self._modules)
 
@@ -94,12 +94,12 @@ class MacsMeter:
         return 1.0 - self.macs(kept) / self.whole
 
     def check(self, target: Target) -> None:
-        """UserError for a target that is missed even with one filter a group."""
+        """UserError for a target that is missed even with one filter per group."""
         most = self.removed([1] * len(self.groups))
         if most < target.removed - SLACK:
             raise UserError(
-                f"{100 * target.removed:g} % of the MACs cannot be removed: with one filter a layer {100 * most:.1f} % "
-                "are gone; give a smaller target or more layers."
+                f"{100 * target.removed:g} % of the MACs cannot be removed: with one filter per layer {100 * most:.1f} "
+                "% are gone; give a smaller target or more layers."
             )
 
 
@@ -114,7 +114,7 @@ def keep_best(meter: MacsMeter, scores: Mapping[str, Tensor], target: Target) ->
         scores: (N,) by group name, comparable between groups.
         target: at least this much goes, and less than one filter's MACs more.
 
-    Raises UserError for a target that one filter a group does not meet.
+    Raises UserError for a target that one filter per group does not meet.
     """
     ranks = []
     for group in meter.groups:

@@ -1,7 +1,7 @@
-"""A keep mask where it belongs: at the input of every layer that reads the group's filters.
+"""Masking in its plain form: a keep mask at the input of every layer that reads the group's filters.
 
-This is the plain, slow form, exact for every network: the yardstick that the fast evaluator and the surgery are held
-to. Zeroing a filter's weights is not removing it; what stands behind a normalisation would still see its shift.
+It is slow, and exact for every network: the reference for the fast evaluator and for surgery. Zeroing a filter's
+weights is not removing it: what stands behind a normalisation would still see its shift.
 
 Shapes: N filters, R channels of a consumer that belong to one filter.
 """
@@ -36,7 +36,7 @@ def masked_inputs(
     handles = []
     try:
         for group, keep in choices.items():
-            matrix = torch.diag(keep.to(torch.float64))
+            matrix = torch.diag(keep.cpu().to(torch.float64))
             for cut in group.consumers:
                 mix = (mixes or {}).get((group.name, cut.module), matrix)
                 handles.append(model.get_submodule(cut.module).register_forward_pre_hook(_mixer(cut, mix)))

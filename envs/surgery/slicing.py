@@ -1,4 +1,4 @@
-"""Takes channels out of single modules: the only place where weights are sliced.
+"""Slicing: takes channels out of single modules; the only place where weights are sliced.
 
 Every list of channels is checked here, whoever made it: whole numbers, sorted, distinct, within range, not empty.
 """

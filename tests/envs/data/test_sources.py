@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from keepdrop.envs.data.arrays import from_arrays
 from keepdrop.envs.data.sources import (
     ArrayImages,
     DatasetImages,
     LabelledData,
     digits,
-    from_arrays,
     from_datasets,
     image_folder,
     npz,
@@ -120,7 +120,7 @@ BAD_ARRAYS = {
     "nan": ("x_train", with_nan, "x_train has NaN or infinite values in 1 of 12 images; remove them."),
     "no_images": ("x_test", lambda a: a[:0], "x_test has shape (0, 5, 6, 3); expected uint8"),
     "float_labels": ("y_train", lambda a: a / 2, "y_train and y_test must have one type, got float64 and int64."),
-    "few_labels": ("y_train", lambda a: a[:-1], "y_train has shape (11,); expected (12,), one label an image."),
+    "few_labels": ("y_train", lambda a: a[:-1], "y_train has shape (11,); expected (12,), one label per image."),
     "one_hot": ("y_test", lambda a: np.eye(3, dtype=int)[a], "y_test has shape (6, 3); expected (6,)"),
     "from_one": ("y_train", lambda a: a + 1, "y_train has labels 1..3; expected 0..2 for 3 classes, numbered from 0"),
     "negative": ("y_test", lambda a: a - 1, "y_test has labels -1..1; expected 0..2 for 3 classes"),
@@ -217,7 +217,7 @@ def test_image_folder_reads_crops_and_numbers_classes(tmp_path):
     assert images.shape == (2, 3, 8, 8) and labels.tolist() == [0, 1]
     assert images[:, :, 4, 4].tolist() == [[-1, 1, -1], [1, -1, -1]]
     (tmp_path / "val" / "cat" / "one.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"one.png' is not a readable image; mend or remove it\."):
+    with pytest.raises(UserError, match=r"one.png' is not a readable image; fix or remove it\."):
         data.test.batch(torch.arange(2))
     (tmp_path / "val" / "bee").mkdir()
     with pytest.raises(UserError, match="differ in their classes: bee"):

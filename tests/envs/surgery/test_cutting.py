@@ -170,7 +170,7 @@ def test_a_stale_group_is_refused():
     group = find_groups(model, torch.randn(1, 1, 8, 8), verify=False).groups[0]
     keep = torch.arange(16) < 4
     pruned = prune(model, {group: keep})
-    with pytest.raises(UserError, match="find the groups anew on this network"):
+    with pytest.raises(UserError, match="find the groups of this network again"):
         prune(pruned, {group: keep})
     with pytest.raises(UserError, match="no module 'conv1'; was it built by another constructor"):
         prune(nn.Sequential(nn.Conv2d(1, 4, 1)), {group: keep})

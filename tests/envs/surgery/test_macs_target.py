@@ -84,5 +84,5 @@ def test_refusals():
     with pytest.raises(UserError, match=r"targets\.of is 'layers'; expected one of groups, network"):
         Target(0.5, "layers")
     meter = MacsMeter(model, cost, groups[:1], "network")
-    with pytest.raises(UserError, match=r"90 % of the MACs cannot be removed: with one filter a layer \d+\.\d % are"):
+    with pytest.raises(UserError, match=r"90 % of the MACs cannot be removed: with one filter per layer \d+\.\d % are"):
         keep_best(meter, {"conv1": torch.zeros(16)}, Target(0.9, "network"))
