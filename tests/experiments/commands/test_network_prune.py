@@ -117,7 +117,7 @@ def test_a_trained_agent_prunes_a_checkpoint_it_has_never_seen(keepdrop, checkpo
     ("setting", "sentence"),
     [
         ("target.removed=40", "did you mean 0.4?"),
-        ("target.removed=0.9999", "with one filter a layer"),
+        ("target.removed=0.9999", "with one filter per layer"),
         ("target.of=layers", "targets.of is 'layers'"),
         ("network_search.masks=5", "network_search.masks is 5; expected an even number of 4 or more."),
         ("network_search.agent.weight_scale=0", "above 0"),
