@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from hydra import compose
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, open_dict
 from torch import nn
 
 from ...agent.saved_agent import SavedAgent
@@ -19,10 +22,11 @@ from ...envs.surgery.kept_channels import KeptChannels
 from ...envs.surgery.macs_target import Target
 from ...envs.task import PruningTask
 from ...errors import UserError
-from ..config.cli_errors import groups, nearest
-from ..config.entry_point import begin_or_resume, plain, run_with_hydra, settings
+from ..config.cli_errors import groups
+from ..config.entry_point import begin_or_resume, first_value, is_sweep, plain, run_with_hydra, settings, typed
 from ..config.prepare import Inputs, prepare
-from ..config.schema import PruneConfig, structured
+from ..config.schema import INHERITED
+from ..config.stored import check_targets, inherit, run_with_config
 from ..deploy.export import check_exports
 from ..pruning.decide import AskCriterion, Decider
 from ..pruning.network_decide import AskNetworkAgent, AskNetworkCriterion, NetworkDecider
@@ -37,39 +41,22 @@ from ..runs.provenance import keep_provenance
 from ..runs.tracking import Tracker
 from ..training.loop import TrainSettings
 from .finish import Networks, finetune, group_facts, remarks, report_accuracy, save_result
-from .layer_agents import agents_config, check_controls
+from .layer_agents import check_controls
 from .prune import ScheduleLog, build_recovery
 from .report import keep_report
 
-INHERITED = (
-    "data",
-    "network",
-    "split",
-    "augment",
-    "metric",
-    "loss",
-    "evaluation",
-    "surgery",
-    "recovery",
-    "finetune",
-    "drop_bound",
-    "device",
-    "order",
-    "latency",
-    "target",
-    "repair",
-)
 AGENT = "agent"
 
 
 def main() -> None:
     """Entry point of the command."""
+    inherit(first_value("agents", sys.argv[1:]))
     run_with_hydra("apply", run)
 
 
 def run(config: DictConfig) -> dict[str, Any]:
     """Decide, prune, fine-tune and compare; returns what `metrics.json` holds."""
-    config = config if config.resume else completed(config)
+    config = config if config.resume else inherited(config)
     metrics, folder, terminal = begin_or_resume(config, check, apply_agents)
     keep_report(folder, terminal)
     terminal.methods(metrics["methods"], metrics["base_accuracy"], display_name(metrics.get("metric"), opens=True))
@@ -79,58 +66,32 @@ def run(config: DictConfig) -> dict[str, Any]:
     return metrics
 
 
-def completed(config: DictConfig) -> DictConfig:
-    """The configuration with what is null taken from the run that trained the agents, or from the schema's defaults."""
+def inherited(config: DictConfig) -> DictConfig:
+    """The configuration once it is known that the run it comes from is one, and names no code that nobody typed."""
     for name in ("agents", "checkpoint"):
         if config[name] is None:
             raise UserError(f"{name} is not set; expected keepdrop apply agents=RUN checkpoint=FILE.")
-    known = load_agents(config.agents)
-    trained, defaults = agents_config(config.agents), structured(PruneConfig)
-    filled = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
-    assert isinstance(filled, DictConfig)
-    for key in INHERITED:
-        inherited = trained.get(key) if trained.get(key) is not None else defaults[key]
-        given = filled.get(key)
-        filled[key] = inherited if given is None else given
-        if given is not None and OmegaConf.is_dict(inherited) and not OmegaConf.is_dict(given):
-            raise UserError(f"{key} is {given!r}; expected settings below it: {key}.NAME=VALUE.")
-        if OmegaConf.is_dict(given) and "_target_" not in given:
-            check_known(key, plain(given), [plain(inherited), plain(defaults[key])])
-            filled[key] = OmegaConf.merge(OmegaConf.create(OmegaConf.to_container(inherited)), given)
-    filled.layers = known[GROUP_NAME].facts["groups"] if GROUP_NAME in known else list(known)
-    return filled
+    load_agents(config.agents)
+    folder = run_with_config(config.agents)
+    if folder is None:
+        raise UserError(
+            f"{config.agents!r} has agents but no config.yaml; expected the whole folder of a command: copy it again, "
+            "or call keepdrop.apply_agents if it was written from Python."
+        )
+    config = composed_anew(config) if is_sweep() else config
+    chosen = HydraConfig.get().runtime.choices
+    own = [name for name in groups() if name in config and chosen.get(name) != INHERITED]
+    kept = {name: value for name, value in plain(config).items() if name not in own}
+    check_targets(kept, typed(), folder.path)
+    return config
 
 
-def dotted(arguments: Sequence[str]) -> list[str]:
-    """The overrides as Hydra takes them where what they name is null until the run is read.
-
-    `finetune.epochs=1` gets two pluses, an option of a group (`data=npz`) one. Beside an option Hydra knows the keys of
-    that group, and checks them.
-    """
-    chosen = {each.partition("=")[0] for each in arguments} & set(groups()) & set(INHERITED)
-
-    def plus(override: str) -> str:
-        key, _, value = override.partition("=")
-        head, dot, _ = key.partition(".")
-        if key in chosen:
-            return "" if value.startswith("{") or value == "null" else "+"
-        return "++" if dot and head in INHERITED and head not in chosen else ""
-
-    return [plus(each) + each for each in arguments]
-
-
-def check_known(key: str, given: Mapping[str, Any], known: Sequence[Any]) -> None:
-    """UserError for a setting below `key` that none of the `known` mappings has; null and lists end the search."""
-    there = [each for each in known if isinstance(each, Mapping)]
-    names = list(dict.fromkeys(name for each in there for name in each))
-    for name, value in given.items():
-        if name not in names:
-            hint = nearest(name, names).replace("'", f"'{key}.", 1)
-            hint = hint or (f"expected one of {', '.join(names)}." if names else f"{key} is one value: {key}=VALUE.")
-            raise UserError(f"keepdrop apply has no setting '{key}.{name}'; {hint}")
-        below = [each[name] for each in there if name in each]
-        if isinstance(value, Mapping) and any(isinstance(each, Mapping) for each in below):
-            check_known(f"{key}.{name}", value, below)
+def composed_anew(config: DictConfig) -> DictConfig:
+    """The configuration of one job of a sweep, which may be over the agents, with what its own run brings."""
+    inherit(config.agents)
+    again = compose("apply", overrides=list(HydraConfig.get().overrides.task))
+    again.run_dir = config.run_dir
+    return again
 
 
 def check(config: DictConfig) -> Inputs:
@@ -140,9 +101,12 @@ def check(config: DictConfig) -> Inputs:
     settings(config.finetune, TrainSettings)
     check_order(config.order)
     check_exports(config.export)
+    known = load_agents(config.agents)
+    with open_dict(config):
+        config.layers = known[GROUP_NAME].facts["groups"] if GROUP_NAME in known else list(known)
     inputs = prepare(config)
     assert inputs.dense is not None
-    check_agents(load_agents(config.agents), inputs.task(inputs.dense, config))
+    check_agents(known, inputs.task(inputs.dense, config))
     return inputs
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,13 +85,11 @@ def _settings(command: str, arguments: Sequence[str]) -> list[str]:
     rest = [argument for argument in arguments if argument != "--quiet"]
     if len(rest) < len(arguments) and command not in LOUD:
         rest.append("quiet=true")
-    if command == "apply":
-        from .apply import dotted
-
-        rest = dotted(rest)
-    else:
-        nulled = {f"{name}=null": f"~{name}" for name in groups()}  # Hydra's way to leave a group out
-        rest = [nulled.get(each, each) for each in rest]
+    nulled = {f"{name}=null": f"~{name}" for name in groups()}  # Hydra's way to leave a group out
+    rest = [nulled.get(each, each) for each in rest]
+    if any(each.startswith("resume=") for each in rest):
+        # A repeated target belongs to the stored configuration; the command's own may hold null in its place.
+        rest = [f"++{each}" if re.match(r"[\w.]+\._target_=", each) else each for each in rest]
     if command not in POSITIONAL:
         return rest
     bare = [each for each in rest if not each.startswith("-") and ("=" not in each or Path(each).exists())]
@@ -116,31 +115,22 @@ def usage() -> str:
 
 
 def _enter(arguments: list[str]) -> None:
-    """Run a command: Hydra gets an argument list, a user's `_target_` the working directory on the path."""
+    """Run a command: Hydra gets an argument list, and its errors come here instead of being printed by it."""
     sys.argv = [f"keepdrop {arguments[0]}", *arguments[1:]]
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here instead of being printed by Hydra
+    os.environ["HYDRA_FULL_ERROR"] = "1"
     os.environ.setdefault("KEEPDROP_COMMAND", arguments[0])
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
     command = arguments[0]
     importlib.import_module(f".{command.replace('-', '_')}", __package__).main()
 
 
 def _is_mistake(error: Exception) -> bool:
     """Whether a sentence is all there is to say; a full disk is nobody's bug."""
-    if isinstance(error, UserError | HydraException | OmegaConfBaseException) or _is_mismatch(error):
+    if isinstance(error, UserError | HydraException | OmegaConfBaseException):
         return True  # Hydra's missing option is an OSError too
     return isinstance(error, OSError) and error.errno in DISK_ERRORS
 
 
-def _is_mismatch(error: BaseException) -> bool:
-    """Whether it is an `AgentMismatch`; its module, which loads torch, is not imported to find out."""
-    saved_agent = sys.modules.get("keepdrop.agent.saved_agent")
-    return saved_agent is not None and isinstance(error, saved_agent.AgentMismatch)
-
-
 def _sentence(error: BaseException, arguments: Sequence[str]) -> str:
-    if isinstance(error, UserError) or _is_mismatch(error):
+    if isinstance(error, UserError):
         return str(error).strip()
     return explain(error, arguments[0].replace("-", "_"), arguments[1:])

@@ -12,8 +12,7 @@ from omegaconf import DictConfig
 
 from ...agent.criteria import CRITERIA
 from ...agent.learning.trainer import AgentSettings, Trainer
-from ...agent.saved_agent import AgentMismatch, save_agent
-from ...envs.adaptive import AdaptiveSettings
+from ...agent.saved_agent import save_agent
 from ...envs.task import LayerTask
 from ...errors import UserError
 from ...rewards.outcome import RewardFunction
@@ -23,7 +22,6 @@ from ..pruning.decide import AGENT, Decision, observation_tensors
 from ..pruning.search import agent_facts, train_on_layer
 from ..pruning.trained_agents import load_agents, trained_further
 from ..runs.console import Terminal
-from ..runs.folder import RunFolder
 from ..runs.provenance import command_line
 from ..runs.seeds import derive_seed
 from ..runs.tracking import Tracker
@@ -59,7 +57,6 @@ class TrainAgents:
                 self.settings,
                 masks=search.masks,
                 images=search.images,
-                adaptive=AdaptiveSettings() if search.adaptive else None,
                 seed=seed,
                 report=partial(self._report, layer, bar),
             )
@@ -92,15 +89,3 @@ def check_controls(names: Sequence[str]) -> None:
     unknown = [name for name in names if name not in CRITERIA]
     if unknown:
         raise UserError(f"controls has {unknown[0]!r}; expected any of {', '.join(CRITERIA)}.")
-
-
-def agents_config(run: str) -> DictConfig:
-    """The configuration of the run in which agents were trained (of the first job, in a sweep)."""
-    path = Path(run)
-    for folder in (path, *sorted(path.glob("*/"))):
-        if (folder / "config.yaml").is_file():
-            return RunFolder.open(folder).config()
-    raise AgentMismatch(
-        f"{run!r} has agents but no config.yaml; expected the whole folder of a command: copy it again, or call "
-        "keepdrop.apply_agents if it was written from Python."
-    )

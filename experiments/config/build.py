@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import pydoc
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from ...errors import UserError
 from ...rewards.outcome import RewardFunction
 from ..pruning.input_checks import call_policy_factory
 from ..training.augment import Augment
+from .stored import targets_in
 
 Constructor = Callable[[], nn.Module]
 
@@ -37,6 +40,8 @@ def build(node: DictConfig, what: str) -> Any:
     given = OmegaConf.to_container(node)
     if (current := current_config(given, top=False)) != given:
         node = DictConfig(current)
+    for _, target in targets_in(current):
+        find_users_code(target)
     try:
         return instantiate(node, _convert_="all")
     except InstantiationException as error:
@@ -47,6 +52,16 @@ def build(node: DictConfig, what: str) -> Any:
             f"{what} could not be built from {node['_target_']}: {type(cause).__name__}: {cause}; check the path and "
             "its arguments."
         ) from error
+
+
+def find_users_code(target: Any) -> None:
+    """Let a `_target_` be imported from the working directory, where nothing that is installed has its name.
+
+    The directory goes last on the path, and only then: a `torch.py` in a run folder must never be imported.
+    """
+    package, here = str(target).partition(".")[0], str(Path.cwd())
+    if package.isidentifier() and importlib.util.find_spec(package) is None and here not in sys.path:
+        sys.path.append(here)
 
 
 def _root_cause(error: BaseException) -> BaseException:
@@ -107,6 +122,7 @@ def build_function(node: DictConfig, what: str) -> Callable[..., Any]:
 
 def _is_function(path: str) -> bool:
     """Whether an import path names a callable that is no class; what fails here is explained by `build`."""
+    find_users_code(path)
     try:
         found = pydoc.locate(current_target(path))  # Hydra's own would log what fails
     except pydoc.ErrorDuringImport:

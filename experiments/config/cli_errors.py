@@ -120,7 +120,8 @@ def _unknown_key(key: str, root: str, arguments: Sequence[str]) -> str:
     siblings = [known for known in keys if known.rpartition(".")[0] == parent]
     # A near name beside it is likelier meant than the same word somewhere else.
     hint = nearest(last, [sibling.rpartition(".")[2] for sibling in siblings])
-    hint = hint.replace("'", f"'{parent}.", 1) if hint and parent else hint or nearest(key, keys)
+    hint = hint.replace("'", f"'{parent}.", 1) if hint and parent else hint
+    hint = hint or nearest(key, [known for known in keys if not key.startswith(f"{known}.")])
     command = root.replace("_", "-")
     fallback = f"expected one of {', '.join(siblings or [known for known in keys if '.' not in known])}."
     if f"{parent}._target_" in siblings:

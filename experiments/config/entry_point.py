@@ -1,4 +1,4 @@
-"""What every command's door does: compose, check, run, and answer Ctrl-C with the way to go on."""
+"""Entry point of every command: compose the configuration, open or resume the run folder, answer Ctrl-C."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any, ClassVar, TypeVar
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import OverrideParseException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -21,6 +23,7 @@ from ..runs.console import Terminal
 from ..runs.folder import CONFIG, FACTS, METRICS, RunFolder
 from .cli_errors import expected
 from .schema import register_schemas, structured
+from .stored import check_targets, is_offered, targets_in
 
 SettingsT = TypeVar("SettingsT")
 InputsT = TypeVar("InputsT")
@@ -97,20 +100,32 @@ def open_run(config: DictConfig) -> tuple[RunFolder, DictConfig]:
     resume = config.get("resume")
     if resume is None:
         return RunFolder.create(_run_path(config), config), config
-    others = [override for override in _overrides() if override.split("=")[0].lstrip("+") not in ("resume", "quiet")]
-    if others:
-        raise UserError(
-            f"resume={resume} takes its configuration from that folder, but {' '.join(others)} came with it; leave the "
-            "other overrides out."
-        )
     folder = RunFolder.open(Path(resume))
     stored = folder.config()
+    _check_repeated(resume, stored)
     _check_same_command(config, stored, folder)
     for key in config:  # a run of an earlier version takes what was added since from the defaults
         if key not in stored:
             stored[key] = config[key]
     stored.quiet = config.quiet
     return folder, stored
+
+
+def _check_repeated(resume: str, stored: DictConfig) -> None:
+    """Refuse settings beside `resume`, and a stored `_target_` that is not keepdrop's and was not typed again."""
+    content = OmegaConf.to_container(stored)
+    known = dict(targets_in(content))
+    others = [
+        f"{key}={value}"
+        for key, value in typed().items()
+        if key not in ("resume", "quiet") and (key not in known or known[key] != value)
+    ]
+    if others:
+        raise UserError(
+            f"resume={resume} takes its configuration from that folder, but {' '.join(others)} came with it; leave the "
+            "other overrides out."
+        )
+    check_targets(content, typed(), resume)
 
 
 def _check_same_command(config: DictConfig, stored: DictConfig, folder: RunFolder) -> None:
@@ -134,13 +149,44 @@ def command_name() -> str:
 def _run_path(config: DictConfig) -> Path:
     """`run_dir`, with one numbered folder a job in a sweep."""
     path = Path(config.run_dir)
-    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-        return path / str(HydraConfig.get().job.num)
-    return path
+    return path / str(HydraConfig.get().job.num) if is_sweep() else path
 
 
-def _overrides() -> Sequence[str]:
-    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+def is_sweep() -> bool:
+    """Whether this is a job of a sweep (`-m`)."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def first_value(key: str, arguments: Sequence[str]) -> Any:
+    """What a command line gives for `key` before Hydra reads it, the first value of a sweep; None without one."""
+    given = [each for each in arguments if each.startswith(f"{key}=")]
+    with suppress(OverrideParseException):  # Hydra says it again, with the argument's name
+        for override in OverridesParser.create().parse_overrides(given[-1:]):
+            value = next(override.sweep_iterator()) if override.is_sweep_override() else override.value()
+            return getattr(value, "text", value)  # a quoted string comes as an object
+    return None
+
+
+def typed() -> dict[str, Any]:
+    """What was given on this command line: values by dotted key, those inside `key={...}` one by one.
+
+    An option of a group is there as `group: option`, a deletion as None.
+    """
+    if not HydraConfig.initialized():
+        return {}
+    parser, found = OverridesParser.create(), {}
+    for text in HydraConfig.get().overrides.task:
+        override = parser.parse_override(text)
+        found |= dict(_dotted(override.key_or_group, override.value()))
+    return found
+
+
+def _dotted(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for name, each in value.items():
+            yield from _dotted(f"{key}.{name}", each)
+    else:
+        yield key, value
 
 
 def begin_or_resume(
@@ -169,7 +215,17 @@ def interruptible(folder: RunFolder) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"Continue with: keepdrop {command_name()} resume={folder.path}") from None
+        raise KeyboardInterrupt(f"Continue with: keepdrop {command_name()} {resuming(folder)}") from None
+
+
+def resuming(folder: RunFolder) -> str:
+    """The overrides that resume a run: its folder, and every `_target_` that is not keepdrop's own."""
+    own = [
+        f"{key}={target}"
+        for key, target in targets_in(OmegaConf.to_container(folder.config()))
+        if not is_offered(target)
+    ]
+    return " ".join([f"resume={folder.path}", *own])
 
 
 def plain(node: Any) -> Any:
@@ -185,10 +241,6 @@ def settings(node: Any, kind: type[SettingsT]) -> SettingsT:
         key = str(error.full_key)
         where = ".".join(part for part in (str(node._get_full_key(None)), key) if part)
         raise UserError(f"{where} is {OmegaConf.select(node, key)!r}; expected {expected(error)}.") from error
-    try:
-        built = OmegaConf.to_object(merged)
-    except ValueError as error:
-        # The agent package knows no UserError; its settings refuse a value with a ValueError.
-        raise UserError(str(error)) from error
+    built = OmegaConf.to_object(merged)
     assert isinstance(built, kind)
     return built

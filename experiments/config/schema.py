@@ -25,6 +25,8 @@ from .schema_parts import (
     TargetsConfig,
 )
 
+INHERITED = "inherited"  # what `keepdrop apply` takes from a run, as an option of every group
+
 
 @dataclass
 class RootConfig:
@@ -102,33 +104,23 @@ class TrainAgentConfig(PruningConfig):
 
 
 @dataclass
-class ApplyConfig:
-    """`keepdrop apply`: what is null comes from the run the agents were trained in."""
+class ApplyConfig(RootConfig):
+    """`keepdrop apply`: what is not given comes from the run in which the agents were trained."""
 
     agents: str | None = None
     checkpoint: str | None = None
     controls: list[str] = field(default_factory=lambda: ["l1", "random"])
     finetune_controls: bool = True
-    seed: int = 0
-    device: str | None = None
-    run_dir: str = "???"
-    quiet: bool = False
-    data: Any = None
-    network: Any = None
-    split: Any = None
-    drop_bound: float | None = None
-    augment: Any = None
-    metric: Any = None
-    loss: Any = None
-    evaluation: Any = None
-    surgery: Any = None
-    recovery: Any = None
-    finetune: Any = None
-    latency: Any = None
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    surgery: Limits = field(default_factory=Limits)
+    drop_bound: float = 0.02
+    target: TargetConfig = field(default_factory=TargetConfig)
+    repair: ReconstructionSettings = field(default_factory=ReconstructionSettings)
+    order: str = "forward"
+    recovery: RecoverySettings = field(default_factory=RecoverySettings)
+    finetune: TrainSettings = field(default_factory=TrainSettings)
+    latency: LatencyConfig = field(default_factory=LatencyConfig)
     export: list[str] = field(default_factory=list)
-    order: str | None = None
-    target: Any = None
-    repair: Any = None
     resume: str | None = None
 
 
@@ -218,8 +210,11 @@ ROOTS = {
 
 def register_schemas() -> None:
     """Make the schemas known to Hydra as `NAME_schema`."""
+    store = ConfigStore.instance()
     for name, root in ROOTS.items():
-        ConfigStore.instance().store(name=f"{name}_schema", node=structured(root))
+        store.store(name=f"{name}_schema", node=structured(root))
+    if f"{INHERITED}.yaml" not in store.repo:
+        store.store(name=INHERITED, node={})  # `keepdrop apply` without a run, for its help
 
 
 def structured(kind: type) -> DictConfig:

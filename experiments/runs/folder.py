@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...atomic import write_atomically
 from ...envs.files.renamed import current_config
-from ...errors import UserError
+from ...errors import UserError, first_line
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -72,10 +72,20 @@ class RunFolder:
     def config(self) -> DictConfig:
         """The resolved configuration the run began with, under today's names."""
         from omegaconf import DictConfig, OmegaConf
+        from yaml import YAMLError
 
-        loaded = OmegaConf.load(self.path / CONFIG)
-        current = OmegaConf.create(current_config(OmegaConf.to_container(loaded)))
-        assert isinstance(current, DictConfig)
+        try:
+            loaded = OmegaConf.load(self.path / CONFIG)
+            current = OmegaConf.create(current_config(OmegaConf.to_container(loaded)))
+        except (YAMLError, OSError, ValueError) as error:
+            raise UserError(
+                f"The {CONFIG} of {str(self.path)!r} cannot be read ({first_line(error)}); put back the one that the "
+                "run wrote."
+            ) from error
+        if not isinstance(current, DictConfig):
+            raise UserError(
+                f"The {CONFIG} of {str(self.path)!r} holds no settings; put back the one that the run wrote."
+            )
         return current
 
     def write_text(self, name: str, text: str) -> None:

@@ -219,10 +219,14 @@ def test_no_agents(refused, checkpoint, tmp_path):
             "recovery.train.epoch=1",
             "keepdrop apply has no setting 'recovery.train.epoch'; did you mean 'recovery.train.epochs'?",
         ),
-        ("data.path=x", "keepdrop apply has no setting 'data.path'; expected one of _target_, seed, test_fraction."),
+        (
+            "data.path=x",
+            "keepdrop apply has no setting 'data.path'; expected one of data._target_, data.seed, data.test_fraction. "
+            "A new argument of your own function takes a plus: +data.path=VALUE.",
+        ),
         ("drop_bound.x=1", "drop_bound.x is '1'; expected a number."),
         ("finetune.epochs=many", "finetune.epochs is 'many'; expected a number."),
-        ("finetune=3", "finetune is 3; expected settings below it: finetune.NAME=VALUE."),
+        ("finetune=3", "finetune is '3'; expected settings below it: key.NAME=VALUE."),
         ("data=npz", "data.path is not set; expected a value: give data.path=VALUE."),
         ("data=nz", "The group 'data' has no option 'nz'; did you mean 'npz'? It has custom, digits, npz."),
     ],
@@ -270,7 +274,7 @@ def test_unknown_control(refused, finished, checkpoint):
         (("latency.repeats=0",), "latency is batch_sizes=[1, 64], repeats=0, warmup=3; expected"),
         (("device=gpu",), "device is 'gpu'; expected cpu, cuda, cuda:1, mps or auto"),
         (("device=cuda:99",), "device is 'cuda:99', which is not to be had here"),
-        (("policy.exploration=bold",), "policy could not be built: exploration is 'bold', but it must be one of"),
+        (("policy.exploration=bold",), "policy could not be built: exploration is 'bold'; expected one of"),
         (("reward=budget", "reward.target=40"), "target"),
     ],
 )
