@@ -189,7 +189,7 @@ class _Reading:
     def add_gradient(self, gradient: Tensor) -> None:
         """Add the squared gradients of a batch of outputs (B, O, ...) or (B, ..., O)."""
         axis = gradient.dim() - 1 if isinstance(self.module, nn.Linear) else 1
-        squares = gradient.movedim(axis, -1).flatten(1, -2).square()
+        squares = gradient.movedim(axis, -1).reshape(len(gradient), -1, len(self.fisher)).square()
         self.fisher += (squares.mean(1).sum(0) * squares.shape[1] ** COHERENCE).cpu().double()
 
     def blocks(self, n_filters: int) -> Tensor:

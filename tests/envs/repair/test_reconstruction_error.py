@@ -71,7 +71,7 @@ def test_a_filter_that_stands_twice_goes_first_and_for_nothing(network, images, 
 
 
 def test_errors_only_grow_and_every_filter_has_its_place(network, images, labels):
-    for curve in error_curves(network, groups_of(network, images, "conv1", "conv2"), images, labels).values():
+    for curve in error_curves(network, groups_of(network, images, "conv1", "conv2", "conv3"), images, labels).values():
         assert bool((curve.errors.diff() >= 0).all())
         assert sorted(curve.order.tolist()) == list(range(len(curve.errors)))
         scores = curve.scores(100.0)
