@@ -84,18 +84,8 @@ def test_own_model(folder):
     assert names["small"](torch.zeros(2, 1, 8, 8)).shape == (2, 4)
 
 
-@pytest.fixture(scope="module")
-def torchvision_beside_any_torch():
-    path = GUIDES.parents[1] / "benchmarks" / "coverage.py"
-    spec = importlib.util.spec_from_file_location("coverage_script", path)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    if importlib.util.find_spec("torchvision") is None or importlib.util.find_spec("timm") is None:
-        pytest.skip("torchvision or timm is not installed")
-    script.import_torchvision()
-
-
-def test_networks_of_others(folder, capsys, torchvision_beside_any_torch):
+def test_networks_of_others(torchvision, folder, capsys):
+    pytest.importorskip("timm", reason="timm is not installed")
     for _, command in blocks("networks-of-others.md", "sh"):
         capsys.readouterr()
         assert run_command(command) == 0
