@@ -91,11 +91,6 @@ class MaskEvaluator:
         return self._passes.batch
 
     @property
-    def method(self) -> str:
-        """ "split" or "whole"."""
-        return self.network.method
-
-    @property
     def cached_bytes(self) -> int:
         """Memory that the frontier takes; 0 if it is computed again for every call."""
         return sum(value.numel() * value.element_size() for value in self._frontier or ())

@@ -17,12 +17,10 @@ from torch.utils._pytree import tree_map_only
 
 from ...errors import UserError
 from ..networks.module_kinds import Inputs, is_conv, is_depthwise, is_leaf
-from ..surgery.filter_group import Axis, Cut, FilterGroup, GroupPlan, Kind, Skipped, select_groups
+from ..surgery.filter_group import Axis, Cut, FilterGroup, GroupPlan, Skipped
 from .label_tracing import trace_labels
 from .module_rules import Ownership
 from .verification import Verifier
-
-__all__ = ["Cut", "FilterGroup", "GroupPlan", "Kind", "Skipped", "find_groups", "select_groups"]
 
 TRIALS = 16
 LOOKS_AT_DATA = (

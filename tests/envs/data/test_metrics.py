@@ -1,12 +1,13 @@
 """Metrics, the measure that images carry, and everything that scores by it."""
 
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from keepdrop.envs.data.images import ArrayImages, LabelledData
-from keepdrop.envs.data.metrics import Closeness, MeanIoU, PixelAccuracy, Top1, TopK, Within
+from keepdrop.envs.data.metrics import Closeness, MeanIoU, PixelAccuracy, Top1, TopK, Within, as_float64
 from keepdrop.envs.data.objective import GRID, TOP1, Objective, objective_of, output_of, with_objective
 from keepdrop.envs.data.sources import from_datasets, npz
 from keepdrop.envs.data.splits import split
@@ -278,3 +279,24 @@ def test_regression_trains_with_distillation():
     untaught = accuracy_on(student, data)
     fit_network(student, data, settings, seed=0, teacher=model)
     assert accuracy_on(student, data) > untaught
+
+
+class _OnMps:
+    """A tensor on a device without float64."""
+
+    device = SimpleNamespace(type="mps")
+
+    def __init__(self, values):
+        self._values = values
+
+    def cpu(self):
+        return self._values
+
+    def double(self):
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+
+
+def test_float64_where_the_device_has_none():
+    values = torch.rand(3)
+    assert torch.equal(as_float64(_OnMps(values)), values.double())
+    assert as_float64(values).dtype == torch.float64

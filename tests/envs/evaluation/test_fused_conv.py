@@ -87,7 +87,7 @@ def test_bfloat16_on_a_processor_without_it(monkeypatch):
         warnings.simplefilter("default")
         plain, _ = (MaskEvaluator(model, [group], images, labels, dtype="bfloat16") for group in groups[1:3])
     assert [str(each.message) for each in said] == [EMULATED]
-    assert plain.method == "split" and not plain.network._partition.fused
+    assert plain.network.method == "split" and not plain.network._partition.fused
     exact = MaskEvaluator(model, groups[1:2], images, labels)
     assert exact.network._partition.fused
     assert plain.cached_bytes * 2 == exact.cached_bytes
@@ -114,7 +114,7 @@ def test_without_onednn_nothing_is_fused_and_counts_are_the_same(monkeypatch):
     fused = MaskEvaluator(model, groups, images, labels)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     plain = MaskEvaluator(model, groups, images, labels)
-    assert plain.method == "split" and not plain.network._partition.fused and fused.network._partition.fused
+    assert plain.network.method == "split" and not plain.network._partition.fused and fused.network._partition.fused
     assert torch.equal(plain.correct_per_image(masks), fused.correct_per_image(masks))
 
 

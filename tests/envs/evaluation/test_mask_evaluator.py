@@ -8,8 +8,9 @@ import pytest
 import torch
 from answered import NETWORKS, answered, some_masks
 from keepdrop.envs.evaluation.mask_evaluator import MaskEvaluator, correct_flags, count_correct
-from keepdrop.envs.groups.finding import find_groups, select_groups
+from keepdrop.envs.groups.finding import find_groups
 from keepdrop.envs.networks.built_in import cifar_resnet, vgg16_bn
+from keepdrop.envs.surgery.filter_group import select_groups
 from keepdrop.envs.surgery.masking import masked_inputs
 from keepdrop.errors import UserError
 

@@ -5,8 +5,9 @@ import copy
 import numpy as np
 import pytest
 import torch
-from keepdrop.envs.groups.finding import LOOKS_AT_DATA, Cut, FilterGroup, find_groups, select_groups
+from keepdrop.envs.groups.finding import LOOKS_AT_DATA, find_groups
 from keepdrop.envs.networks.built_in import cifar_resnet, small_cnn, vgg16_bn
+from keepdrop.envs.surgery.filter_group import Cut, FilterGroup, select_groups
 from keepdrop.errors import UserError
 from torch import Tensor, nn
 from torch.nn import functional as F

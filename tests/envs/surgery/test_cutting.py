@@ -5,10 +5,11 @@ import copy
 import numpy as np
 import pytest
 import torch
-from keepdrop.envs.groups.finding import Cut, FilterGroup, find_groups
+from keepdrop.envs.groups.finding import find_groups
 from keepdrop.envs.groups.verification import difference, randomised
 from keepdrop.envs.networks.built_in import cifar_resnet, small_cnn, vgg16_bn
 from keepdrop.envs.surgery.cutting import cut_channels, prune
+from keepdrop.envs.surgery.filter_group import Cut, FilterGroup
 from keepdrop.envs.surgery.masking import masked_inputs
 from keepdrop.errors import UserError
 from torch import nn

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from digits_task import MASKED, QUICK, make_task
-from keepdrop.envs.groups.finding import find_groups, select_groups
+from keepdrop.envs.groups.finding import find_groups
 from keepdrop.envs.networks.built_in import cifar_resnet, small_cnn
 from keepdrop.envs.observation import STATISTIC_NAMES
 from keepdrop.envs.surgery.cutting import prune
+from keepdrop.envs.surgery.filter_group import select_groups
 from keepdrop.envs.surgery.group_matching import dense_rows, named_as
 from keepdrop.envs.surgery.kept_channels import KeptChannels
 from keepdrop.envs.surgery.limits import Limits, check_limits
