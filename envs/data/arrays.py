@@ -46,7 +46,7 @@ def from_arrays(
     n_classes: int | None = None,
     name: str = "arrays",
 ) -> LabelledData:
-    """The four arrays as `sources.npz` describes them, already in memory; `name` stands in the errors."""
+    """The four arrays as `sources.npz` describes them, already in memory; `name` appears in errors."""
     images = {part: checked_images(arrays[f"x_{part}"], f"x_{part}", name) for part in ("train", "test")}
     n_classes, labels = _targets(arrays, {part: len(each) for part, each in images.items()}, n_classes, name)
     if images["train"].dtype != images["test"].dtype:
@@ -63,7 +63,7 @@ def from_arrays(
 def _targets(
     arrays: Arrays, n_images: Mapping[str, int], n_classes: int | None, name: str
 ) -> tuple[int, dict[str, Tensor]]:
-    """The number of classes and the checked labels of both parts; 0 and the targets where they are no labels."""
+    """The number of classes and the checked labels of both parts; 0 and the targets where they are not labels."""
     given = {part: arrays[f"y_{part}"] for part in n_images}
     if n_classes == 0 or not holds_labels(given["train"]):
         if given["train"].dtype != given["test"].dtype:
@@ -119,7 +119,7 @@ def holds_labels(array: np.ndarray) -> bool:
 
 
 def checked_targets(array: np.ndarray, key: str, n_images: int, name: str) -> Tensor:
-    """An array of targets that are no labels, (n, ...), in its own type; UserError for other types, lengths and NaN."""
+    """An array of targets other than labels, (n, ...), in its own type; UserError for other types, lengths and NaN."""
     if array.dtype.kind not in "iufb":
         raise UserError(f"'{name}': {key} has type {array.dtype}; expected numbers.")
     if array.ndim == 0 or len(array) != n_images:

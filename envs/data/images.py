@@ -27,7 +27,7 @@ class LabelledImages(Protocol):
 
     @property
     def n_classes(self) -> int:
-        """Labels lie in [0, n_classes); 0 where targets are no labels."""
+        """Labels lie in [0, n_classes); 0 where targets are not labels."""
 
     @property
     def labels(self) -> Tensor:
@@ -63,7 +63,7 @@ class LabelledData:
         if min(counts.values()) == 0 < max(counts.values()):
             name, other = sorted(counts, key=lambda each: counts[each])
             raise UserError(
-                f"The targets of {name} are no class labels, those of {other} are; expected integers from 0 in both, "
+                f"The targets of {name} are not class labels, those of {other} are; expected integers from 0 in both, "
                 "or targets of one kind and a metric for them."
             )
         for what in ("image_shape", "n_classes", "target_shape"):
@@ -138,8 +138,8 @@ class DatasetImages:
     """Any map-style dataset of (image tensor (C, H, W), integer label), e.g. a `torch.utils.data.Dataset`.
 
     `n_classes` is read from `dataset.classes` or from the labels when not given; labels come from `dataset.targets`
-    where it exists, else every item is read once. Where the first item's target is no single integer, or `n_classes` is
-    0, targets are numbers or arrays of one shape. Raises UserError for items of another form.
+    where it exists, else every item is read once. Where the first item's target is not a single integer, or `n_classes`
+    is 0, targets are numbers or arrays of one shape. Raises UserError for items of another form.
     """
 
     def __init__(self, dataset: Any, n_classes: int | None = None, indices: Tensor | None = None) -> None:
@@ -151,7 +151,7 @@ class DatasetImages:
         channels, height, width = image.shape
         self.image_shape = (channels, height, width)
         self._labels: Tensor | None = None
-        whole = not first.is_floating_point() or bool(n_classes)  # who says how many classes means labels
+        whole = not first.is_floating_point() or bool(n_classes)  # a number of classes means labels
         self._classified = n_classes != 0 and first.numel() == 1 and whole
         self.target_shape = () if self._classified else tuple(first.shape)
         self.n_classes = n_classes or 0 if self._classified else 0

@@ -67,7 +67,7 @@ class Objective:
         return torch.bool if self.is_top1 else torch.int32
 
     def points(self, outputs: Any, targets: Tensor) -> Tensor:
-        """Each image's score in points, (B,) bool for `Top1`, else int32; UserError for what is no score."""
+        """Each image's score in points, (B,) bool for `Top1`, else int32; UserError for what is not a score."""
         if self.is_top1:
             return self.metric(output_of(outputs), targets)
         scores = self.metric(_fitted(output_of(outputs).float(), targets), targets)
@@ -203,7 +203,7 @@ class ImagesWithObjective:
 
 
 def with_objective(images: LabelledImages, objective: Objective) -> LabelledImages:
-    """The images with `objective` for their answers. UserError for `Top1` where the targets are no labels."""
+    """The images with `objective` for their answers. UserError for `Top1` where the targets are not labels."""
     if objective.is_top1 and images.n_classes < 1:
         raise UserError(
             f"A target is {_shown(images.batch(torch.arange(1))[1][0])}, but top-1 accuracy needs one integer label "

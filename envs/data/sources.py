@@ -70,7 +70,7 @@ def npz(
 def from_datasets(train: Any, test: Any, n_classes: int | None = None) -> LabelledData:
     """Two map-style datasets of (floating image tensor (C, H, W), integer label or target), e.g. torch Datasets.
 
-    `n_classes` is read from the training labels when not given, and 0 for targets that are no labels. Raises UserError
+    `n_classes` is read from the training labels when not given, and 0 for targets that are not labels. Raises UserError
     for items of another form.
     """
     ours = DatasetImages(train, n_classes)

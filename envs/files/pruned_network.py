@@ -64,7 +64,7 @@ def save_pruned(
         input_shape: (1, C, H, W) of an image; with it the file holds the network's answer to a fixed input, which
             loading compares: a constructor that differs in no shape is noticed.
 
-    Raises UserError if `constructor` or `facts` is no JSON.
+    Raises UserError if `constructor` or `facts` is not JSON.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -108,7 +108,7 @@ def load_pruned(folder: str | Path, constructor: Callable[[], nn.Module] | None 
     try:
         tensors = load_tensors(weights)
     except Exception as error:
-        raise UserError(f"{Path(folder) / WEIGHTS} is no safetensors file ({error}).") from error
+        raise UserError(f"{Path(folder) / WEIGHTS} is not a safetensors file ({error}).") from error
     dense = _dense(core["constructor"], constructor, len(tensors))
     _check_widths(dense, core["kept"], core["widths"])
     model = cut_channels(dense, core["kept"])
@@ -124,7 +124,7 @@ def read_architecture(folder: str | Path) -> dict[str, Any]:
     try:
         core = json.loads(content, object_pairs_hook=_without_duplicates, parse_constant=_refused)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no JSON ({str(error)[:120]}); restore it.") from error
+        raise UserError(f"{path} is not JSON ({str(error)[:120]}); restore it.") from error
     if not isinstance(core, dict) or core.get("format_version") != FORMAT_VERSION:
         came = core.get("format_version") if isinstance(core, dict) else type(core).__name__
         raise UserError(f"{path} has format version {came!r}, expected {FORMAT_VERSION}.")
@@ -144,7 +144,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refused(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _check_form(path: Path, core: Mapping[str, Any]) -> None:

@@ -38,7 +38,7 @@ def only_user(node: fx.Node) -> fx.Node | None:
 def functionalise(traced: fx.GraphModule) -> None:
     """Nothing writes into a value that something else may still read: in-place operations return new tensors.
 
-    Raises ValueError for an assignment into a slice, which has no such form.
+    Raises ValueError for an assignment into a slice, which has no out-of-place form.
     """
     modules: list[Any] = list(traced.modules())
     for module in modules:

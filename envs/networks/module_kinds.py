@@ -21,7 +21,7 @@ def is_leaf(module: nn.Module) -> bool:
     """Whether `module` computes exactly what torch's own class does, with plain parameters.
 
     A subclass with its own `forward`, a parametrised weight or a weight made by a hook (weight norm) does something to
-    its weight that slicing might not commute with: it is no leaf.
+    its weight that slicing might not commute with: it is not a leaf.
     """
     base = next((base for base in _LEAVES if isinstance(module, base)), None)
     if base is None or parametrize.is_parametrized(module):

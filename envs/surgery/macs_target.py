@@ -104,9 +104,9 @@ class MacsMeter:
 
 
 def keep_best(meter: MacsMeter, scores: Mapping[str, Tensor], target: Target) -> dict[str, Tensor]:
-    """Masks (N,) bool, by group: the filters with the highest scores, as many as the target lets stay.
+    """Masks (N,) bool, by group: the filters with the highest scores, as many as the target leaves.
 
-    All filters of all groups stand in one ranking (of equal scores the earlier group's, then the earlier filter); the
+    All filters of all groups are ranked together (of equal scores the earlier group's, then the earlier filter); the
     number kept is found by bisection. Every group keeps its best filter.
 
     Args:

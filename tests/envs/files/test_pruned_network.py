@@ -217,7 +217,7 @@ def test_no_damage_goes_unnoticed(saved, name):
 )
 def test_odd_json(saved, text):
     (saved[0] / "architecture.json").write_bytes(text.encode("utf-8", "surrogatepass"))
-    with pytest.raises(UserError, match=r"architecture.json (is no JSON|has format version|is damaged)"):
+    with pytest.raises(UserError, match=r"architecture.json (is not JSON|has format version|is damaged)"):
         load_pruned(saved[0])
 
 
