@@ -112,7 +112,7 @@ class Reused(nn.Module):
 
 
 class Chunked(nn.Module):
-    """GraphPartition that multiply (GLU) and halves that go different ways."""
+    """Halves of a tensor that multiply (GLU), and halves that go different ways."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Metrics, the measure that images carry, and everything that scores by it."""
+"""Metrics, the objective that images carry, and everything that scores by it."""
 
 import re
 from types import SimpleNamespace
@@ -233,7 +233,7 @@ def test_a_masks_points_are_the_same_whatever_is_around(trained, splits):
     assert accuracy_on(trained, splits.reward) == IOU.fraction(naive)
 
 
-def test_a_task_judges_cuts_and_observes_by_the_measure(trained, splits):
+def test_a_task_evaluates_cuts_and_observes_by_the_objective(trained, splits):
     task = PruningTask(trained, splits)
     layer = task.layer(task.groups[1].name)
     assert task.base.accuracy == task.accuracy > 0.6

@@ -1,4 +1,4 @@
-"""Counts are right, and do not depend on chunks, caches or company."""
+"""Counts are right, and do not depend on chunks, caches or other masks."""
 
 import copy
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The split network gives what the masked network gives, whatever the shape of its graph."""
+"""The partitioned network gives what the masked network gives, whatever the shape of its graph."""
 
 import copy
 

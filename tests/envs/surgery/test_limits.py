@@ -1,4 +1,4 @@
-"""Widths in multiples, least counts and protected filters: what is judged and cut holds them, whoever decides."""
+"""Widths in multiples, least counts and protected filters: what is evaluated and cut holds them, whoever decides."""
 
 import pytest
 import torch
@@ -79,7 +79,7 @@ def test_multiples_count_channels_and_not_filters():
     assert Limits(round_to=8).counts(model, first) == [4] and Limits(round_to=8).counts(model, second) == [4, 8]
 
 
-def test_tasks_judge_and_cut_what_the_limits_allow():
+def test_tasks_evaluate_and_cut_what_the_limits_allow():
     task = make_task(QUICK, limits=Limits(round_to=4, protect={"conv*": [0]}))
     layer = task.layer("conv2")
     taylor = torch.from_numpy(layer.observation.statistics[:, STATISTIC_NAMES.index("taylor")])
