@@ -24,10 +24,12 @@ from ...envs.task import PruningTask
 from ...errors import UserError
 from ..config.cli_errors import groups
 from ..config.entry_point import begin_or_resume, first_value, is_sweep, plain, run_with_hydra, settings, typed
+from ..config.ignored import COMPENSATION, LAYER_EVALUATION, REPAIR, Ignored, refuse_ignored, training
 from ..config.prepare import Inputs, prepare
-from ..config.schema import INHERITED
+from ..config.schema import INHERITED, LatencyConfig
 from ..config.stored import check_targets, inherit, run_with_config
 from ..deploy.export import check_exports
+from ..deploy.runtimes import check_runtimes
 from ..pruning.decide import AskCriterion, Decider
 from ..pruning.network_decide import AskNetworkAgent, AskNetworkCriterion, NetworkDecider
 from ..pruning.network_schedule import NetworkSchedule
@@ -40,7 +42,16 @@ from ..runs.folder import METRICS, RunFolder
 from ..runs.provenance import keep_provenance
 from ..runs.tracking import Tracker
 from ..training.loop import TrainSettings
-from .finish import Networks, finetune, group_facts, remarks, report_accuracy, save_result
+from .finish import (
+    Networks,
+    finetune,
+    group_facts,
+    latency_metrics,
+    latency_rows,
+    remarks,
+    report_accuracy,
+    save_result,
+)
 from .layer_agents import check_controls
 from .prune import ScheduleLog, build_recovery
 from .report import keep_report
@@ -60,6 +71,8 @@ def run(config: DictConfig) -> dict[str, Any]:
     metrics, folder, terminal = begin_or_resume(config, check, apply_agents)
     keep_report(folder, terminal)
     terminal.methods(metrics["methods"], metrics["base_accuracy"], display_name(metrics.get("metric"), opens=True))
+    if rows := latency_rows(metrics.get("latency", [])):
+        terminal.totals(rows)
     for sentence in remarks(metrics):
         terminal.console.print(sentence, markup=False)
     terminal.console.print(f"Run folder: {folder.path}", markup=False)
@@ -94,18 +107,39 @@ def composed_anew(config: DictConfig) -> DictConfig:
     return again
 
 
+IGNORED = (
+    Ignored("finetune_controls", "controls=[] leaves nothing to fine-tune.", lambda config: not config.controls),
+    Ignored("evaluation.dtype", "trained agents are asked, and nothing is searched."),
+    COMPENSATION,
+    *training("recovery.train"),
+    *training("finetune"),
+)
+LAYER_BY_LAYER = (Ignored("target repair", "these agents decide layer by layer."),)
+ONE_SHOT = (
+    Ignored("order", "this agent decides on all layers at once."),
+    Ignored(LAYER_EVALUATION, "this agent decides on all layers at once, and repair says how they are repaired."),
+    Ignored(
+        "target.of", "target.removed=null takes the agent's own target.", lambda config: config.target.removed is None
+    ),
+    REPAIR,
+)
+
+
 def check(config: DictConfig) -> Inputs:
     """Find every mistake of the user's before anything is written."""
     check_controls(config.controls)
+    settings(config.latency, LatencyConfig)
     settings(config.recovery, RecoverySettings)
     settings(config.finetune, TrainSettings)
     check_order(config.order)
     check_exports(config.export)
     known = load_agents(config.agents)
+    refuse_ignored(config, [*(ONE_SHOT if GROUP_NAME in known else LAYER_BY_LAYER), *IGNORED])
     with open_dict(config):
         config.layers = known[GROUP_NAME].facts["groups"] if GROUP_NAME in known else list(known)
     inputs = prepare(config)
     assert inputs.dense is not None
+    check_runtimes(config.latency.runtimes, inputs.device)
     check_agents(known, inputs.task(inputs.dense, config))
     return inputs
 
@@ -165,7 +199,7 @@ class Schedules:
     def _at_once(self, decide: NetworkDecider) -> NetworkSchedule:
         config = self.config
         repair = settings(config.repair, ReconstructionSettings) if config.evaluation.compensate else None
-        return NetworkSchedule(decide, repair, None, config.seed)
+        return NetworkSchedule(decide, repair, None, config.seed, self.recovery)
 
     def _in_turn(self, decide: Decider) -> Schedule:
         return Schedule(decide, None, None, self.recovery, self.config.order, self.config.seed)
@@ -205,7 +239,10 @@ def apply_metrics(methods: Mapping[str, Method], task: PruningTask, config: Dict
     }
     ours = {key: value for key, value in rows[AGENT].items() if key != "bound_held"}
     held = task.base.accuracy - methods[AGENT].records[-1].pruned_accuracy <= config.drop_bound + 1e-9
-    return base | ours | {"drop_bound": config.drop_bound, "bound_held": held, "methods": rows}
+    networks = methods[AGENT].networks
+    fraction = ours["pruned_macs"] / task.base.cost.macs
+    timed = latency_metrics(networks, task.example, fraction, config)
+    return base | ours | timed | {"drop_bound": config.drop_bound, "bound_held": held, "methods": rows}
 
 
 def method_metrics(method: Method, task: PruningTask) -> dict[str, Any]:

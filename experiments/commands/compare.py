@@ -2,33 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
-from torch import nn
 
-from ...envs.evaluation.mask_evaluator import accuracy_on
 from ...envs.repair.reconstruction import ReconstructionSettings
 from ...envs.surgery.macs_target import Target
-from ...envs.task import PruningTask
 from ..compare.choices import Choices
-from ..compare.measuring import TRAINED, MeasureSettings, result_name, train_to_stage
+from ..compare.measuring import TRAINED, choose, measure, result_name, unmeasured
 from ..compare.methods import AGENT, PEERS
 from ..compare.plan import Job, check_plan, chosen_methods, planned
 from ..compare.tables import show, summary, write_all
 from ..compare.torch_pruning import unavailable
-from ..compare.workers import helpers, share_of
-from ..config.baseline_training import WEIGHTS, begin_task
-from ..config.build import build_augment, load_network
+from ..compare.workers import DoAll, Work, workers
+from ..config.baseline_training import begin_task
 from ..config.entry_point import begin_or_resume, run_with_hydra, settings
+from ..config.ignored import (
+    BASE_TRAINING,
+    LAYER_EVALUATION,
+    TRAINED_ALREADY,
+    Ignored,
+    has_checkpoint,
+    refuse_ignored,
+    training,
+)
 from ..config.prepare import Inputs, check_targets, prepare
 from ..config.widened import as_prune
 from ..pruning.network_search import NetworkSearchSettings
 from ..runs.console import Terminal
 from ..runs.folder import RunFolder
-from ..training.loop import TrainProgress, TrainSettings
+from ..training.loop import TrainSettings
 from .report import keep_report
 
 
@@ -46,12 +51,50 @@ def run(config: DictConfig) -> dict[str, Any]:
     return metrics
 
 
+def _without(*names: str) -> Callable[[DictConfig], bool]:
+    return lambda config: not set(names) & set(chosen_methods(config))
+
+
+def _untrained(config: DictConfig) -> bool:
+    return not set(config.stages) & set(TRAINED)
+
+
+SEARCHES = ("random-best", "taylor-random-best")
+IGNORED = (
+    TRAINED_ALREADY,
+    *BASE_TRAINING,
+    Ignored("seed", "every method runs with its own of seeds, as in seeds=[0,1].", has_checkpoint),
+    Ignored("evaluation.compensate", "compensate=[false,true] chooses it, once each way."),
+    Ignored(LAYER_EVALUATION, "networks are cut for real and repaired here (repair)."),
+    Ignored(
+        "repair network_search.repair_images network_search.repair_places",
+        "compensate=[false] repairs nothing.",
+        lambda config: not any(config.compensate),
+    ),
+    Ignored("bn_images", "stages does not name bn.", lambda config: "bn" not in config.stages),
+    Ignored("finetune", "stages names neither one nor full.", _untrained),
+    Ignored(
+        "augment", "stages names neither one nor full.", lambda config: _untrained(config) and has_checkpoint(config)
+    ),
+    Ignored("random_seeds", "methods does not name random-uniform.", _without("random-uniform")),
+    Ignored("random_best", "methods does not name random-best.", _without(*SEARCHES)),
+    Ignored(
+        "network_search.masks network_search.warm_start network_search.agent",
+        "methods does not name agent.",
+        _without(AGENT),
+    ),
+    Ignored("network_search", "methods names neither agent nor random-best.", _without(AGENT, *SEARCHES)),
+    *training("finetune"),
+)
+
+
 def check(config: DictConfig) -> Inputs:
     """Find every mistake of the user's before anything is written."""
     for node in (config.finetune, config.base):
         settings(node, TrainSettings)
     targets = [Target(removed, config.targets.of) for removed in config.targets.removed]
     check_plan(config)
+    refuse_ignored(config, IGNORED)
     settings(config.network_search, NetworkSearchSettings)
     repair = settings(config.repair, ReconstructionSettings)
     inputs = prepare(as_prune(config))
@@ -65,107 +108,56 @@ def compare(inputs: Inputs, config: DictConfig, folder: RunFolder, terminal: Ter
     if (why := unavailable()) and set(chosen_methods(config)) & set(PEERS):
         terminal.warn(why)
     choices, jobs = Choices(task, config, folder), planned(config)
-    with helpers(folder.path, config.workers, help_out):
-        mine = share_of(jobs, 0, config.workers)
-        choose_all(choices, mine, terminal)
-        measure_all(choices, mine, config, folder, terminal)
-    # Whatever the helpers could not do; everything else is found on disk.
-    choose_all(choices, jobs, Terminal(quiet=True))
-    measure_all(choices, jobs, config, folder, Terminal(quiet=True))
+    with workers(choices, config.workers) as do_all:
+        choose_all(do_all, choices, jobs, terminal)
+        measure_all(do_all, choices, jobs, terminal)
     metrics = summary(choices, jobs, config, folder)
     write_all(metrics, folder, terminal)
     return metrics
 
 
-def help_out(path: Path, index: int, workers: int) -> None:
-    """One helper's share of the run in folder `path`."""
-    folder = RunFolder.open(path)
-    config, terminal = folder.config(), Terminal(quiet=True)
-    inputs = prepare(as_prune(config))
-    dense = inputs.dense or load_network(inputs.construct, str(folder / "base" / WEIGHTS)).to(inputs.device)
-    choices = Choices(inputs.task(dense, as_prune(config)), config, folder)
-    jobs = share_of(planned(config), index, workers)
-    choose_all(choices, jobs, terminal)
-    measure_all(choices, jobs, config, folder, terminal)
-
-
-def choose_all(choices: Choices, jobs: list[Job], terminal: Terminal) -> None:
+def choose_all(do_all: DoAll, choices: Choices, jobs: Sequence[Job], terminal: Terminal) -> None:
     """Every method chooses for every job, before any of them is measured on the report split."""
-    with terminal.progress("choosing", len(jobs)) as bar:
-        for position, job in enumerate(jobs):
-            bar.advance(position, job.label)
-            choices.report = partial(_learning, bar, position, job)
-            record = choices.record(job)
+    missing = [job for job in jobs if not choices.has(job)]
+    agents = [job for job in missing if job.method == AGENT]  # first: other methods follow them
+    others = [job for job in missing if job.method != AGENT]
+    with terminal.progress("choosing", len(missing)) as bar:
+        for job in _shown(bar, do_all, choose, (agents, others), choices):
             if job.method == AGENT:
+                record = choices.record(job)
                 _line(terminal, f"{job.label}: {record['facts']['mask_evaluations']} masks, {record['seconds']:.0f} s")
     terminal.say(f"Chosen: {len(jobs)} sets of masks")
 
 
-def _learning(bar: Terminal, position: int, job: Job, done: float, detail: str) -> None:
-    bar.advance(position + min(done, 1.0), f"{job.label}, {detail}")
-
-
-def _line(terminal: Terminal, text: str) -> None:
-    """A line about one job where there is no bar to show it."""
-    if not terminal.console.is_terminal:
-        terminal.say(text)
-
-
-def measure_all(choices: Choices, jobs: list[Job], config: DictConfig, folder: RunFolder, terminal: Terminal) -> None:
+def measure_all(do_all: DoAll, choices: Choices, jobs: Sequence[Job], terminal: Terminal) -> None:
     """Every job at every stage, the quick stages of all jobs first."""
-    measuring = MeasureSettings(
-        config.bn_images, settings(config.finetune, TrainSettings), build_augment(config.augment)
-    )
-    jobs = [job for job in jobs if "skipped" not in choices.record(job)]
-    quick = [stage for stage in config.stages if stage not in TRAINED]
-    for stages in filter(None, (quick, *([stage] for stage in config.stages if stage in TRAINED))):
-        what = " and ".join(stages)
-        with terminal.progress(what, len(jobs)) as bar:
-            for position, job in enumerate(jobs):
-                bar.advance(position, job.label)
-                _Measurement(choices, job, measuring, folder, bar, position).run(stages)
+    folder, jobs = choices.folder, [job for job in jobs if "skipped" not in choices.record(job)]
+    quick = [stage for stage in choices.config.stages if stage not in TRAINED]
+    for stages in filter(None, (quick, *([stage] for stage in choices.config.stages if stage in TRAINED))):
+        what, missing = " and ".join(stages), [job for job in jobs if unmeasured(folder, job, stages)]
+        with terminal.progress(what, len(missing)) as bar:
+            for job in _shown(bar, do_all, partial(measure, stages=stages), (missing,), choices):
                 if stages != quick:
                     accuracy = folder.read_json(result_name(job, stages[0]))["reward_accuracy"]
                     _line(terminal, f"{job.label}, {what}: {100 * accuracy:.2f} % on the reward split")
         terminal.say(f"Measured: {what}")
 
 
-class _Measurement:
-    """Measures one job at some stages."""
+def _shown(bar: Terminal, do_all: DoAll, work: Work, waves: Sequence[Sequence[Job]], choices: Choices) -> Iterator[Job]:
+    """Each job as soon as it is done, one wave after the other; the bar also moves within a job of this process."""
+    n_done = 0
 
-    def __init__(
-        self,
-        choices: Choices,
-        job: Job,
-        settings: MeasureSettings,
-        folder: RunFolder,
-        bar: Terminal,
-        position: int,
-    ) -> None:
-        self.choices, self.job, self.settings = choices, job, settings
-        self.folder, self.bar, self.position = folder, bar, position
+    def show(fraction: float, detail: str) -> None:
+        bar.advance(n_done + min(fraction, 1.0), detail)
 
-    def run(self, stages: list[str]) -> None:
-        """Cut once, then each stage that has no result yet."""
-        missing = [stage for stage in stages if self.folder.read_json(result_name(self.job, stage)) is None]
-        if not missing:
-            return
-        evaluation = self.choices.judge_of(self.job)
-        model = evaluation.cut(evaluation.joined(self.choices.masks(self.choices.record(self.job))))
-        for stage in missing:
-            self._measure(stage, model, evaluation.task)
+    choices.report = show
+    for job in (job for wave in waves for job in do_all(work, wave)):
+        n_done += 1
+        bar.advance(n_done, job.label)
+        yield job
 
-    def _measure(self, stage: str, model: nn.Module, task: PruningTask) -> None:
-        snapshot = (self.folder / result_name(self.job, stage)).with_suffix(".snapshot")
-        if stage in TRAINED:
-            snapshot.parent.mkdir(parents=True, exist_ok=True)
-        reached = train_to_stage(
-            stage, model, task, self.settings, self.job.seed, progress=self._show, snapshot=snapshot
-        )
-        result = {f"{role}_accuracy": accuracy_on(reached, getattr(task.splits, role)) for role in ("reward", "report")}
-        self.folder.write_json(result_name(self.job, stage), result)
-        snapshot.unlink(missing_ok=True)
 
-    def _show(self, progress: TrainProgress) -> None:
-        done = self.position + progress.step / progress.n_steps
-        self.bar.advance(done, f"{self.job.label}, loss {progress.loss:.3f}")
+def _line(terminal: Terminal, text: str) -> None:
+    """A line about one job where there is no bar to show it."""
+    if not terminal.console.is_terminal:
+        terminal.say(text)

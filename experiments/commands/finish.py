@@ -93,9 +93,6 @@ def metrics_of(
     """Everything that `metrics.json` holds; accuracies are fractions on the report split unless named otherwise."""
     example = splits.reward.batch(torch.arange(1))[0].to(resolve_device(config.device))
     dense, pruned = count_cost(networks.dense, example), count_cost(networks.pruned, example)
-    failed: dict[str, str] = {}
-    models = {"base": networks.dense, "pruned": networks.finetuned}
-    latency = [asdict(each) for each in measure_latency(models, example, **plain(config.latency), failed=failed)]
     return {
         "metric": splits.objective.name,
         "base_accuracy": report_accuracy(networks.dense, splits),
@@ -111,11 +108,20 @@ def metrics_of(
         "drop_bound": config.drop_bound,
         "bound_held": all(record.within_bound for record in records),
         "gave_way": [record.name for record in records if not record.within_bound],
-        "latency": latency,
-        "latency_failed": failed,
-        "advice": advice(latency, pruned.macs / dense.macs, config.surgery.round_to),
+        **latency_metrics(networks, example, pruned.macs / dense.macs, config),
         "groups": [group_facts(record) for record in records],
     }
+
+
+def latency_metrics(
+    networks: Networks, example: torch.Tensor, macs_fraction: float, config: DictConfig
+) -> dict[str, Any]:
+    """Latency of the dense and the fine-tuned network, runtimes that failed, and advice where time did not fall."""
+    failed: dict[str, str] = {}
+    models = {"base": networks.dense, "pruned": networks.finetuned}
+    latency = [asdict(each) for each in measure_latency(models, example, **plain(config.latency), failed=failed)]
+    found = advice(latency, macs_fraction, config.surgery.round_to)
+    return {"latency": latency, "latency_failed": failed, "advice": found}
 
 
 def advice(latency: Sequence[Mapping[str, Any]], macs_fraction: float, round_to: int) -> list[str]:

@@ -22,6 +22,7 @@ from ...envs.surgery.group_cost import pruned_cost
 from ...errors import UserError, first_line
 from ..config.build import build, network_constructor
 from ..config.entry_point import plain, run_with_hydra
+from ..config.ignored import Ignored, refuse_ignored
 from ..runs.console import Terminal
 
 
@@ -31,7 +32,8 @@ def main() -> None:
 
 
 def run(config: DictConfig) -> dict[str, Any]:
-    """Print one row a filter group, or JSON; nothing is written."""
+    """Print one row per filter group, or JSON; nothing is written."""
+    refuse_ignored(config, IGNORED)
     model = network_constructor(config.network, config.seed)().eval()
     if config.checkpoint is not None:
         load_checkpoint(model, Path(config.checkpoint))
@@ -47,6 +49,11 @@ def run(config: DictConfig) -> dict[str, Any]:
     for note in described["notes"]:
         terminal.warn(note)
     return described
+
+
+IGNORED = (
+    Ignored("input_shape", "example_inputs says what goes in.", lambda config: config.example_inputs is not None),
+)
 
 
 def example_of(config: DictConfig) -> Inputs:

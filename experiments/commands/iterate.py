@@ -23,6 +23,7 @@ from ...envs.task import PruningTask, replace_model
 from ..config.baseline_training import begin_task
 from ..config.build import build_augment
 from ..config.entry_point import begin_or_resume, run_with_hydra, settings
+from ..config.ignored import BASE_TRAINING, TRAINED_ALREADY, Ignored, refuse_ignored, training
 from ..config.prepare import Inputs, prepare
 from ..config.schema import LatencyConfig
 from ..config.widened import as_prune
@@ -55,8 +56,28 @@ def run(config: DictConfig) -> dict[str, Any]:
     return metrics
 
 
+IGNORED = (
+    TRAINED_ALREADY,
+    *BASE_TRAINING,
+    Ignored("train.epochs", "minibatches says how long is trained between two removals."),
+    Ignored(
+        "drop_bound",
+        "target.removed says when to stop; target.hold_bound=true stops where the bound breaks, too.",
+        lambda config: not (config.target.hold_bound or config.target.removed is None),
+    ),
+    Ignored(
+        "target.resource target.hold_bound",
+        "with target.removed=null drop_bound alone says when to stop.",
+        lambda config: config.target.removed is None,
+    ),
+    *training("train"),
+    *training("finetune"),
+)
+
+
 def check(config: DictConfig) -> Inputs:
     """Find every mistake of the user's before anything is written."""
+    refuse_ignored(config, IGNORED)
     for node in (config.finetune, config.base):
         settings(node, TrainSettings)
     how(config)

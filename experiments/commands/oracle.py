@@ -20,6 +20,7 @@ from ...errors import UserError
 from ..config.baseline_training import begin_task
 from ..config.cli_errors import nearest
 from ..config.entry_point import begin_or_resume, run_with_hydra, settings
+from ..config.ignored import BASE_TRAINING, ONLY_THE_BASE, TRAINED_ALREADY, Ignored, refuse_ignored
 from ..config.prepare import Inputs, prepare
 from ..config.widened import as_prune
 from ..oracle.correlations import AGENT, NETWORK_AGENT, correlation_rows, show, write_all
@@ -48,8 +49,27 @@ def run(config: DictConfig) -> dict[str, Any]:
     return metrics
 
 
+IGNORED = (
+    TRAINED_ALREADY,
+    ONLY_THE_BASE,
+    *BASE_TRAINING,
+    Ignored(
+        "evaluation.compensate evaluation.target evaluation.ridge evaluation.compensation_images evaluation.cache_gib "
+        "evaluation.dtype evaluation.compile evaluation.memory",
+        "filters are removed one at a time, uncompensated and in float32; evaluation.method and "
+        "evaluation.statistics_images count here.",
+    ),
+    Ignored(
+        "random_seeds",
+        "criteria does not name random.",
+        lambda config: not any(fnmatchcase("random", pattern) for pattern in config.criteria),
+    ),
+)
+
+
 def check(config: DictConfig) -> Inputs:
     """Find every mistake of the user's before anything is written."""
+    refuse_ignored(config, IGNORED)
     settings(config.base, TrainSettings)
     for pattern in config.criteria:
         if not any(fnmatchcase(name, pattern) for name in CRITERIA):

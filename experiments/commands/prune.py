@@ -20,6 +20,18 @@ from ...envs.task import LayerTask, PruningTask
 from ..config.baseline_training import begin_task
 from ..config.build import build_augment, build_reward
 from ..config.entry_point import begin_or_resume, plain, run_with_hydra, settings
+from ..config.ignored import (
+    BASE_TRAINING,
+    COMPENSATION,
+    LAYER_EVALUATION,
+    PATIENCE,
+    REPAIR,
+    SEARCH_REPAIR,
+    TRAINED_ALREADY,
+    Ignored,
+    refuse_ignored,
+    training,
+)
 from ..config.prepare import Inputs, check_network_search, check_search, prepare
 from ..config.schema import LatencyConfig
 from ..deploy.export import check_exports
@@ -53,8 +65,26 @@ def run(config: DictConfig) -> dict[str, Any]:
     return metrics
 
 
+ONE_AGENT = "with target.removed one agent decides on all layers at once (network_search, repair)."
+AN_AGENT_A_LAYER = "without target.removed an agent decides on each layer (agent, search, reward, policy)."
+IGNORED = (
+    TRAINED_ALREADY,
+    *BASE_TRAINING,
+    Ignored("order reward policy agent search warm_start", ONE_AGENT, lambda config: config.target.removed is not None),
+    Ignored(LAYER_EVALUATION, ONE_AGENT, lambda config: config.target.removed is not None),
+    Ignored("target.of network_search repair", AN_AGENT_A_LAYER, lambda config: config.target.removed is None),
+    COMPENSATION,
+    REPAIR,
+    SEARCH_REPAIR,
+    PATIENCE,
+    *training("recovery.train"),
+    *training("finetune"),
+)
+
+
 def check(config: DictConfig) -> Inputs:
     """Find every mistake of the user's before anything is written."""
+    refuse_ignored(config, IGNORED)
     for node in (config.finetune, config.base):
         settings(node, TrainSettings)
     settings(config.recovery, RecoverySettings)
@@ -108,11 +138,11 @@ def run_schedule(
         terminal.advance(len(trainer.history), show_update(trainer, metrics))
         tracker.scalars(f"agent/{GROUP_NAME}", metrics, len(trainer.history))
 
-    repair = build_repair(config)
+    repair, recovery = build_repair(config), build_recovery(task.model, config, terminal)
     target, facts = Target(**plain(config.target)), {"command": command_line(), "config": plain(config)}
     decide = TrainNetworkAgent(search, target, report, facts)
     with terminal.progress("updates", search.agent.updates):
-        return NetworkSchedule(decide, repair, config.drop_bound, config.seed).run(task, folder, log)
+        return NetworkSchedule(decide, repair, config.drop_bound, config.seed, recovery).run(task, folder, log)
 
 
 def build_repair(config: DictConfig) -> ReconstructionSettings | None:

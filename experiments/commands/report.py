@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from ...errors import UserError
 from ..config.entry_point import run_with_hydra
+from ..config.ignored import Ignored, refuse_ignored
 from ..reporting.run_data import Run, read_run
 from ..reporting.run_page import run_page
 from ..reporting.runs_page import comparison_page
@@ -24,8 +25,12 @@ def main() -> None:
     run_with_hydra("report", run)
 
 
+IGNORED = (Ignored("out", "one run is compared with nothing.", lambda config: len(config.runs) == 1),)
+
+
 def run(config: DictConfig) -> list[Path]:
     """Write the pages; returns their paths."""
+    refuse_ignored(config, IGNORED)
     paths = [Path(each) for each in config.runs]
     if not paths:
         raise UserError("report needs the folder of a run; expected keepdrop report RUN [RUN ...].")

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 
 from ...envs.data.objective import display_name
 from ...errors import UserError
 from ..config.baseline_training import begin_task
 from ..config.build import build_reward
 from ..config.entry_point import open_run, run_with_hydra, settings
+from ..config.ignored import (
+    BASE_TRAINING,
+    COMPENSATION,
+    ONLY_THE_BASE,
+    PATIENCE,
+    TRAINED_ALREADY,
+    Ignored,
+    refuse_ignored,
+)
 from ..config.prepare import Inputs, check_search, prepare
 from ..pruning.schedule import Schedule
 from ..runs.console import Terminal
@@ -43,12 +52,26 @@ def run(config: DictConfig) -> dict[str, Any]:
     return metrics
 
 
+IGNORED = (
+    TRAINED_ALREADY,
+    ONLY_THE_BASE,
+    *BASE_TRAINING,
+    COMPENSATION,
+    PATIENCE,
+    Ignored(
+        "policy", "warm_start brings the agent that is trained further.", lambda config: config.warm_start is not None
+    ),
+)
+
+
 def check(config: DictConfig) -> Inputs:
     """Find every mistake of the user's before anything is written."""
+    refuse_ignored(config, IGNORED)
     settings(config.base, TrainSettings)
     if any(character in config.layer for character in "*?["):
         raise UserError(f"layer is {config.layer!r}, a pattern; expected one name: train several with -m layer=a,b,c.")
-    config.layers = [config.layer]
+    with open_dict(config):
+        config.layers = [config.layer]
     inputs = prepare(config)
     check_search(config, inputs)
     return inputs

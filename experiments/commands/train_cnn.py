@@ -15,6 +15,7 @@ from ...envs.networks.cost import count_cost
 from ..config.baseline_training import WEIGHTS, train_base
 from ..config.build import build_augment, build_splits, network_constructor
 from ..config.entry_point import interruptible, open_run, run_with_hydra, settings
+from ..config.ignored import BASE_TRAINING, refuse_ignored
 from ..pruning.input_checks import resolve_device, try_network
 from ..runs.console import Terminal
 from ..runs.folder import FACTS, METRICS, RunFolder
@@ -53,6 +54,7 @@ def run(config: DictConfig) -> dict[str, Any]:
 
 def check(config: DictConfig) -> None:
     """Find every mistake of the user's before anything is written."""
+    refuse_ignored(config, BASE_TRAINING)
     settings(config.base, TrainSettings)
     resolve_device(config.device)
     augment, splits = build_augment(config.augment), build_splits(config)

@@ -36,6 +36,7 @@ from .build import (
     network_constructor,
 )
 from .entry_point import plain, settings
+from .ignored import Ignored, refuse_ignored
 from .schema import SearchConfig
 
 
@@ -108,6 +109,8 @@ def check_search(config: DictConfig, inputs: Inputs) -> None:
         return
     names = [group.name for group in inputs.groups]
     known = agents_of(load_agents(config.warm_start), names, config.warm_start, "warm_start")
+    if set(names) <= set(known):
+        refuse_ignored(config, [Ignored("policy", "warm_start brings an agent for each of these layers.")])
     for group in inputs.groups:
         if group.name in known:
             agent = known[group.name]

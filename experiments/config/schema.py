@@ -54,11 +54,10 @@ class TrainCnnConfig(RootConfig):
 
 @dataclass
 class CheckpointConfig(RootConfig):
-    """What every command has that looks at a trained network: its weights, or how to train it, and its layers."""
+    """What every command has that looks at a trained network: its weights, or how to train it."""
 
     checkpoint: str | None = None
     base: TrainSettings = field(default_factory=TrainSettings)
-    layers: list[str] | None = None
 
 
 @dataclass
@@ -74,6 +73,7 @@ class PruningConfig(CheckpointConfig):
 class PruneConfig(PruningConfig):
     """`keepdrop prune`."""
 
+    layers: list[str] | None = None
     target: TargetConfig = field(default_factory=TargetConfig)
     network_search: NetworkSearchSettings = field(default_factory=NetworkSearchSettings)
     repair: ReconstructionSettings = field(default_factory=ReconstructionSettings)
@@ -128,6 +128,7 @@ class ApplyConfig(RootConfig):
 class CompareConfig(CheckpointConfig):
     """`keepdrop compare`."""
 
+    layers: list[str] | None = None
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     targets: TargetsConfig = field(default_factory=TargetsConfig)
     methods: list[str] = field(default_factory=lambda: ["*"])
@@ -148,6 +149,7 @@ class CompareConfig(CheckpointConfig):
 class IterateConfig(CheckpointConfig):
     """`keepdrop iterate`."""
 
+    layers: list[str] | None = None
     surgery: Limits = field(default_factory=Limits)
     drop_bound: float = 0.02
     criterion: str = "taylor"
@@ -165,6 +167,7 @@ class IterateConfig(CheckpointConfig):
 class OracleConfig(CheckpointConfig):
     """`keepdrop oracle`."""
 
+    layers: list[str] | None = None
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     criteria: list[str] = field(default_factory=lambda: ["*"])
     random_seeds: int = 5
@@ -177,7 +180,6 @@ class InspectConfig:
     """`keepdrop inspect`."""
 
     seed: int = 0
-    run_dir: str = "."
     network: Any = None
     checkpoint: str | None = None
     input_shape: list[int] = field(default_factory=lambda: [1, 8, 8])
@@ -191,7 +193,6 @@ class ReportConfig:
 
     runs: list[str] = field(default_factory=list)
     out: str = "comparison.html"
-    run_dir: str = "."
     quiet: bool = False
 
 

@@ -7,9 +7,8 @@ from types import SimpleNamespace
 import pytest
 from command_line import run_main
 
+BASE = ["base.epochs=2", "base.lr=0.05"]
 TINY = [
-    "base.epochs=2",
-    "base.lr=0.05",
     "layers=[conv1,conv2]",
     "agent.updates=2",
     "search.masks=4",
@@ -26,8 +25,14 @@ TINY = [
 
 @pytest.fixture(scope="session")
 def tiny():
-    """Overrides that make `keepdrop prune` a matter of seconds."""
+    """Overrides that make `keepdrop prune` a matter of seconds, beside a checkpoint."""
     return list(TINY)
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tiny):
+    """The same with a base network that is trained first."""
+    return [*BASE, *tiny]
 
 
 @pytest.fixture
@@ -80,10 +85,10 @@ def checkpoint(cnn):
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory, tiny):
+def finished(tmp_path_factory, tiny_base):
     """Run folder of a whole, tiny `keepdrop prune` with seed 0, base training and all."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    assert run_main("prune", *tiny, f"run_dir={folder}", "quiet=true") == 0
+    assert run_main("prune", *tiny_base, f"run_dir={folder}", "quiet=true") == 0
     return folder
 
 

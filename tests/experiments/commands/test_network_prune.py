@@ -9,13 +9,12 @@ from keepdrop.envs.files.pruned_network import load_pruned
 
 TARGET = [
     "target.removed=0.5",
-    "base.epochs=2",
-    "base.lr=0.05",
     "network_search.masks=4",
     "network_search.images=60",
     "network_search.agent.updates=3",
     "repair.images=100",
     "repair.places=8",
+    "recovery.train.epochs=0.3",
     "finetune.epochs=0.5",
     "latency.repeats=1",
     "latency.warmup=0",
@@ -43,6 +42,10 @@ def test_a_macs_target_is_met_by_one_agent_and_the_result_loads(keepdrop, checkp
     replay = read(tmp_path / "run/curves.json")["controls"]["methods"]
     assert replay["agent"][-1] == read(tmp_path / "run/network/decisions.json")[0]["pruned_accuracy"]
     assert list(replay) == ["agent", "l1", "random"] and {len(each) for each in replay.values()} == {5}
+    # Recovery follows the repair as it follows the cut of a layer, and is kept where it helps.
+    decided = read(tmp_path / "run/network/decisions.json")
+    assert all(each["recovered_accuracy"] > each["pruned_accuracy"] for each in decided)
+    assert metrics["recovery_seconds"] > 0
     model = load_pruned(tmp_path / "run/pruned")
     assert sum(p.numel() for p in model.parameters()) == metrics["pruned_params"]
     assert not list((tmp_path / "run").rglob("*state*"))

@@ -105,8 +105,8 @@ def test_report_split_is_what_the_config_says(finished):
     assert accuracy == read(finished / "metrics.json")["finetuned_accuracy"]
 
 
-def test_same_seed_same_bits(finished, keepdrop, tiny, outcome):
-    assert keepdrop("prune", *tiny, "run_dir=again", "quiet=true").code == 0
+def test_same_seed_same_bits(finished, keepdrop, tiny_base, outcome):
+    assert keepdrop("prune", *tiny_base, "run_dir=again", "quiet=true").code == 0
     assert outcome("again") == outcome(finished)
 
 
@@ -198,8 +198,8 @@ def wait_for(process, condition, what):
         time.sleep(0.005)
 
 
-def test_ctrl_c_says_how_to_go_on(spawn, tiny, tmp_path):
-    process = spawn("prune", *tiny, "agent.updates=1000", "agent.patience=null", "run_dir=run", cwd=tmp_path)
+def test_ctrl_c_says_how_to_go_on(spawn, tiny_base, tmp_path):
+    process = spawn("prune", *tiny_base, "agent.updates=1000", "agent.patience=null", "run_dir=run", cwd=tmp_path)
     wait_for(process, (tmp_path / "run/layers/00-conv1.partial").is_dir, "the first search")
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
@@ -233,9 +233,9 @@ def test_killed_and_resumed_ends_the_same(spawn, keepdrop, tmp_path, uninterrupt
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, tiny, spawn):
+def uninterrupted(tmp_path_factory, tiny_base, spawn):
     """Settings long enough to be hit in the middle of everything, and a run of them that nothing interrupted."""
-    settings = [*tiny, "base.epochs=3", "agent.updates=4", "recovery.train.epochs=3", "finetune.epochs=4"]
+    settings = [*tiny_base, "base.epochs=3", "agent.updates=4", "recovery.train.epochs=3", "finetune.epochs=4"]
     folder = tmp_path_factory.mktemp("whole")
     process = spawn("prune", *settings, "run_dir=run", cwd=folder)
     _, err = process.communicate(timeout=300)
