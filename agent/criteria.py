@@ -1,8 +1,8 @@
-"""The classic criteria, as greedy agents that read what the learned ones read.
+"""Classic pruning criteria (L1, L2, FPGM, APoZ, Taylor, ...) as greedy agents that see what the learned ones see.
 
-Every criterion gives one score a filter, higher is more important, from the observation alone.
+Every criterion gives one score per filter, higher is more important, from the observation alone.
 
-Shape suffixes: N filters, D weights a filter, F statistics a filter.
+Shape suffixes: N filters, D weights per filter, F statistics per filter.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -83,8 +83,8 @@ def scores(
 def normalised(scores_N: Tensor, criterion: str) -> Tensor:
     """Scores of one layer made comparable with those of others: divided by their l2 norm (Molchanov et al., eq. 8).
 
-    APoZ, whose scores are negative, is turned into the share of values that are positive first. A layer of zeros
-    stays one.
+    APoZ, whose scores are negative, is first turned into the share of values that are positive. A layer of zeros
+    stays zero.
     """
     values_N = 1.0 + scores_N if criterion == "apoz" else scores_N
     norm = values_N.square().sum().sqrt()
@@ -116,7 +116,7 @@ class CriterionAgent:
 
 def _column(names: Sequence[str], n_statistics: int, wanted: str) -> int:
     if len(names) != n_statistics:
-        raise ValueError(f"{len(names)} statistics are named, but the observation has {n_statistics} a filter")
+        raise ValueError(f"{len(names)} statistics are named, but the observation has {n_statistics} per filter")
     if wanted not in names:
         raise ValueError(
             f"the criterion {wanted} reads the statistic {wanted!r}, but there are only {', '.join(names)}"

@@ -1,7 +1,7 @@
 """Trained agents on disk: a folder with `policy.safetensors` and `facts.json`.
 
-The weights' file carries the facts in its header as well, so it is whole by itself and replaced in one
-step. `facts.json` is the copy to read; when a save was interrupted between the two, the header counts.
+The weights file carries the facts in its header as well, so it is complete by itself and replaced in one
+step. `facts.json` is the copy to read; if a save was interrupted between the two, the header counts.
 """
 
 import hashlib
@@ -19,9 +19,11 @@ from safetensors.torch import save as save_tensors
 from torch import nn
 
 from ..atomic import write_atomically
+from ..errors import UserError
 from .policies.layer_matrix import LayerMatrixPolicy
 from .policies.network import NetworkPolicy
-from .policies.set_policy import Policy, SetPolicy
+from .policies.policy import Policy
+from .policies.set_policy import SetPolicy
 
 FORMAT_VERSION = 1
 WEIGHTS, FACTS = "policy.safetensors", "facts.json"
@@ -33,7 +35,7 @@ POLICIES: dict[str, Callable[..., Any]] = {
 LIBRARIES = ("keepdrop", "torch", "numpy", "gymnasium", "safetensors")
 
 
-class AgentMismatch(ValueError):  # noqa: N818 - the name says what is wrong, as a user reads it
+class AgentMismatch(UserError):  # noqa: N818 - the name says what is wrong, as a user reads it
     """A saved agent that cannot be read, or was trained for something else."""
 
 

@@ -50,7 +50,6 @@ COMMON = {
     "random_seeds": "random allocations a seed",
     "run_dir": "folder of the run; a new one",
     "seed": "of everything drawn at random",
-    "search.adaptive": "stop reading images once the ranking of the masks is settled",
     "seeds": "each is a run of its own",
     "split.seed": "draws the reward images",
 }

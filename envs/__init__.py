@@ -1,1 +1,4 @@
-"""The world: network, data, measuring, cutting. Import from the modules; importing the package itself stays light."""
+"""Data, networks, filter groups, their evaluation and surgery, and the Gymnasium environments.
+
+Import from the modules; importing the package itself stays light.
+"""

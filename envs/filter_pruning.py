@@ -1,6 +1,6 @@
-"""Gymnasium environments: one keep/drop bit per filter, one decision a filter group.
+"""Gymnasium environments for filter pruning: one decision, one keep/drop bit per filter.
 
-Shapes: M masks (parallel episodes), N filters, D weights a filter, F statistics a filter.
+Shapes: M masks (parallel episodes), N filters, D weights per filter, F statistics per filter.
 """
 
 from __future__ import annotations
@@ -19,192 +19,164 @@ from torch import nn
 
 from ..errors import UserError
 from ..rewards.outcome import Outcome, Reward, RewardFunction
-from .adaptive import AdaptiveSettings
 from .data.splits import Splits
 from .observation import STATISTIC_NAMES
-from .search_judge import adaptive_outcomes, check_adaptive
-from .sequential import SequentialTask
-from .task import EvaluationSettings, LayerTask, PruningTask
+from .one_shot import OneShotTask
+from .repair.reconstruction import ReconstructionSettings
+from .task import DecisionTask, EvaluationSettings, PruningTask
 
 Observations = dict[str, NDArray[np.float32]]
 
 
 class FilterPruningEnv(gymnasium.Env[Observations, NDArray[np.int8]]):
-    """Keep or drop every filter of one group (the paper's form), or of each group of a network in turn.
+    """Keep or drop every filter of one group (the paper's form), or of all groups of a network, in one decision.
 
     ## Action space
-    `MultiBinary(N)`: 1 keeps a filter, 0 drops it. An action that keeps nothing is refused with a ValueError.
-    In the whole-network form N is the widest group's; entries past the current group's width are ignored.
+    `MultiBinary(N)`: 1 keeps a filter, 0 drops it. For a whole network N counts the filters of all groups, group after
+    group in execution order. An action that keeps nothing of a group is refused with a ValueError.
 
     ## Observation space
     `Dict`, all float32:
 
     | key | shape | meaning |
     |---|---|---|
-    | `weights` | (N, D) | the filters of the group's convolution, flattened; rows past its width are 0 |
+    | `weights` | (N, D) | the filters' convolution weights, flattened; in a network, rows of narrower groups end in 0 |
     | `statistics` | (N, F) | the columns of `statistic_names` (norms, batch norm, activation, APoZ, Taylor, ...) |
-    | `valid` | (N,) | only in the whole-network form: 1 where a filter exists, 0 where a row pads |
+    | `groups` | (N,) | only for a whole network: the position of each filter's group, 0, 1, 2, ... |
 
     ## Rewards
-    `reward(outcome).value`, unitless, for what the masks together do to the network: at the one step of a one-layer
-    episode, at the last step of a whole-network episode (0 before).
+    `reward(outcome).value`, unitless, for what the mask does to the network.
 
     ## Start and end
-    `reset` shows the first group. The episode terminates after the last group; it is never truncated.
+    `reset` shows the filters. The episode terminates after its one step; it is never truncated.
 
     ## Arguments
-    layer: a `LayerTask` (one decision) or a `SequentialTask` (one decision a group).
+    task: a `LayerTask` (one group) or a `OneShotTask` (all groups of a network).
     reward: a pure function of an `Outcome`.
 
     ## Info
-    `accuracy`, `accuracy_drop`, `kept_fraction`, `macs_fraction`, `params_fraction`, `images` seen and the reward's
-    terms, at the last step. `statistic_names` and `group` at every step.
+    `statistic_names` and `group` (its name; "network" for all groups). After the step also `accuracy`, `accuracy_drop`,
+    `kept_fraction`, `macs_fraction`, `params_fraction`, `images` seen and the reward's terms.
 
     ## Version history
-    v0: first version.
+    v0: first version. Until keepdrop 0.1.0 a whole network was decided group by group, observed with a key `valid`.
     """
 
     metadata = {"render_modes": []}
 
-    def __init__(self, layer: LayerTask | SequentialTask, reward: RewardFunction) -> None:
-        self.layer = layer
+    def __init__(self, task: DecisionTask, reward: RewardFunction) -> None:
+        self.task = task
         self.reward = reward
         self.statistic_names = STATISTIC_NAMES
-        shown, decided = _spaces(layer)
+        shown, decided = _spaces(task)
         self.observation_space, self.action_space = cast(Any, shown), cast(Any, decided)
-        self._masks: list[torch.Tensor] = []
+        self._over = False
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observations, dict[str, Any]]:
-        """Show the first group."""
+        """Show the filters."""
         super().reset(seed=seed, options=options)
-        self._masks = []
-        return self._observe(0), _info(self.layer, 0)
+        self._over = False
+        return self._observe(), _info(self.task)
 
     def step(self, action: NDArray[np.int8]) -> tuple[Observations, float, bool, bool, dict[str, Any]]:
-        """Decide one group."""
-        position = len(self._masks)
-        if position >= _n_decisions(self.layer):
+        """Decide."""
+        if self._over:
             raise RuntimeError("the episode is over; call reset() before the next step.")
-        self._masks.append(_checked_masks(self.layer, position, np.asarray(action)[None]))
-        if len(self._masks) < _n_decisions(self.layer):
-            return self._observe(position + 1), 0.0, False, False, _info(self.layer, position + 1)
-        outcome = _outcomes(self.layer, self._masks, None)[0]
+        (outcome,) = self.task.outcomes(_masks(self.task, np.asarray(action)[None]))
+        self._over = True
         reward = self.reward(outcome)
-        info = _info(self.layer, position) | _facts(outcome, reward, self.layer.n_images)
-        return self._observe(position), float(reward.value), True, False, info
+        info = _info(self.task) | _facts(outcome, reward, self.task.n_images)
+        return self._observe(), float(reward.value), True, False, info
 
-    def _observe(self, position: int) -> Observations:
+    def _observe(self) -> Observations:
         # A copy each time: what a caller does to an observation must not change the next one.
-        return {key: value.copy() for key, value in _observation(self.layer, position).items()}
+        return {key: value.copy() for key, value in self.task.observation.as_dict().items()}
 
 
 class FilterPruningVectorEnv(VectorEnv[Observations, NDArray[np.int8], NDArray[Any]]):
     """M episodes of `FilterPruningEnv` side by side, their masks evaluated together on common images.
 
-    Every step takes M masks; all M episodes begin and end together. After a terminated step the next observation is
-    already the first one of new episodes (`AutoresetMode.SAME_STEP`; the default would make every second step of a
-    one-step episode a no-op).
+    Every step takes M masks; all M episodes begin and end together. After a step the next observation is already that
+    of new episodes (`AutoresetMode.SAME_STEP`; the default would make every second step of a one-step episode a no-op).
 
     Args:
-        layer: a `LayerTask` or a `SequentialTask`.
+        task: a `LayerTask` or a `OneShotTask`.
         reward: a pure function of an `Outcome`.
         num_envs: M.
-        images_per_step: reward images drawn afresh for each evaluation, the same ones for all M masks (common random
+        images_per_step: reward images drawn afresh for each step, the same ones for all M masks (common random
             numbers); None takes the whole reward split. `reset(seed=...)` sets what is drawn; with a list of seeds
             the first one counts.
-        adaptive: spend these images chunk by chunk, on a mask only until its rank is settled (`adaptive`).
 
-    Infos are those of Gymnasium's own vector environments: an array (M,) a key, `final_obs` and `final_info` at the
-    last step. The numbers of `FilterPruningEnv`'s last step stand beside them at the top as well. The base accuracy
+    Infos are those of Gymnasium's own vector environments: an array (M,) per key, `final_obs` and `final_info` after
+    the step. The numbers of `FilterPruningEnv`'s step stand beside them at the top as well. The base accuracy
     behind `accuracy_drop` is of the same images. Observations are read-only views.
     """
 
     metadata = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}
 
     def __init__(
-        self,
-        layer: LayerTask | SequentialTask,
-        reward: RewardFunction,
-        num_envs: int = 16,
-        images_per_step: int | None = None,
-        adaptive: AdaptiveSettings | None = None,
+        self, task: DecisionTask, reward: RewardFunction, num_envs: int = 16, images_per_step: int | None = None
     ) -> None:
         if num_envs < 1:
-            raise UserError(f"num_envs is {num_envs}; expected at least 1 mask a step.")
+            raise UserError(f"num_envs is {num_envs}; expected at least 1 mask per step.")
         if images_per_step is not None and images_per_step < 1:
             raise UserError(f"images_per_step is {images_per_step}; expected 1 or more, or null for all reward images.")
-        self.layer = layer
+        self.task = task
         self.reward = reward
         self.num_envs = num_envs
-        check_adaptive(layer, adaptive)
         self.images_per_step = images_per_step
-        self.adaptive = adaptive
         self.statistic_names = STATISTIC_NAMES
-        self.single_observation_space, self.single_action_space = _spaces(layer)
+        self.single_observation_space, self.single_action_space = _spaces(task)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
-        self._masks: list[torch.Tensor] = []
 
     def reset(
         self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observations, dict[str, Any]]:
-        """Show the first group to every episode; `seed` chooses the images of the following steps."""
+        """Show the filters to every episode; `seed` chooses the images of the following steps."""
         super().reset(seed=seed[0] if isinstance(seed, list) else seed, options=options)
-        self._masks = []
-        return self._observe(0), self._infos([_info(self.layer, 0)] * self.num_envs)
+        return self._observe(), self._infos([_info(self.task)] * self.num_envs)
 
     def step(
         self, actions: NDArray[np.int8]
     ) -> tuple[Observations, NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
-        """Decide one group in every episode: masks (M, N)."""
+        """Decide in every episode: masks (M, N)."""
         actions = np.asarray(actions)
         if actions.shape[:1] != (self.num_envs,):
             raise ValueError(f"actions of shape {actions.shape} came, expected {self.num_envs}: one for each episode.")
-        masks = [*self._masks, _checked_masks(self.layer, len(self._masks), actions)]
-        over = len(masks) == _n_decisions(self.layer)
-        self._masks = [] if over else masks
-        infos = [_info(self.layer, len(self._masks)) for _ in range(self.num_envs)]
-        rewards = self._settle(masks, infos) if over else np.zeros(self.num_envs)
-        ended = np.full(self.num_envs, over)
-        return self._observe(len(self._masks)), rewards, ended, np.zeros_like(ended), self._infos(infos)
-
-    def _settle(self, masks: list[torch.Tensor], infos: list[dict[str, Any]]) -> NDArray[np.float64]:
-        """Rewards (M,) of full episodes; adds to `infos` what they did."""
-        last = len(masks) - 1
-        rewards, seen = np.zeros(self.num_envs), _observation(self.layer, last)
-        shown = {key: np.broadcast_to(value, value.shape) for key, value in seen.items()}  # read-only, not M copies
-        for i, (outcome, n_images) in enumerate(zip(*self._judge(masks), strict=True)):
+        masks_MN, images = _masks(self.task, actions), self._drawn()
+        # Read-only, not M copies.
+        last = {key: np.broadcast_to(value, value.shape) for key, value in self.task.observation.as_dict().items()}
+        rewards, infos = np.zeros(self.num_envs), []
+        for i, outcome in enumerate(self.task.outcomes(masks_MN, images)):
             reward = self.reward(outcome)
-            facts = _facts(outcome, reward, n_images)
-            infos[i] |= facts | {"final_obs": shown, "final_info": _info(self.layer, last) | facts}
             rewards[i] = reward.value
-        return rewards
+            facts = _facts(outcome, reward, len(images))
+            infos.append(_info(self.task) | facts | {"final_obs": last, "final_info": _info(self.task) | facts})
+        ended = np.ones(self.num_envs, dtype=bool)
+        return self._observe(), rewards, ended, np.zeros_like(ended), self._infos(infos)
+
+    def _drawn(self) -> torch.Tensor:
+        """The reward images of one step, (B,) int64."""
+        total = self.task.n_images
+        size = min(self.images_per_step or total, total)
+        if size == total:
+            return torch.arange(total)
+        return torch.from_numpy(np.sort(self.np_random.choice(total, size, replace=False)))
 
     def _infos(self, infos: list[dict[str, Any]]) -> dict[str, Any]:
-        """Gymnasium's form: an array (M,) a key, and who has it as `_key`."""
+        """Gymnasium's form: an array (M,) per key, and who has it as `_key`."""
         joined: dict[str, Any] = {}
         for i, info in enumerate(infos):
             joined = self._add_info(joined, info, i)
         return joined
 
-    def _judge(self, masks: list[torch.Tensor]) -> tuple[list[Outcome], list[int]]:
-        """Outcomes of M masks, and the images spent on each."""
-        total = self.layer.n_images
-        size = min(self.images_per_step or total, total)
-        if self.adaptive is not None and isinstance(self.layer, LayerTask):
-            order = torch.from_numpy(self.np_random.permutation(total)[:size])
-            return adaptive_outcomes(self.layer, self.reward, masks[0], order, self.adaptive)
-        drawn = np.arange(total) if size == total else np.sort(self.np_random.choice(total, size, replace=False))
-        return _outcomes(self.layer, masks, torch.from_numpy(drawn)), [size] * self.num_envs
-
-    def _observe(self, position: int) -> Observations:
+    def _observe(self) -> Observations:
         # Read-only views: all episodes of a step see the same filters, and M copies of them would be waste.
-        return {
-            key: np.broadcast_to(value, (self.num_envs, *value.shape))
-            for key, value in _observation(self.layer, position).items()
-        }
+        seen = self.task.observation.as_dict()
+        return {key: np.broadcast_to(value, (self.num_envs, *value.shape)) for key, value in seen.items()}
 
 
 def make_env(
@@ -214,6 +186,7 @@ def make_env(
     group: str | None = None,
     layers: Sequence[str] | None = None,
     settings: EvaluationSettings | None = None,
+    repair: ReconstructionSettings | None = None,
     seed: int = 0,
 ) -> FilterPruningEnv:
     """Entry point of the id `keepdrop.envs.registration:keepdrop/FilterPruning-v0` in `gymnasium.make(id, ...)`.
@@ -222,10 +195,14 @@ def make_env(
         model: a trained CNN.
         splits: fit, reward and report images (`keepdrop.envs.data.splits`).
         reward: a pure function of an `Outcome`.
-        group: the filter group of a one-layer episode; None plays the whole network, one decision a group.
-        layers: globs of the groups of a whole-network episode; None means all.
-        settings: how masks are judged.
-        seed: chooses the images behind statistics and compensation.
+        group: the filter group to decide on; None decides on the whole network.
+        layers: names or globs of the groups of a whole network; None means all.
+        settings: how masks are evaluated. `compensate` also says whether a whole network is repaired after the cut.
+        repair: how, for a whole network; None means `ReconstructionSettings()`. Coarser settings make steps faster.
+        seed: chooses the images behind statistics, compensation and repair.
+
+    Raises:
+        UserError: an argument that is missing, or one that has no part in the chosen form.
     """
     missing = [name for name, value in (("model", model), ("splits", splits), ("reward", reward)) if value is None]
     if missing or model is None or splits is None or reward is None:
@@ -234,57 +211,42 @@ def make_env(
             'gymnasium.make("keepdrop.envs.registration:keepdrop/FilterPruning-v0", model=cnn, splits=splits, '
             'reward=TryAndLearn(0.02), group="conv2").'
         )
+    for name, value in (("layers", layers), ("repair", repair)):
+        if group is not None and value is not None:
+            raise UserError(f"{name} is for a whole network, but group={group!r} was given as well; leave one out.")
     task = PruningTask(model, splits, settings=settings, layers=layers, seed=seed)
-    return FilterPruningEnv(SequentialTask(task) if group is None else task.layer(group), reward)
+    if group is not None:
+        return FilterPruningEnv(task.layer(group), reward)
+    if repair is not None and not task.settings.compensate:
+        raise UserError("repair was given, but settings.compensate is False, which leaves networks as cut; drop one.")
+    usual = ReconstructionSettings() if task.settings.compensate else None
+    return FilterPruningEnv(OneShotTask(task, repair or usual), reward)
 
 
 def make_vector_env(num_envs: int = 16, images_per_step: int | None = None, **arguments: Any) -> FilterPruningVectorEnv:
-    """Entry point of the same id in `gymnasium.make_vec(id, num_envs=M, ...)`; arguments as `make_env`."""
+    """Entry point of the same id in `gymnasium.make_vec(id, num_envs=M, ...)`; arguments as for `make_env`."""
     env = make_env(**arguments)
-    return FilterPruningVectorEnv(env.layer, env.reward, num_envs, images_per_step)
+    return FilterPruningVectorEnv(env.task, env.reward, num_envs, images_per_step)
 
 
-def _n_decisions(layer: LayerTask | SequentialTask) -> int:
-    return len(layer.layers) if isinstance(layer, SequentialTask) else 1
+def _info(task: DecisionTask) -> dict[str, Any]:
+    return {"statistic_names": STATISTIC_NAMES, "group": task.name}
 
 
-def _group_names(layer: LayerTask | SequentialTask) -> list[str]:
-    return [each.group.name for each in layer.layers] if isinstance(layer, SequentialTask) else [layer.group.name]
-
-
-def _info(layer: LayerTask | SequentialTask, position: int) -> dict[str, Any]:
-    return {"statistic_names": STATISTIC_NAMES, "group": _group_names(layer)[position]}
-
-
-def _observation(layer: LayerTask | SequentialTask, position: int) -> Observations:
-    return layer.observation(position) if isinstance(layer, SequentialTask) else layer.observation.as_dict()
-
-
-def _spaces(layer: LayerTask | SequentialTask) -> tuple[spaces.Dict, spaces.MultiBinary]:
-    shown = _observation(layer, 0)
+def _spaces(task: DecisionTask) -> tuple[spaces.Dict, spaces.MultiBinary]:
     boxes: dict[str, spaces.Space[Any]] = {
-        key: spaces.Box(-np.inf, np.inf, value.shape, np.float32) for key, value in shown.items()
+        key: spaces.Box(-np.inf, np.inf, value.shape, np.float32) for key, value in task.observation.as_dict().items()
     }
-    return spaces.Dict(boxes), spaces.MultiBinary(shown["weights"].shape[0])
+    return spaces.Dict(boxes), spaces.MultiBinary(task.n_filters)
 
 
-def _checked_masks(layer: LayerTask | SequentialTask, position: int, actions: NDArray[Any]) -> torch.Tensor:
-    width = _observation(layer, 0)["weights"].shape[0]
-    if actions.ndim != 2 or actions.shape[1] != width:
-        raise ValueError(f"an action of shape {actions.shape[1:]} came, expected ({width},): one bit per filter.")
-    one = layer.layers[position] if isinstance(layer, SequentialTask) else layer
-    masks = torch.from_numpy(actions[:, : one.n_filters] != 0)
-    if not bool(masks.any(1).all()):
-        raise ValueError(f"an action keeps no filter of {one.group.name!r}; keep at least one.")
-    return masks
-
-
-def _outcomes(
-    layer: LayerTask | SequentialTask, masks: list[torch.Tensor], image_indices: torch.Tensor | None
-) -> list[Outcome]:
-    if isinstance(layer, SequentialTask):
-        return layer.outcomes(masks, image_indices)
-    return layer.outcomes(masks[0], image_indices)
+def _masks(task: DecisionTask, actions: NDArray[Any]) -> torch.Tensor:
+    """Actions as masks (M, N) bool."""
+    if actions.ndim != 2 or actions.shape[1] != task.n_filters:
+        raise ValueError(
+            f"an action of shape {actions.shape[1:]} came, expected ({task.n_filters},): one bit per filter."
+        )
+    return torch.from_numpy(actions != 0)
 
 
 def _facts(outcome: Outcome, reward: Reward, n_images: int) -> dict[str, float]:

@@ -1,6 +1,6 @@
-"""What an agent sees of a filter group: its filters' weights and twelve statistics a filter.
+"""What an agent sees of a filter group: its filters' weights and twelve statistics per filter.
 
-Shapes: N filters, D weights a filter, F statistics a filter, B images, R channels of a module that belong to one
+Shapes: N filters, D weights per filter, F statistics per filter, B images, R channels of a module that belong to one
 filter, S samples of a filter's activation.
 """
 
@@ -68,8 +68,8 @@ def observe(
         group: the filter group.
         images: (B, C, H, W) float images that may be looked at freely (the fit split).
         labels: (B,) int64, or other targets (B, ...).
-        batch: images a pass; it does not change the result beyond rounding.
-        measure: whose loss Taylor is about.
+        batch: images per pass; it does not change the result beyond rounding.
+        objective: whose loss the Taylor statistic is about.
 
     `l1` and `l2` are means over a filter's weights (mean absolute value, root mean square), so that they do not grow
     with D. Raises UserError for a network whose activations or gradients are not finite.
@@ -154,8 +154,8 @@ def _activation_columns(
     for start in range(0, len(images), batch):
         rows, before = slice(start, start + batch), sums.n_samples
         slope = _slope(model, group, images[rows], labels[rows], sums, objective)
-        an_image = (sums.n_samples - before) / len(slope)
-        taylor += (slope / max(an_image, 1)).abs().sum(0)
+        per_image = (sums.n_samples - before) / len(slope)
+        taylor += (slope / max(per_image, 1)).abs().sum(0)
     n_samples = max(sums.n_samples, 1)
     return {
         "mean_activation": sums.activation / n_samples,
@@ -225,9 +225,9 @@ def _gated(cut: Cut, gate: Tensor, sums: _Sums) -> Callable[[nn.Module, tuple[Te
         rows = _rows(cut, value)
         sums.add(value.detach()[:, rows].transpose(0, 1).flatten(1))
         # Images may have been cut into several rows each (patches, frames).
-        an_image = gate.to(value.dtype).repeat_interleave(len(value) // len(gate), dim=0)
+        per_image = gate.to(value.dtype).repeat_interleave(len(value) // len(gate), dim=0)
         scale = torch.ones(value.shape[:2], device=value.device, dtype=value.dtype)
-        scale[:, rows] = an_image[:, :, None]
+        scale[:, rows] = per_image[:, :, None]
         # A copy, since the network may overwrite in place what autograd still needs.
         gated = value.clone() * scale.reshape(*scale.shape, *[1] * (value.dim() - 2))
         return (gated.movedim(1, dim), *inputs[1:])

@@ -1,6 +1,6 @@
 """All filter groups of a network decided in one step: one keep/drop bit per filter of the network.
 
-Shapes: M masks, N filters of all groups together, D weights a filter (of the widest group), F statistics a filter.
+Shapes: M masks, N filters of all groups together, D weights per filter (of the widest group), F statistics per filter.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .evaluation.mask_evaluator import correct_flags
 from .networks.graph_passes import order_weights
 from .observation import Observation
 from .repair.reconstruction import Reconstruction, ReconstructionSettings
-from .surgery.cutting import prune
+from .surgery.cutting import checked_masks, prune
 from .surgery.filter_group import FilterGroup
 from .task import LayerTask, PruningTask
 
@@ -36,29 +36,43 @@ class OneShotObservation(Observation):
         return {**super().as_dict(), "groups": self.groups}
 
 
-class OneShotTask(LayerTask):
-    """Every group of a task as one decision; takes a `LayerTask`'s place in the environments.
+class OneShotTask:
+    """All groups of a task as one decision (`DecisionTask`).
 
-    A mask is judged by what it leads to: the network is cut for real, repaired in closed form (`Reconstruction`) if
-    wished, and counted. Observations are of the network before the cut.
+    A mask is evaluated by what it leads to: the network is cut for real, repaired in closed form (`Reconstruction`) if
+    asked to, and its correct answers are counted. Observations are of the network before the cut.
 
     Args:
         task: the network, its images and its groups.
         repair: how cut networks are repaired; None leaves them as cut.
-        layers: the groups one by one, where some are known (with what was seen of them) already.
+        layers: the groups one by one, with what was seen of them, if that is known already.
     """
 
     def __init__(
         self, task: PruningTask, repair: ReconstructionSettings | None, layers: Sequence[LayerTask] | None = None
     ) -> None:
-        groups = task.groups
-        super().__init__(task, FilterGroup(GROUP_NAME, sum(group.n_filters for group in groups), ()))
-        self.groups = groups
+        self.task = task
+        self.groups = task.groups
         self.repair = repair
-        self.layers = layers or [LayerTask(task, group) for group in groups]
+        self.layers = layers or [LayerTask(task, group) for group in self.groups]
+
+    @property
+    def name(self) -> str:
+        """ "network"."""
+        return GROUP_NAME
+
+    @property
+    def n_filters(self) -> int:
+        """N."""
+        return sum(group.n_filters for group in self.groups)
+
+    @property
+    def n_images(self) -> int:
+        """Images of the reward split."""
+        return len(self.task.splits.reward)
 
     def with_repair(self, repair: ReconstructionSettings | None) -> OneShotTask:
-        """The same decision, judged under another repair."""
+        """The same decision, evaluated under another repair; what was seen of the layers is shared."""
         return self if repair == self.repair else OneShotTask(self.task, repair, self.layers)
 
     @cached_property
@@ -81,8 +95,8 @@ class OneShotTask(LayerTask):
         return Reconstruction(self.task.model, images, self.repair)
 
     def choices(self, keep: Tensor) -> dict[FilterGroup, Tensor]:
-        """One mask (N,) as a mask for each group."""
-        return dict(zip(self.groups, keep.split([group.n_filters for group in self.groups]), strict=True))
+        """Masks (..., N) as masks for each group."""
+        return dict(zip(self.groups, keep.split([group.n_filters for group in self.groups], dim=-1), strict=True))
 
     def named(self, keep: Tensor) -> dict[str, Tensor]:
         """One mask (N,) as a mask by group name; `joined` takes it back."""
@@ -93,19 +107,25 @@ class OneShotTask(LayerTask):
         return torch.cat([masks[group.name] for group in self.groups])
 
     def cut(self, keep: Tensor) -> nn.Module:
-        """A new, smaller network without the filters that `keep` (N,) bool drops, repaired if wished."""
+        """A new, smaller network without the filters that `keep` (N,) bool drops, repaired as `repair` says."""
         if self.reconstruction is None:
             return prune(self.task.model, self.choices(keep))
         return self.reconstruction.cut(self.choices(keep))
 
     def outcomes(self, masks_MN: Tensor, image_indices: Tensor | None = None) -> list[Outcome]:
-        """What each mask does, on the whole reward split or on the images named; UserError for an emptied group."""
+        """What each mask does, on the whole reward split or on the images named; ValueError for an emptied group."""
+        masks_MN = torch.as_tensor(masks_MN, dtype=torch.bool)
+        if masks_MN.dim() != 2 or masks_MN.shape[1] != self.n_filters:
+            came = tuple(masks_MN.shape)
+            raise ValueError(f"masks of the network have shape {came}, expected (M, {self.n_filters}).")
+        for group, part in self.choices(masks_MN).items():
+            checked_masks(group, part)
         (images, labels), objective = self.task.reward_images, self.task.objective
         base = self.task.base.correct
         if image_indices is not None:
             images, labels, base = images[image_indices], labels[image_indices], base[image_indices]
         outcomes = []
-        for keep in torch.as_tensor(masks_MN, dtype=torch.bool):
+        for keep in masks_MN:
             model = self.cut(keep)
             order_weights(model)
             accuracy = objective.fraction(correct_flags(model, images, labels, objective=objective))

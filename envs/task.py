@@ -1,4 +1,4 @@
-"""A pruning task: one network, the images that judge it, and what every keep mask of its filter groups is worth.
+"""A pruning task: one network, the images it is evaluated on, and what keep masks of its filter groups are worth.
 
 Shapes: M masks, N filters, B images.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,18 +32,51 @@ from .surgery.limits import Limits
 from .surgery.masking import MixKey
 
 
+class DecisionTask(Protocol):
+    """One decision: what is seen of N filters, what a keep mask of them is worth, and the network it leads to.
+
+    What environments, and searches in them, know of a task: `LayerTask` decides on one filter group, `OneShotTask` on
+    all groups of a network together.
+    """
+
+    @property
+    def name(self) -> str:
+        """What the decision is about, for logs and infos."""
+
+    @property
+    def n_filters(self) -> int:
+        """N."""
+
+    @property
+    def n_images(self) -> int:
+        """Images of the reward split."""
+
+    @property
+    def observation(self) -> Observation:
+        """What is seen of the filters before the decision."""
+
+    def outcomes(self, masks_MN: Tensor, image_indices: Tensor | None = None) -> list[Outcome]:
+        """What each mask does to the network, on the whole reward split or on the images named, (B,) int64.
+
+        ValueError for masks of another shape and for one that keeps nothing of a filter group.
+        """
+
+    def cut(self, keep: Tensor) -> nn.Module:
+        """A new, smaller network without the filters that `keep` (N,) bool drops."""
+
+
 class PruningTask:
-    """A network in some state of pruning, judged against the network it came from.
+    """A network in some state of pruning, evaluated against the network it came from.
 
     Args:
         model: the network now (never changed here).
         splits: fit, reward and report images; the report split is never touched by this class.
         base: what the dense network did (`measure_baseline`); measured here when None.
-        settings: how masks are judged.
+        settings: how masks are evaluated.
         layers: names or globs of the groups that may be pruned; None means every prunable one.
         seed: chooses the images of the fit split behind statistics and compensation.
         device: where images are evaluated.
-        limits: what no decision may do (widths, protected filters); numbers and names are the dense network's.
+        limits: what every decision must respect (widths, protected filters), in the dense network's numbers and names.
         origin: the task of the dense network, if `model` was pruned already; `replace_model` sets it.
         kept: which of the dense network's channels are left; None if that is not known.
     """
@@ -80,11 +114,11 @@ class PruningTask:
 
     @cached_property
     def limits(self) -> Limits:
-        """What no decision may do, by group name."""
+        """What every decision must respect, by group name."""
         return self._limits.resolved(self.plan) if self.origin is self else self.origin.limits
 
     def dense_twin(self, group: FilterGroup) -> FilterGroup | None:
-        """The dense network's group that `group` is left of; None before any cut, or where that is not known."""
+        """The dense network's group that `group` is what is left of; None before any cut, or where that is unknown."""
         if self.origin is self or self.kept is None:
             return None
         found = dense_rows(group, self.origin.plan, self.kept)
@@ -97,7 +131,7 @@ class PruningTask:
 
     @property
     def objective(self) -> Objective:
-        """What answers are judged by."""
+        """The metric, and the loss that goes with it."""
         return self.splits.objective
 
     @cached_property
@@ -114,7 +148,7 @@ class PruningTask:
     def reward_images(self) -> tuple[Tensor, Tensor]:
         """The whole reward split: images (B, C, H, W) and labels (B,), or other targets (B, ...)."""
         if self.origin is not self:
-            return self.origin.reward_images  # once on the device, however many layers are cut
+            return self.origin.reward_images  # on the device once, however many layers are cut
         images, labels = self.splits.reward.batch(torch.arange(len(self.splits.reward)))
         return images.to(self.device), labels.to(self.device)
 
@@ -143,32 +177,6 @@ class PruningTask:
         matched = ", ".join(group.name for group in select_groups(self.plan, [name]))
         raise UserError(f"One layer is decided at a time, but {name!r} matches {matched}; name one of them.")
 
-    def evaluator(self, groups: Sequence[FilterGroup], dtype: str = "float32") -> MaskEvaluator:
-        """Counts the right answers under masks of `groups` on the reward split."""
-        how = {name: getattr(self.settings, name) for name in ("cache_gib", "method", "compile", "memory")}
-        return MaskEvaluator(self.model, groups, *self.reward_images, dtype=dtype, objective=self.objective, **how)
-
-    def outcomes(
-        self,
-        evaluator: MaskEvaluator,
-        masks: Mapping[FilterGroup, Tensor],
-        mixes: Mapping[MixKey, Tensor],
-        image_indices: Tensor | None = None,
-    ) -> list[Outcome]:
-        """What M masks (M, N) of every group do together, each with its channel mixes (M, N, N).
-
-        `image_indices` (B,) int64 names the reward images to look at, for the base as well; None means all.
-        """
-        by_name = {group.name: checked_masks(group, each) for group, each in masks.items()}
-        correct = evaluator.correct(by_name, image_indices=image_indices, mixes=mixes or None)
-        base = self.base.correct if image_indices is None else self.base.correct[image_indices]
-        n_kept = {group: by_name[group.name].sum(1).tolist() for group in masks}
-        before, full = self.objective.fraction(base), self.objective.unit * len(base)
-        return [
-            self.outcome(before, int(count) / full, {group: kept[i] for group, kept in n_kept.items()})
-            for i, count in enumerate(correct)
-        ]
-
     def outcome(self, base_accuracy: float, accuracy: float, n_kept: Mapping[FilterGroup, int]) -> Outcome:
         """What a cut to these counts costs, beside accuracies (fractions) measured elsewhere."""
         macs, params = pruned_cost(self.model, self.cost, n_kept)
@@ -182,6 +190,28 @@ class PruningTask:
             base_params=self.base.cost.params,
             pruned_params=params,
         )
+
+    def with_settings(self, settings: EvaluationSettings, seed: int | None = None) -> PruningTask:
+        """The same network, evaluated under other settings, or with other images behind statistics and compensation.
+
+        Shared, as neither has a part in them: the baseline, groups, limits, MACs and parameters, and the reward images
+        on the device. What is seen of layers and fitted to them (observations, evaluators, compensation) is the new
+        task's own.
+        """
+        task = PruningTask(
+            self.model,
+            self.splits,
+            base=self.base,
+            settings=settings,
+            layers=self.layers,
+            seed=self.seed if seed is None else seed,
+            device=self.device,
+            origin=None if self.origin is self else self.origin,
+            kept=self.kept,
+        )
+        task.plan, task.groups, task.limits = self.plan, self.groups, self.limits
+        task.cost, task.reward_images = self.cost, self.reward_images
+        return task
 
 
 def replace_model(task: PruningTask, model: nn.Module, kept: KeptChannels | None = None) -> PruningTask:
@@ -211,11 +241,16 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 class LayerTask:
-    """One filter group of a task: what is seen of it, what a mask is worth, and how it is cut."""
+    """One filter group as a decision, evaluated under masks; the network is cut only when the decision is made."""
 
     def __init__(self, task: PruningTask, group: FilterGroup) -> None:
         self.task = task
         self.group = group
+
+    @property
+    def name(self) -> str:
+        """The group's."""
+        return self.group.name
 
     @property
     def n_filters(self) -> int:
@@ -235,14 +270,28 @@ class LayerTask:
 
     @cached_property
     def evaluator(self) -> MaskEvaluator:
-        """Counts right answers in full precision."""
-        return self.task.evaluator([self.group])
+        """Counts correct answers in full precision."""
+        return self._evaluator("float32")
 
     @cached_property
     def search_evaluator(self) -> MaskEvaluator:
-        """Counts right answers during a search: in the precision that was asked for."""
+        """Counts correct answers during a search, in the precision of `settings.dtype`."""
         dtype = self.task.settings.dtype
-        return self.evaluator if dtype == "float32" else self.task.evaluator([self.group], dtype)
+        return self.evaluator if dtype == "float32" else self._evaluator(dtype)
+
+    def _evaluator(self, dtype: str) -> MaskEvaluator:
+        task, settings = self.task, self.task.settings
+        return MaskEvaluator(
+            task.model,
+            [self.group],
+            *task.reward_images,
+            dtype=dtype,
+            objective=task.objective,
+            cache_gib=settings.cache_gib,
+            method=settings.method,
+            compile=settings.compile,
+            memory=settings.memory,
+        )
 
     @cached_property
     def compensation(self) -> Compensation | None:
@@ -280,11 +329,33 @@ class LayerTask:
     def outcomes(self, masks_MN: Tensor, image_indices: Tensor | None = None) -> list[Outcome]:
         """What each mask does to the network: on the whole reward split exactly, on the images named as in a search.
 
-        A mask that keeps nothing is refused with a ValueError.
+        `image_indices` (B,) int64 names the images for the baseline as well. ValueError for masks of another shape and
+        for one that keeps nothing.
         """
         masks_MN = self.allowed(checked_masks(self.group, masks_MN))
         evaluator = self.evaluator if image_indices is None else self.search_evaluator
-        return self.task.outcomes(evaluator, {self.group: masks_MN}, self.mixes(masks_MN), image_indices)
+        mixes = self.mixes(masks_MN) or None
+        correct = evaluator.correct({self.group.name: masks_MN}, image_indices=image_indices, mixes=mixes)
+        base, objective = self.task.base.correct, self.task.objective
+        base = base if image_indices is None else base[image_indices]
+        before, full = objective.fraction(base), objective.unit * len(base)
+        return [
+            self.task.outcome(before, int(count) / full, {self.group: kept})
+            for count, kept in zip(correct, masks_MN.sum(1).tolist(), strict=True)
+        ]
+
+    def disagreement_with_float32(self, masks_MN: Tensor) -> dict[str, float]:
+        """How a search's precision differs from float32 on the whole reward split, under M masks.
+
+        Returns `answers` (fraction of all answers that are right in one and wrong in the other, or score differently)
+        and `accuracy` (the largest difference of a mask's accuracy).
+        """
+        masks = {self.group.name: self.allowed(masks_MN)}
+        mixes = self.mixes(masks[self.group.name])
+        exact = self.evaluator.correct_per_image(masks, mixes=mixes)
+        quick = self.search_evaluator.correct_per_image(masks, mixes=mixes)
+        apart = (exact.double().mean(1) - quick.double().mean(1)).abs() / self.task.objective.unit
+        return {"answers": float((exact != quick).double().mean()), "accuracy": float(apart.max())}
 
     def cut(self, keep: Tensor) -> nn.Module:
         """A new, smaller network without the filters that `keep` (N,) bool drops."""

@@ -50,5 +50,5 @@ class BestMasks:
         return {"masks": [scored.mask for scored in self.masks], "rewards": [scored.reward for scored in self.masks]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`."""
+        """Resume from `state_dict`."""
         self.masks = [ScoredMask(m.clone(), r) for m, r in zip(state["masks"], state["rewards"], strict=True)]

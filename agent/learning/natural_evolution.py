@@ -1,10 +1,10 @@
-"""REINFORCE on the parameters of a deterministic policy.
+"""Parameter-exploring policy gradients (PGPE) along the natural gradient (separable NES), for a network's agent.
 
-Where a mask decides about a whole network, noise on a few parameters explores better than noise on every bit: the
-policy itself is sampled, theta ~ Normal(mean, diag(scale^2)), and acts without chance. The score function of that
-normal distribution gives the same gradient estimator (Williams 1992; Sehnke et al. 2010, "Parameter-exploring policy
-gradients", eq. 8 to 11); it is followed along its natural gradient, which is exact and cheap for a diagonal normal
-(Wierstra et al. 2014, "Natural evolution strategies", eq. 18 and 24).
+Where one mask decides on a whole network, noise on a few parameters explores better than noise on every bit: the
+policy itself is sampled, theta ~ Normal(mean, diag(scale^2)), and acts deterministically. The score function of that
+normal distribution gives the same estimator as REINFORCE (Williams 1992; Sehnke et al. 2010, "Parameter-exploring
+policy gradients", eq. 8 to 11, with antithetic pairs); it is followed along its natural gradient, which is exact and
+cheap for a diagonal normal (Wierstra et al. 2014, "Natural evolution strategies", eq. 18 and 24).
 
 Shape suffixes: M masks, N filters, P parameters.
 """
@@ -18,6 +18,7 @@ import gymnasium
 import torch
 from torch import Tensor
 
+from ...errors import UserError
 from ..policies.network import NetworkPolicy
 from .best_masks import BestMasks
 from .rollout import evaluate_masks, observe
@@ -28,12 +29,12 @@ Project = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class NetworkAgentSettings:
-    """How a network's agent is trained.
+    """How a network's agent is trained by PGPE.
 
     Attributes:
-        updates: how many; each costs as many mask evaluations as the environment has sub-environments.
-        weight_scale: first standard deviation of the groups' log weights.
-        mix_scale: first standard deviation of the mix; 0 keeps the order of the warm start.
+        updates: number of updates; each costs as many mask evaluations as the environment has sub-environments.
+        weight_scale: initial standard deviation of the groups' log weights.
+        mix_scale: initial standard deviation of the mix; 0 keeps the order of the warm start.
         lr: step of the mean along the natural gradient.
         scale_lr: step of the log scales; None takes (3 + ln P) / (5 sqrt P).
         anneal: by the last update the noise has fallen, linearly, to this fraction of the scale; 1 leaves it.
@@ -50,20 +51,20 @@ class NetworkAgentSettings:
 
     def __post_init__(self) -> None:
         if self.updates < 0 or self.top_k < 1:
-            raise ValueError(f"updates is {self.updates} and top_k {self.top_k}, but they must be at least 0 and 1")
+            raise UserError(f"updates is {self.updates} and top_k {self.top_k}, but they must be at least 0 and 1")
         if not self.weight_scale > 0 or not self.mix_scale >= 0 or not self.lr > 0:
-            raise ValueError(
+            raise UserError(
                 f"weight_scale is {self.weight_scale}, mix_scale {self.mix_scale} and lr {self.lr}, but all must be "
                 "above 0 (mix_scale may be 0)"
             )
         if not 0 < self.anneal <= 1:
-            raise ValueError(f"anneal is {self.anneal}, but it must be above 0 and at most 1")
+            raise UserError(f"anneal is {self.anneal}, but it must be above 0 and at most 1")
 
 
 def utilities(rewards_M: Tensor) -> Tensor:
     """Advantages (M,) from ranks alone, of mean 0: the better half gets nearly all the weight.
 
-    Rewards that are equal share theirs. Wierstra et al. 2014, section 3.1: unmoved by outliers and by the scale.
+    Equal rewards share theirs. Fitness shaping of Wierstra et al. 2014, section 3.1: unmoved by outliers and by scale.
     """
     n_masks = len(rewards_M)
     raw = (math.log(n_masks / 2 + 1) - torch.arange(1, n_masks + 1, dtype=torch.float64).log()).clamp_min(0)
@@ -77,14 +78,17 @@ def utilities(rewards_M: Tensor) -> Tensor:
 
 
 class NetworkTrainer:
-    """Trains a `NetworkPolicy` in place, one update at a time; `state_dict` holds all it needs to go on exactly.
+    """Trains a `NetworkPolicy` in place by PGPE, one update at a time; `state_dict` is all it takes to resume.
+
+    Each update draws M / 2 parameter vectors and their mirror images around the mean, scores the M masks they lead to,
+    and moves mean and standard deviations along the natural gradient of the expected utility.
 
     Args:
         venv: one step is one episode, an action has one bit per filter of the network.
         policy: its parameters are the distribution's mean.
-        project: makes scores a mask.
+        project: turns scores into a mask.
         settings: how.
-        generator: the only source of chance, apart from the environment's own.
+        generator: the only source of randomness, apart from the environment's own.
     """
 
     def __init__(
@@ -112,7 +116,7 @@ class NetworkTrainer:
         return len(self.history) >= self.settings.updates
 
     def mask(self, vector: Tensor | None = None) -> Tensor:
-        """The mask (N,) of the mean policy, or of other parameters."""
+        """The mask (N,) of the mean policy, or of other parameters (P,)."""
         return self.project(self.policy.scores(self.features, vector))
 
     def step(self) -> dict[str, float]:
@@ -155,7 +159,7 @@ class NetworkTrainer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`, bit for bit (the environment's own chance apart)."""
+        """Resume from `state_dict`, bit for bit (apart from the environment's own randomness)."""
         self.policy.load_state_dict(state["policy"])
         self.scale = state["scale"].clone()
         self.generator.set_state(state["generator"])

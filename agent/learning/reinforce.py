@@ -1,17 +1,15 @@
-"""Learning: REINFORCE over M sampled masks.
+"""REINFORCE, the policy-gradient estimator, over M sampled masks: baselines, loss and learner.
 
 Shape suffixes: M masks, N filters.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..policies.distributions import MaskDistribution, MaskSample
-from ..policies.set_policy import Policy
-from .control_variate import LinearControl
+from ..policies.policy import Policy
 from .rollout import Rollout
 
 BASELINES = ("none", "leave_one_out", "rank")
@@ -28,7 +26,7 @@ def leave_one_out_advantages(rewards_M: Tensor) -> Tensor:
     """
     n_masks = len(rewards_M)
     if n_masks < 2:
-        raise ValueError("a leave-one-out baseline needs at least 2 masks an update; sample more masks")
+        raise ValueError("a leave-one-out baseline needs at least 2 masks per update; sample more masks")
     return (rewards_M - rewards_M.mean()) * (n_masks / (n_masks - 1))
 
 
@@ -42,7 +40,7 @@ def rank_advantages(rewards_M: Tensor) -> Tensor:
     """
     n_masks = len(rewards_M)
     if n_masks < 2:
-        raise ValueError("ranking needs at least 2 masks an update; sample more masks")
+        raise ValueError("ranking needs at least 2 masks per update; sample more masks")
     below_M = (rewards_M[None, :] < rewards_M[:, None]).sum(1)
     upto_M = (rewards_M[None, :] <= rewards_M[:, None]).sum(1)
     return (below_M + upto_M - 1).to(rewards_M.dtype) / (n_masks - 1) - 1.0
@@ -71,7 +69,7 @@ def reinforce_loss(
     """The scalar whose gradient is minus the policy gradient (Williams, 1992), minus an entropy bonus.
 
     mean over masks of -advantage x log-probability (the SUM over filters: a mean would make the gradient N
-    times too small), minus entropy_weight x entropy a filter in nats.
+    times too small), minus entropy_weight x entropy per filter in nats.
     """
     log_prob_M = distribution.log_prob(sample)
     policy_loss = -(advantages_M.to(log_prob_M) * log_prob_M).mean()
@@ -84,11 +82,10 @@ class ReinforceSettings:
 
     Attributes:
         lr: Adam's learning rate of a policy's fast parameters (`parameter_groups`).
-        entropy_weight: bonus for each nat of entropy a filter.
+        entropy_weight: bonus for each nat of entropy per filter.
         baseline: "leave_one_out" (unbiased), "rank" (robust, biased) or "none".
         clip: bound of the advantages, or None.
         max_grad_norm: the gradient is scaled down to this norm, or None.
-        control_variate: take out of the rewards what `LinearControl` predicts, and add its gradient exactly.
     """
 
     lr: float = 0.07
@@ -96,36 +93,6 @@ class ReinforceSettings:
     baseline: str = "leave_one_out"
     clip: float | None = None
     max_grad_norm: float | None = 1.0
-    control_variate: bool = False
-
-    def __post_init__(self) -> None:
-        if self.control_variate and (self.baseline == "rank" or self.clip is not None):
-            raise ValueError(
-                "control_variate is on, but so is a rank baseline or a clip, under which its gradient would not be the "
-                "one that is added; use leave_one_out or none, and clip=null"
-            )
-
-
-def policy_loss(
-    distribution: MaskDistribution,
-    sample: MaskSample,
-    rewards_M: Tensor,
-    settings: ReinforceSettings,
-    weights_N: Tensor | None = None,
-) -> Tensor:
-    """`reinforce_loss` of these rewards, with a linear control variate if its weights (N,) are given.
-
-    The rewards lose raw mask @ weights, and the loss gets the gradient of its expectation: unbiased for any weights
-    that do not depend on this sample.
-    """
-    if weights_N is not None:
-        rewards_M = rewards_M - (sample.raw.to(weights_N) @ weights_N).to(rewards_M)
-    advantages_M = advantages(rewards_M, settings.baseline, settings.clip)
-    loss = reinforce_loss(distribution, sample, advantages_M, settings.entropy_weight)
-    if weights_N is None:
-        return loss
-    keep_N = distribution.keep_probability()
-    return loss - weights_N.to(keep_N) @ keep_N
 
 
 class Reinforce:
@@ -147,25 +114,22 @@ class Reinforce:
             for group in policy.parameter_groups()
         ]
         self.optimizer = torch.optim.Adam(groups, lr=self.settings.lr)
-        self.control = LinearControl() if self.settings.control_variate else None
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         """Learn from one rollout.
 
         Returns:
-            metrics: `loss`, `entropy` (nats a filter), `gradient_norm` (before clipping), `reward_mean`,
+            metrics: `loss`, `entropy` (nats per filter), `gradient_norm` (before clipping), `reward_mean`,
             `reward_std`, `reward_max`, `kept_mean` and `kept_std` (fractions).
         """
         settings = self.settings
         distribution = self.policy(rollout.observation)
-        weights_N = None if self.control is None else self.control.weights(rollout.observation)
-        loss = policy_loss(distribution, rollout.sample, rollout.rewards, settings, weights_N)
+        advantages_M = advantages(rollout.rewards, settings.baseline, settings.clip)
+        loss = reinforce_loss(distribution, rollout.sample, advantages_M, settings.entropy_weight)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = self._clip_gradient()
         self.optimizer.step()
-        if self.control is not None:
-            self.control.add(rollout.observation, rollout.sample.raw, rollout.rewards)
         entropy = distribution.entropy().item() / rollout.sample.raw.shape[1]
         return {"loss": loss.item(), "entropy": entropy, "gradient_norm": norm, **_reward_metrics(rollout)}
 
@@ -173,17 +137,6 @@ class Reinforce:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         bound = self.settings.max_grad_norm
         return nn.utils.clip_grad_norm_(parameters, float("inf") if bound is None else bound).item()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything the learner needs to go on exactly, the policy's weights apart."""
-        control = {} if self.control is None else {"control": self.control.state_dict()}
-        return {"optimizer": self.optimizer.state_dict(), **control}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`."""
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.control is not None:
-            self.control.load_state_dict(state["control"])
 
 
 def _reward_metrics(rollout: Rollout) -> dict[str, float]:

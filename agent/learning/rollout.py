@@ -1,6 +1,6 @@
-"""Acting: sample masks, step the environment once, keep what came back.
+"""Rollouts: sample masks, step the environment once, record what came back.
 
-Shape suffixes: M masks (one a sub-environment), N filters.
+Shape suffixes: M masks (one per sub-environment), N filters.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..policies.distributions import MaskSample
-from ..policies.set_policy import Policy
+from ..policies.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Rollout:
         observation: `weights` (N, D) and `statistics` (N, F), float32.
         sample: the sampled masks.
         rewards: (M,) float64.
-        infos: everything in the environment's info that has one number a mask, float64 (M,).
+        infos: everything in the environment's info that has one number per mask, float64 (M,).
     """
 
     observation: dict[str, Tensor]
@@ -34,7 +34,7 @@ class Rollout:
 
 
 def collect_rollout(venv: gymnasium.vector.VectorEnv, policy: Policy, generator: torch.Generator) -> Rollout:
-    """Sample one mask a sub-environment and score them all in one step.
+    """Sample one mask per sub-environment and score them all in one step.
 
     The environment is reset first: with Gymnasium's default autoreset every second step of a one-step
     episode would do nothing.

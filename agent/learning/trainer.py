@@ -1,18 +1,18 @@
-"""Training one agent: act, learn, remember the best masks, stop when nothing is gained any more.
+"""Training loop of one agent: act, learn, remember the best masks, stop once the reward no longer rises.
 
 Shape suffixes: M masks, N filters.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import gymnasium
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ...errors import UserError
 from ..policies.distributions import top_mask
-from ..policies.set_policy import Policy
+from ..policies.policy import Policy
 from .best_masks import BestMasks, ScoredMask
 from .reinforce import BASELINES, Reinforce, ReinforceSettings
 from .rollout import Rollout, collect_rollout, evaluate_masks, observe
@@ -23,15 +23,14 @@ class AgentSettings:
     """How one agent is trained.
 
     Attributes:
-        updates: at most so many; each costs as many mask evaluations as the environment has sub-environments.
+        updates: at most this many; each costs as many mask evaluations as the environment has sub-environments.
         lr: Adam's learning rate of the policy's fast parameters.
-        entropy_weight: bonus for each nat of entropy a filter.
+        entropy_weight: bonus for each nat of entropy per filter.
         baseline: "leave_one_out" (unbiased), "rank" (biased, but no outlier drowns an update: for rewards
             without a lower bound) or "none".
         clip: bound of the advantages, or None.
         max_grad_norm: the gradient is scaled down to this norm, or None.
-        control_variate: quieter gradients by a linear prediction of the reward (`LinearControl`).
-        patience: stop once the smoothed mean reward has not risen by min_gain for so many updates; None
+        patience: stop once the smoothed mean reward has not risen by min_gain for this many updates; None
             makes all updates.
         min_gain: what counts as risen.
         smoothing: weight of the past in the smoothed mean reward, in [0, 1).
@@ -45,7 +44,6 @@ class AgentSettings:
     baseline: str = "leave_one_out"
     clip: float | None = None
     max_grad_norm: float | None = 1.0
-    control_variate: bool = False
     patience: int | None = 20
     min_gain: float = 1e-3
     smoothing: float = 0.8
@@ -54,20 +52,17 @@ class AgentSettings:
 
     def __post_init__(self) -> None:
         if self.baseline not in BASELINES:
-            raise ValueError(f"baseline is {self.baseline!r}, but it must be one of {', '.join(BASELINES)}")
+            raise UserError(f"baseline is {self.baseline!r}, but it must be one of {', '.join(BASELINES)}")
         if self.updates < 0:
-            raise ValueError(f"updates is {self.updates}, but it cannot be below 0")
+            raise UserError(f"updates is {self.updates}, but it cannot be below 0")
         if self.patience is not None and self.patience < 1:
-            raise ValueError(f"patience is {self.patience}, but it must be at least 1, or None for all updates")
+            raise UserError(f"patience is {self.patience}, but it must be at least 1, or None for all updates")
         if not 0.0 <= self.smoothing < 1.0:
-            raise ValueError(f"smoothing is {self.smoothing}, but it must lie in [0, 1)")
-        self.reinforce()
+            raise UserError(f"smoothing is {self.smoothing}, but it must lie in [0, 1)")
 
     def reinforce(self) -> ReinforceSettings:
         """The part that the learner reads."""
-        return ReinforceSettings(
-            self.lr, self.entropy_weight, self.baseline, self.clip, self.max_grad_norm, self.control_variate
-        )
+        return ReinforceSettings(self.lr, self.entropy_weight, self.baseline, self.clip, self.max_grad_norm)
 
 
 @dataclass(frozen=True)
@@ -80,7 +75,7 @@ class TrainingResult:
         greedy: the policy's greedy mask (N,), bool.
         greedy_reward: its reward, or None where no sweep was made.
         converged: whether patience stopped it.
-        n_updates: updates made, those before a resume included.
+        n_updates: updates made.
     """
 
     history: list[dict[str, float]]
@@ -92,13 +87,13 @@ class TrainingResult:
 
 
 class Trainer:
-    """One agent's training, one update at a time; `state_dict` holds all it needs to go on exactly.
+    """One agent's training, one update at a time. A layer's search is the unit that resumes, so it keeps no state.
 
     Args:
         venv: an environment whose sub-environments all see the same layer; one step is one episode.
         policy: trained in place.
         settings: how.
-        generator: the only source of chance, apart from the environment's own.
+        generator: the only source of randomness, apart from the environment's own.
     """
 
     def __init__(
@@ -151,26 +146,6 @@ class Trainer:
         best = list(self.best.masks)
         return TrainingResult(list(self.history), best, greedy.cpu(), reward, self.converged, len(self.history))
 
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values only: `torch.load(weights_only=True)` reads it back."""
-        return {
-            "policy": _module(self.policy).state_dict(),
-            "learner": self.learner.state_dict(),
-            "generator": self.generator.get_state(),
-            "best": self.best.state_dict(),
-            "history": [dict(metrics) for metrics in self.history],
-            "progress": vars(self._progress).copy(),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`, bit for bit."""
-        _module(self.policy).load_state_dict(state["policy"])
-        self.learner.load_state_dict(state["learner"])
-        self.generator.set_state(state["generator"])
-        self.best.load_state_dict(state["best"])
-        self.history = [dict(metrics) for metrics in state["history"]]
-        self._progress = _Progress(**state["progress"])
-
 
 def train_agent(
     venv: gymnasium.vector.VectorEnv,
@@ -179,7 +154,6 @@ def train_agent(
     generator: torch.Generator,
     *,
     callback: Callable[[Trainer, Mapping[str, float]], None] | None = None,
-    state: Mapping[str, Any] | None = None,
 ) -> TrainingResult:
     """Train a policy in place until it converges or the updates are spent.
 
@@ -187,14 +161,10 @@ def train_agent(
         venv: see `Trainer`.
         policy: see `Trainer`.
         settings: how.
-        generator: the only source of chance; with `state` it is set back to where that was saved.
-        callback: called after each update with the trainer and the update's metrics: to log, and to save
-            `trainer.state_dict()`.
-        state: of an interrupted training with the same arguments; the result is the uninterrupted one's.
+        generator: see `Trainer`.
+        callback: called after each update with the trainer and the update's metrics, to log them.
     """
     trainer = Trainer(venv, policy, settings, generator)
-    if state is not None:
-        trainer.load_state_dict(state)
     while not trainer.done:
         metrics = trainer.step()
         if callback is not None:
@@ -237,9 +207,3 @@ class _Progress:
 
 def _info_means(rollout: Rollout) -> dict[str, float]:
     return {f"info/{name}": values.mean().item() for name, values in rollout.infos.items()}
-
-
-def _module(policy: Policy) -> nn.Module:
-    if not isinstance(policy, nn.Module):
-        raise TypeError(f"a policy is an nn.Module, this one is a {type(policy).__name__}")
-    return policy

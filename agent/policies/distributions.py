@@ -1,4 +1,4 @@
-"""Distributions over keep masks.
+"""Distributions over keep masks: independent Bernoullis, and Bernoullis with a shared sampled threshold.
 
 Shape suffixes: M masks, N filters, K quadrature points.
 """
@@ -55,7 +55,7 @@ class MaskDistribution(Protocol):
 
 
 class IndependentBernoulli:
-    """One Bernoulli a filter, as in the paper.
+    """One independent Bernoulli per filter, as in the paper.
 
     It hardly explores HOW MANY filters are kept: the count spreads with sqrt(N) only.
 
@@ -90,14 +90,15 @@ class IndependentBernoulli:
 
 
 class SharedThresholdBernoulli:
-    """Bernoullis that share a sampled threshold: z ~ Normal, logit_i = score_i - z.
+    """Bernoullis that share one sampled threshold: z ~ Normal(location, exp(log_scale)), logit_i = score_i - z.
 
-    The threshold moves all filters at once, so the number kept is explored as widely as `log_scale` says,
-    whatever N is, while the scores say which filters go first. log_prob is the joint one of (z, mask),
-    whose score function is as unbiased as the marginal one. No source; not in the paper.
+    What is shared is z: each mask draws its own, and all filters of the mask are compared with it. It acts as a latent
+    budget (`exploration="budget"`): moving it moves all filters at once, so the number kept is explored as widely as
+    `log_scale` says, whatever N is, while the scores say which filters go first. log_prob is the joint one of
+    (z, mask), whose score function is as unbiased as the marginal one. No source; not in the paper.
 
     Args:
-        scores_N: one score a filter.
+        scores_N: one score per filter.
         location: mean of the threshold, a scalar tensor.
         log_scale: log of its standard deviation, a scalar tensor.
     """
@@ -127,7 +128,7 @@ class SharedThresholdBernoulli:
             ValueError: a sample without latents.
         """
         if sample.latents is None:
-            raise ValueError("a budget latent's log-probability needs the sampled latents, and this sample has none")
+            raise ValueError("a shared threshold's log-probability needs the sampled latents, and this sample has none")
         standard_M = (sample.latents - self.location) * torch.exp(-self.log_scale)
         latent_M = -0.5 * standard_M**2 - self.log_scale - 0.5 * math.log(2 * math.pi)
         return latent_M + _log_bernoulli(self.scores_N - sample.latents[:, None], sample.raw)
@@ -171,7 +172,7 @@ def top_mask(scores_N: Tensor, n_keep: int) -> Tensor:
 
 def _checked(logits_N: Tensor) -> Tensor:
     if logits_N.ndim != 1 or len(logits_N) == 0:
-        raise ValueError(f"one logit a filter, shape (N,), was expected, but the shape is {tuple(logits_N.shape)}")
+        raise ValueError(f"one logit per filter, shape (N,), was expected, but the shape is {tuple(logits_N.shape)}")
     if not torch.isfinite(logits_N).all():
         raise ValueError("the policy's logits are not finite; lower the learning rate or check the observation for NaN")
     return logits_N

@@ -1,6 +1,6 @@
 """Per-filter features that do not depend on the order, the number or the size of the filters.
 
-Shape suffixes: N filters, D weights a filter, F statistics a filter, Q quantiles.
+Shape suffixes: N filters, D weights per filter, F statistics per filter, Q quantiles.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ CLIP = 3.0
 
 
 def check_observation(observation: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Take an observation apart.
+    """Unpack and check an observation.
 
     Returns:
         weights (N, D) and statistics (N, F).

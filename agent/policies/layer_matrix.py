@@ -1,6 +1,6 @@
 """The paper's policy: a layer's filters read as one N x D matrix.
 
-Shape suffixes: N filters, D weights a filter.
+Shape suffixes: N filters, D weights per filter.
 """
 
 import math
@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from .distributions import MaskDistribution
 from .features import check_observation
-from .set_policy import Exploration, ThresholdHead
+from .policy import Exploration, ThresholdHead, check_keep
 
 POOLED = 8
 SMALL_D = 64
 
 
 class LayerMatrixPolicy(nn.Module):
-    """Convolutions over the N x D filter matrix, then fully connected layers to one logit a filter.
+    """Convolutions over the N x D filter matrix, then fully connected layers to one logit per filter.
 
     Huang et al. (arXiv 1801.07365), section 3: blocks of a 7x7 convolution and pooling, then fully
     connected; only fully connected where D is small. The number of blocks, channels and units is not
@@ -38,7 +38,7 @@ class LayerMatrixPolicy(nn.Module):
         seed: of the initial weights.
 
     Raises:
-        ValueError: an argument outside its range.
+        UserError: an argument outside its range.
     """
 
     def __init__(
@@ -63,8 +63,7 @@ class LayerMatrixPolicy(nn.Module):
             "initial_scale": initial_scale,
             "seed": seed,
         }
-        if not 0.0 < initial_keep < 1.0:
-            raise ValueError(f"initial_keep is {initial_keep}, but it is a fraction in (0, 1)")
+        check_keep(initial_keep)
         self.n_filters, self.n_weights = n_filters, n_weights
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -105,9 +104,9 @@ class LayerMatrixPolicy(nn.Module):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The threshold and the last biases learn at 0.3 of the rate, the network at 0.1 of it.
 
-        Each bias hears of its own filter only, so it must average over more masks than a SetPolicy's weights.
+        Each bias learns about its own filter only, so it must average over more masks than a SetPolicy's weights.
         """
         fast = [self.head.location, self.head.log_scale, self.last.bias]
-        quick = {id(parameter) for parameter in fast}
-        slow = [parameter for parameter in self.parameters() if id(parameter) not in quick]
+        fast_ids = {id(parameter) for parameter in fast}
+        slow = [parameter for parameter in self.parameters() if id(parameter) not in fast_ids]
         return [{"params": fast, "lr_scale": 0.3}, {"params": slow, "lr_scale": 0.1}]

@@ -1,6 +1,6 @@
-"""A policy for all filters of a network at once: it scores them, and a budget says how many of them stay.
+"""Network policy: scores all filters of a network at once; a budget says how many of them stay.
 
-Shape suffixes: N filters, F features a filter, L groups, P parameters.
+Shape suffixes: N filters, F features per filter, L groups, P parameters.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,27 +9,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...errors import UserError
 from .features import check_observation, ranks, weight_quantiles
 
 
 class NetworkPolicy(nn.Module):
-    """Ranks the filters inside each group by a learned mix of what is seen of them, and weighs the groups.
+    """Ranks the filters within each group by a learned mix of what is seen of them, and weighs the groups.
 
-    score_i = -rank_i / weight_l with rank_i in (0, 1): position in the group's own order, best first, and one learned
-    weight a group. Cutting all filters at one score then keeps the fraction weight_l x constant of each group, so a few
-    numbers say where a network is cut. The order is that of a linear mix of ranked statistics and quantiles of the
-    absolute weights: equivariant over filters, so it means the same on another checkpoint; the group weights mean the
-    same on any checkpoint of the same architecture.
+    score_i = -rank_i / weight_l, with rank_i in (0, 1) the position in the group's own order, best first, and one
+    learned weight per group. Cutting all filters at one score then keeps the fraction weight_l x constant of each
+    group, so a few numbers say where a network is cut. The order is that of a linear mix of ranked statistics and
+    quantiles of the absolute weights: equivariant over filters, so it means the same on another checkpoint; the group
+    weights mean the same on any checkpoint of the same architecture.
 
     Args:
         n_groups: L.
-        n_statistics: F, statistics a filter in the observation.
+        n_statistics: F, statistics per filter in the observation.
         warm_start: the statistic whose order is the first one, at mix 1; None starts from an arbitrary order.
         statistic_names: the observation's statistics in order; needed for `warm_start`.
         quantiles: of each filter's absolute weights.
 
     Raises:
-        ValueError: a statistic that is not in `statistic_names`.
+        UserError: a statistic that is not in `statistic_names`.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class NetworkPolicy(nn.Module):
         if warm_start is not None:
             if statistic_names is None or warm_start not in statistic_names:
                 known = ", ".join(statistic_names) if statistic_names else "none, give statistic_names"
-                raise ValueError(f"warm_start is {warm_start!r}, but the statistics are: {known}")
+                raise UserError(f"warm_start is {warm_start!r}; expected one of the statistics: {known}.")
             mix[list(statistic_names).index(warm_start)] = 1.0
         self.mix = nn.Parameter(mix)
         self.log_weight = nn.Parameter(torch.zeros(n_groups, dtype=torch.float64))
@@ -69,7 +70,7 @@ class NetworkPolicy(nn.Module):
             self.mix.copy_(vector[len(self.log_weight) :])
 
     def features(self, observation: Mapping[str, Tensor]) -> list[Tensor]:
-        """What is seen of each group's filters: (N_l, F) a group, ranked inside the group.
+        """What is seen of each group's filters: (N_l, F) per group, ranked within the group.
 
         Raises:
             ValueError: an observation of another number of groups or statistics, or without `groups`.
@@ -80,14 +81,14 @@ class NetworkPolicy(nn.Module):
         came = (int(owner_N.max()) + 1, statistics_NF.shape[1])
         if came != expected:
             raise ValueError(
-                f"this policy reads {expected[0]} groups and {expected[1]} statistics a filter, but {came[0]} and "
+                f"this policy reads {expected[0]} groups and {expected[1]} statistics per filter, but {came[0]} and "
                 f"{came[1]} came; use it on the architecture it was trained for"
             )
         described = torch.cat([statistics_NF, weight_quantiles(weights_ND, self.quantiles)], dim=1).double()
         return [ranks(described[owner_N == group]) for group in range(expected[0])]
 
     def scores(self, features: Sequence[Tensor], vector: Tensor | None = None) -> Tensor:
-        """One score a filter (N,), comparable over all groups, under the policy's own or other parameters (P,)."""
+        """One score per filter (N,), comparable across groups, under the policy's own or other parameters (P,)."""
         vector = self.parameter_vector() if vector is None else vector
         log_weight_L, mix_F = vector[: len(self.log_weight)], vector[len(self.log_weight) :]
         scores = []

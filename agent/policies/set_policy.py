@@ -1,70 +1,30 @@
-"""Policies: from what is seen of a layer to a distribution over its keep masks.
+"""The default policy: permutation-equivariant over a layer's filters (in the manner of DeepSets), for any layer.
 
-Shape suffixes: N filters, D weights a filter, F statistics a filter, H hidden units.
+Shape suffixes: N filters, D weights per filter, F statistics per filter, H hidden units.
 """
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol, TypeAlias, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .distributions import IndependentBernoulli, MaskDistribution, SharedThresholdBernoulli
+from ...errors import UserError
+from .distributions import MaskDistribution
 from .features import check_observation, layer_context, ranks, standardise, weight_quantiles
-
-Exploration: TypeAlias = Literal["budget", "bernoulli"]
-
-
-class Policy(Protocol):
-    """What the trainer needs of a policy, beside being an `nn.Module`."""
-
-    kwargs: dict[str, Any]
-    """The JSON-able constructor arguments it can be rebuilt from."""
-
-    def __call__(self, observation: Mapping[str, Tensor]) -> MaskDistribution:
-        """The distribution over keep masks for one layer's `weights` (N, D) and `statistics` (N, F)."""
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """Optimiser groups: `params`, and `lr_scale` by which the learning rate is multiplied."""
-
-
-class ThresholdHead(nn.Module):
-    """Turns scores into a distribution; owns the threshold and, if it is explored, its spread.
-
-    Args:
-        exploration: "budget" samples the threshold (`SharedThresholdBernoulli`), "bernoulli" does not.
-        initial_location: the first threshold.
-        initial_scale: the first standard deviation of a sampled threshold.
-    """
-
-    def __init__(self, exploration: Exploration, initial_location: float, initial_scale: float) -> None:
-        super().__init__()
-        if exploration not in get_args(Exploration):
-            raise ValueError(
-                f"exploration is {exploration!r}, but it must be one of {', '.join(get_args(Exploration))}"
-            )
-        self.exploration = exploration
-        self.location = nn.Parameter(torch.tensor(initial_location))
-        self.log_scale = nn.Parameter(torch.tensor(math.log(initial_scale)), requires_grad=exploration == "budget")
-
-    def forward(self, scores_N: Tensor, shift: Tensor | float = 0.0) -> MaskDistribution:
-        """The distribution of scores against a threshold moved by `shift`."""
-        if self.exploration == "bernoulli":
-            return IndependentBernoulli(scores_N - (self.location + shift))
-        return SharedThresholdBernoulli(scores_N, self.location + shift, self.log_scale)
+from .policy import Exploration, ThresholdHead, check_keep
 
 
 class SetPolicy(nn.Module):
     """A policy for any layer: permutation-equivariant over filters, independent of N and D.
 
-    Every filter is described by its statistics and the quantiles of its absolute weights, standardised and
-    ranked inside the layer; a linear score, and a small network that also sees pooled context, rank the
-    filters, and a threshold cuts. Copying every filter leaves the scores as they are. Not in the paper,
-    whose policy reads filter i at input i and cannot be reused on another checkpoint.
+    Each filter is described by its statistics and the quantiles of its absolute weights, standardised and
+    ranked within the layer. A linear score plus a small network that also sees pooled context rank the
+    filters, and a threshold cuts the ranking. Duplicating every filter leaves the scores unchanged. Not in
+    the paper, whose policy reads filter i at input i and cannot be reused on another checkpoint.
 
     Args:
-        n_statistics: F, statistics a filter in the observation.
+        n_statistics: F, statistics per filter in the observation.
         hidden: units of the hidden layers.
         quantiles: of each filter's absolute weights.
         exploration: "budget" (a sampled threshold) or "bernoulli".
@@ -73,11 +33,11 @@ class SetPolicy(nn.Module):
             the kept fraction vary by about 0.2.
         warm_start: name of the statistic whose rank is the first score; None starts with equal scores.
         statistic_names: the observation's statistics in order; needed for `warm_start`.
-        sharpness: half the range of the warm-started scores; the larger, the less of a sampled mask is chance.
+        sharpness: half the range of the warm-started scores; the larger, the less random a sampled mask.
         seed: of the initial weights.
 
     Raises:
-        ValueError: an argument outside its range, or a statistic that is not in `statistic_names`.
+        UserError: an argument outside its range, or a statistic that is not in `statistic_names`.
     """
 
     def __init__(
@@ -106,9 +66,9 @@ class SetPolicy(nn.Module):
             "sharpness": sharpness,
             "seed": seed,
         }
-        _check_keep(initial_keep)
+        check_keep(initial_keep)
         if not initial_scale > 0.0:
-            raise ValueError(f"initial_scale is {initial_scale}, but a spread must be above 0")
+            raise UserError(f"initial_scale is {initial_scale}; expected a spread above 0.")
         self.n_statistics = n_statistics
         self.quantiles = tuple(quantiles)
         n_features = 2 * (n_statistics + len(self.quantiles))
@@ -153,7 +113,7 @@ class SetPolicy(nn.Module):
         weights_ND, statistics_NF = check_observation(observation)
         if statistics_NF.shape[1] != self.n_statistics:
             raise ValueError(
-                f"this policy reads {self.n_statistics} statistics a filter, but the observation has "
+                f"this policy reads {self.n_statistics} statistics per filter, but the observation has "
                 f"{statistics_NF.shape[1]}; use an agent trained on the same observation format"
             )
         described = torch.cat([statistics_NF, weight_quantiles(weights_ND, self.quantiles)], dim=1)
@@ -162,14 +122,9 @@ class SetPolicy(nn.Module):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The threshold and the linear score learn at the full rate, the network at a tenth of it."""
         fast = [self.linear.weight, self.head.location, self.head.log_scale]
-        quick = {id(parameter) for parameter in fast}
-        slow = [parameter for parameter in self.parameters() if id(parameter) not in quick]
+        fast_ids = {id(parameter) for parameter in fast}
+        slow = [parameter for parameter in self.parameters() if id(parameter) not in fast_ids]
         return [{"params": fast, "lr_scale": 1.0}, {"params": slow, "lr_scale": 0.1}]
-
-
-def _check_keep(initial_keep: float) -> None:
-    if not 0.0 < initial_keep < 1.0:
-        raise ValueError(f"initial_keep is {initial_keep}, but it is a fraction in (0, 1)")
 
 
 def _warm_column(name: str | None, names: Sequence[str] | None, n_statistics: int) -> int | None:
@@ -179,7 +134,7 @@ def _warm_column(name: str | None, names: Sequence[str] | None, n_statistics: in
         return None
     if names is None or name not in names:
         known = ", ".join(names) if names else "none, give statistic_names"
-        raise ValueError(f"warm_start is {name!r}, but the statistics are: {known}")
+        raise UserError(f"warm_start is {name!r}; expected one of the statistics: {known}.")
     return list(names).index(name)
 
 

@@ -1,4 +1,4 @@
-"""Old dotted names and settings that stand in saved runs and pruned files, and what they are called today."""
+"""Old dotted names and settings in saved runs and pruned files: what they are called today, or that they are gone."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ MODULES = {
     "keepdrop.envs.networks": "keepdrop.envs.networks.built_in",
 }
 SETTINGS = {"judge": "evaluation"}
+# Settings of version 0.1.0 that no longer exist: dropped where a stored configuration is read, unknown when typed.
+RETIRED = ("agent.control_variate", "search.adaptive")
 
 
 def current_target(target: str) -> str:
@@ -23,7 +25,12 @@ def current_target(target: str) -> str:
 
 
 def current_config(config: Any, top: bool = True) -> Any:
-    """A stored configuration, plain containers, under today's names: `_target_` everywhere, settings at the top."""
+    """A stored configuration, plain containers, under today's names: `_target_` everywhere, settings at the top.
+
+    Settings that were retired since are left out.
+    """
+    if top and isinstance(config, dict):
+        config = _without_retired(config)
     if isinstance(config, dict):
         return {
             SETTINGS.get(key, key) if top else key: current_target(value)
@@ -32,3 +39,11 @@ def current_config(config: Any, top: bool = True) -> Any:
             for key, value in config.items()
         }
     return [current_config(each, top=False) for each in config] if isinstance(config, list) else config
+
+
+def _without_retired(config: dict[str, Any]) -> dict[str, Any]:
+    kept = dict(config)
+    for section, _, key in (name.partition(".") for name in RETIRED):
+        if isinstance(kept.get(section), dict):
+            kept[section] = {name: value for name, value in kept[section].items() if name != key}
+    return kept

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ...agent.learning.trainer import AgentSettings
-from ...agent.policies.set_policy import Policy
+from ...agent.policies.policy import Policy
 from ...agent.saved_agent import SavedAgent, save_agent
 from ...envs.task import LayerTask
 from ...rewards.outcome import RewardFunction

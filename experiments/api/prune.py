@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from ...agent.policies.set_policy import Policy
-from ...agent.saved_agent import AgentMismatch, SavedAgent
+from ...agent.policies.policy import Policy
+from ...agent.saved_agent import SavedAgent
 from ...envs.networks.checkpoint import hash_state
 from ...envs.one_shot import GROUP_NAME
 from ...envs.repair.reconstruction import ReconstructionSettings
@@ -140,7 +140,7 @@ def apply_agents(
         UserError: there are no agents, or they do not fit the network.
     """
     check_drop_bound(drop_bound)
-    known = _loaded(agents, policies)
+    known = load_agents(agents, policies)
     layers = list(known[GROUP_NAME].facts["groups"]) if GROUP_NAME in known else list(known)
     if macs_removed is not None and GROUP_NAME not in known:
         raise UserError(
@@ -158,7 +158,7 @@ def apply_agents(
         seed=seed,
         device=device,
     )
-    _check(known, job)
+    check_agents(known, job.task)
     recovery = job.recovery(recover)
     asked = {"recover": recover, "macs_removed": macs_removed, **_named(known)}
     if GROUP_NAME in known:
@@ -177,21 +177,6 @@ def _at_once(decide: NetworkDecider, job: Job, recovery: Recovery, drop_bound: f
     return NetworkSchedule(decide, repair, drop_bound, job.seed, recovery)
 
 
-def _loaded(agents: str | Path, policies: Policies | None) -> dict[str, SavedAgent]:
-    try:
-        return load_agents(agents, policies)
-    except AgentMismatch as error:
-        raise UserError(str(error)) from error
-
-
-def _check(known: Mapping[str, SavedAgent], job: Job) -> None:
-    """Refuse agents that do not fit the layers of a job."""
-    try:
-        check_agents(known, job.task)
-    except AgentMismatch as error:
-        raise UserError(str(error)) from error
-
-
 def _warm(
     job: Job, run: str | Path | None, policies: Policies | None, macs_removed: float | None
 ) -> dict[str, SavedAgent]:
@@ -203,8 +188,8 @@ def _warm(
             "warm_start is for agents of layers, and macs_removed trains one of all; leave one of them out."
         )
     names = [group.name for group in job.task.groups]
-    common = agents_of(_loaded(run, policies), names, run, "warm_start")
-    _check(common, job)
+    common = agents_of(load_agents(run, policies), names, run, "warm_start")
+    check_agents(common, job.task)
     return common
 
 

@@ -5,10 +5,10 @@ Shapes: N filters of a group.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +42,7 @@ from .methods import (
 from .plan import Job, chosen_methods
 from .torch_pruning import TorchPruning
 
-EVALUATIONS = 100  # masks of a random search where no agent says how many it had judged
-
-
-def variant(task: PruningTask, job: Job) -> PruningTask:
-    """The task of one job: its seed and compensation, and all that is known of the network already."""
-    other = copy.copy(task)
-    other.settings = replace(task.settings, compensate=job.compensate)
-    other.seed = derive_seed(job.seed, "task")
-    return other
+EVALUATIONS = 100  # masks of a random search where no agent says how many it evaluated
 
 
 class Choices:
@@ -77,7 +69,7 @@ class Choices:
         made: list[Method] = [CriterionMethod(name, how, seen) for how in ("uniform", "global") for name in CRITERIA]
         made += [CriterionMethod(name, "global-mean", seen) for name in MEAN_RANKED]
         made += [AtAgentCounts(name, seen, self._agent_masks) for name in CRITERIA]
-        made += [RandomBest(inside, seen, self._judges, self._evaluations, some) for inside in ("random", "taylor")]
+        made += [RandomBest(inside, seen, self._tasks, self._evaluations, some) for inside in ("random", "taylor")]
         made += [TorchPruning(global_pruning) for global_pruning in (False, True)]
         return {method.name: method for method in made}
 
@@ -85,22 +77,25 @@ class Choices:
         """A fresh agent for one job; what it has learned is on disk after every update."""
         state = self._state(job)
         state.parent.mkdir(parents=True, exist_ok=True)
-        return NetworkAgent(self.search, self.judge_of(job), self._learned, state)
+        return NetworkAgent(self.search, self.task_of(job), partial(self._learned, job), state)
 
     def _state(self, job: Job) -> Path:
         return self.folder / f"choices/{job.key}.state"
 
-    def _learned(self, trainer: NetworkTrainer, metrics: Mapping[str, float]) -> None:
+    def _learned(self, job: Job, trainer: NetworkTrainer, metrics: Mapping[str, float]) -> None:
         done = len(trainer.history) / max(self.search.agent.updates, 1)
-        self.report(done, f"mean accuracy {100 * metrics['reward_mean'] * self.task.base.accuracy:.1f} %")
+        self.report(done, f"{job.label}, mean accuracy {100 * metrics['reward_mean'] * self.task.base.accuracy:.1f} %")
+
+    def has(self, job: Job) -> bool:
+        """Whether the choice of a job is in the run folder."""
+        return (self.folder / _file(job)).is_file()
 
     def record(self, job: Job) -> dict[str, Any]:
         """The choice of a job as JSON: kept filters, MACs, seconds, facts; or why it was left out ("skipped")."""
-        name = f"choices/{job.key}.json"
-        found = self.folder.read_json(name)
+        found = self.folder.read_json(_file(job))
         if found is None:
             found = self._choose(job)
-            self.folder.write_json(name, found)
+            self.folder.write_json(_file(job), found)
             self._state(job).unlink(missing_ok=True)
         return dict(found)
 
@@ -112,20 +107,22 @@ class Choices:
             masks[group.name][record["kept"][group.name]] = True
         return masks
 
-    def judge_of(self, job: Job) -> OneShotTask:
+    def task_of(self, job: Job) -> OneShotTask:
         """The network of a job, its seed's images and its compensation; one object for all jobs that share them."""
         key = (job.seed, job.compensate)
         if key not in self._exact:
-            self._exact[key] = OneShotTask(variant(self.task, job), self.repair if job.compensate else None)
+            evaluation = replace(self.task.settings, compensate=job.compensate)
+            task = self.task.with_settings(evaluation, derive_seed(job.seed, "task"))
+            self._exact[key] = OneShotTask(task, self.repair if job.compensate else None)
         return self._exact[key]
 
-    def _judges(self, task: PruningTask) -> tuple[OneShotTask, OneShotTask]:
-        """What searched masks, and the best of them, are judged by."""
+    def _tasks(self, task: PruningTask) -> tuple[OneShotTask, OneShotTask]:
+        """The network as a search evaluates it, and exactly."""
         exact = next(one_shot for one_shot in self._exact.values() if one_shot.task is task)
         return exact.with_repair(self.search.rough(exact.repair)), exact
 
     def _choose(self, job: Job) -> dict[str, Any]:
-        target, task = Target(job.removed, self.config.targets.of), self.judge_of(job).task
+        target, task = Target(job.removed, self.config.targets.of), self.task_of(job).task
         started = time.perf_counter()
         try:
             masks, facts = self._asked(job, task, target)
@@ -166,3 +163,7 @@ class Choices:
         if wanted is not None or AGENT not in chosen_methods(self.config):
             return EVALUATIONS if wanted is None else int(wanted)
         return int(self._followed(task, target, seed)["facts"].get("mask_evaluations", EVALUATIONS))
+
+
+def _file(job: Job) -> str:
+    return f"choices/{job.key}.json"

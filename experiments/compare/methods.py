@@ -35,7 +35,7 @@ class Method(Protocol):
     """Chooses what the groups of a task keep.
 
     `name` is what tables call it. A method may have `facts`, a mapping of JSON-able values about its last choice;
-    "mask_evaluations" says how many masks it had judged on the reward split.
+    "mask_evaluations" says how many masks it evaluated on the reward split.
     """
 
     name: str
@@ -46,12 +46,12 @@ class Method(Protocol):
 
 
 def meter_of(task: PruningTask, target: Target) -> MacsMeter:
-    """Counts the MACs that `target` speaks of."""
+    """Counts the MACs that `target` refers to."""
     return MacsMeter(task.model, task.cost, task.groups, target.of)
 
 
 class Observations:
-    """What criteria read, kept for every seed: one pass over the images a layer."""
+    """What criteria read, kept for every seed: one pass over the images per layer."""
 
     def __init__(self) -> None:
         self._seen: dict[tuple[int, int], dict[str, dict[str, Tensor]]] = {}
@@ -112,36 +112,36 @@ class AtAgentCounts:
 
 
 class RandomBest:
-    """The best of many random allocations with random masks, judged on the reward split like an agent's.
+    """The best of many random allocations with random masks, evaluated on the reward split like an agent's.
 
     Every layer gets a random weight, the kept fractions are proportional to the weights and meet the target together.
 
     Args:
         inside: the criterion that ranks the filters of a layer; "random" for random masks.
         observations: shared by all criteria.
-        judges: make the tasks that masks of the whole network are judged by, the quick one of the search and the exact
-            one of its finalists; the agent uses the same two.
-        evaluations: how many masks are judged for a task, target and seed.
-        images: of the reward split a mask in the search, the same ones for all; None judges on all.
+        tasks: of a network, the decision as a search evaluates it, with a coarse repair, and the exact one for its
+            finalists; the agent uses the same two.
+        evaluations: how many masks are evaluated for a task, target and seed.
+        images: of the reward split per mask in the search, the same ones for all; None takes all.
     """
 
     def __init__(
         self,
         inside: str,
         observations: Observations,
-        judges: Callable[[PruningTask], tuple[OneShotTask, OneShotTask]],
+        tasks: Callable[[PruningTask], tuple[OneShotTask, OneShotTask]],
         evaluations: Callable[[PruningTask, Target, int], int],
         images: int | None,
     ) -> None:
-        self.inside, self.observations, self.judges = inside, observations, judges
+        self.inside, self.observations, self.tasks = inside, observations, tasks
         self.evaluations, self.images = evaluations, images
         self.name = "random-best" if inside == "random" else f"{inside}-random-best"
         self.facts: dict[str, Any] = {}
 
     def choose(self, task: PruningTask, target: Target, seed: int) -> Masks:
-        """Draw, judge, judge the best ones again on all images, keep the best (the first of equal ones)."""
+        """Draw and evaluate masks, evaluate the best again on all images, keep the best (the first of equal ones)."""
         generator = torch.Generator().manual_seed(derive_seed(seed, self.name))
-        (quick, exact), meter = self.judges(task), meter_of(task, target)
+        (quick, exact), meter = self.tasks(task), meter_of(task, target)
         count = self.evaluations(task, target, seed)
         some = None if self.images is None else torch.randperm(quick.n_images, generator=generator)[: self.images]
         n_finalists = min(FINALISTS, max(1, count // 2))
@@ -151,8 +151,8 @@ class RandomBest:
             found.append((quick.outcomes(keep[None], some)[0].pruned_accuracy, keep))
         found.sort(key=lambda pair: -pair[0])
         finalists = [keep for _, keep in found[:n_finalists]]
-        best, judged = best_of(exact, finalists)
-        self.facts = {"mask_evaluations": len(found) + len(judged), "judged_accuracy": judged[best]}
+        best, accuracies = best_of(exact, finalists)
+        self.facts = {"mask_evaluations": len(found) + len(accuracies), "judged_accuracy": accuracies[best]}
         return exact.named(finalists[best])
 
     def _draw(self, task: PruningTask, meter: MacsMeter, target: Target, generator: torch.Generator) -> Masks:

@@ -18,11 +18,10 @@ class SplitConfig:
 
 @dataclass
 class SearchConfig:
-    """What an update costs: masks, and reward images a mask (null: all); `adaptive` stops once its rank is settled."""
+    """What an update costs: masks, and reward images per mask (null: all)."""
 
     masks: int = 16
     images: int | None = 512
-    adaptive: bool = False
 
     def __post_init__(self) -> None:
         if self.masks < 2:

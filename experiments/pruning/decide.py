@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...agent.criteria import CriterionAgent
 from ...envs.observation import STATISTIC_NAMES
-from ...envs.task import LayerTask
+from ...envs.task import DecisionTask, LayerTask
 from ..runs.seeds import derive_seed
 
 AGENT = "agent"  # the folder that a decision's agent is saved in
@@ -43,9 +43,9 @@ class Decider(Protocol):
         ...
 
 
-def observation_tensors(layer: LayerTask) -> dict[str, Tensor]:
-    """What an agent sees of a layer, as tensors."""
-    return {key: torch.from_numpy(value) for key, value in layer.observation.as_dict().items()}
+def observation_tensors(task: DecisionTask) -> dict[str, Tensor]:
+    """What an agent sees of a layer or network, as tensors."""
+    return {key: torch.from_numpy(value) for key, value in task.observation.as_dict().items()}
 
 
 class AskCriterion:

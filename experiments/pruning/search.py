@@ -8,12 +8,10 @@ from typing import Any
 import torch
 
 from ...agent.learning.trainer import AgentSettings, Trainer, TrainingResult, train_agent
-from ...agent.policies.set_policy import Policy
-from ...envs.adaptive import AdaptiveSettings
+from ...agent.policies.policy import Policy
 from ...envs.filter_pruning import FilterPruningVectorEnv
 from ...envs.networks.checkpoint import hash_state
 from ...envs.observation import STATISTIC_NAMES
-from ...envs.search_judge import disagreement
 from ...envs.task import LayerTask
 from ...rewards.outcome import RewardFunction
 from ..runs.seeds import derive_seed
@@ -30,7 +28,6 @@ def train_on_layer(
     *,
     masks: int,
     images: int | None,
-    adaptive: AdaptiveSettings | None = None,
     seed: int,
     report: Report | None = None,
 ) -> tuple[TrainingResult, Decision]:
@@ -41,13 +38,12 @@ def train_on_layer(
         policy: fresh, or trained before.
         reward: what the agent is trained on.
         settings: how it is trained.
-        masks: sampled an update.
-        images: reward images a mask; None for all.
-        adaptive: spend them chunk by chunk, until a mask's rank is settled.
+        masks: sampled per update.
+        images: reward images per update, the same ones for all its masks; None for all.
         seed: of the layer; sampled masks and drawn images have one each, derived from it.
         report: told about every update.
     """
-    env = FilterPruningVectorEnv(layer, reward, masks, images, adaptive)
+    env = FilterPruningVectorEnv(layer, reward, masks, images)
     env.reset(seed=derive_seed(seed, "images"))
     generator = torch.Generator().manual_seed(derive_seed(seed, "masks"))
     result = train_agent(env, policy, settings, generator, callback=report)
@@ -59,7 +55,7 @@ def train_on_layer(
     if layer.task.settings.dtype != "float32" and result.best:
         # The decision, which is verified in float32 anyway, and the best sampled mask: more would cost what it saves.
         masks_MN = torch.stack([result.greedy, torch.as_tensor(result.best[0].mask)])
-        facts["disagreement_with_float32"] = disagreement(layer, masks_MN)
+        facts["disagreement_with_float32"] = layer.disagreement_with_float32(masks_MN)
     alternatives = tuple(torch.as_tensor(scored.mask) for scored in result.best)
     return result, Decision(result.greedy, "agent", alternatives, facts)
 

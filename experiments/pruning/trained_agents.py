@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ...agent.policies.set_policy import Policy
+from ...agent.policies.policy import Policy
 from ...agent.saved_agent import WEIGHTS, SavedAgent, check_agent, load_agent
 from ...envs.one_shot import GROUP_NAME
 from ...envs.task import LayerTask, PruningTask

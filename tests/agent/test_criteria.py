@@ -96,7 +96,7 @@ def test_refusals() -> None:
         scores(OBSERVATION, NAMES, "l3")
     with pytest.raises(ValueError, match="reads the statistic 'taylor', but there are only a, b, c, d"):
         scores(OBSERVATION, ("a", "b", "c", "d"), "taylor")
-    with pytest.raises(ValueError, match="2 statistics are named, but the observation has 4 a filter"):
+    with pytest.raises(ValueError, match="2 statistics are named, but the observation has 4 per filter"):
         scores(OBSERVATION, ("a", "taylor"), "taylor")
     with pytest.raises(ValueError, match="random criterion needs a generator"):
         scores(OBSERVATION, NAMES, "random")

@@ -7,25 +7,36 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from digits_task import MASKED, QUICK, make_task, trained
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
-from judged import MASKED, QUICK, make_task, trained
 from keepdrop.agent.learning.trainer import AgentSettings, train_agent
 from keepdrop.agent.policies.set_policy import SetPolicy
 from keepdrop.envs.filter_pruning import FilterPruningEnv, FilterPruningVectorEnv
 from keepdrop.envs.observation import STATISTIC_NAMES
-from keepdrop.envs.sequential import SequentialTask
+from keepdrop.envs.one_shot import OneShotTask
+from keepdrop.envs.repair.reconstruction import ReconstructionSettings
+from keepdrop.envs.task import EvaluationSettings
 from keepdrop.errors import UserError
 from keepdrop.rewards.try_and_learn import TryAndLearn
 
 REWARD = TryAndLearn(0.2)
 FACTS = {"accuracy", "accuracy_drop", "kept_fraction", "macs_fraction", "params_fraction", "images", "psi", "phi"}
 ID = "keepdrop.envs.registration:keepdrop/FilterPruning-v0"
+REPAIR = ReconstructionSettings(images=64, places=8)
+N_FILTERS = {"layer": 10, "network": 30}
+
+
+def decision(form, settings=MASKED):
+    task = make_task(settings)
+    if form == "layer":
+        return task.layer("conv2")
+    return OneShotTask(task, REPAIR if settings.compensate else None)
 
 
 def some_masks(n_masks, n_filters):
     masks = np.random.default_rng(0).integers(0, 2, (n_masks, n_filters)).astype(np.int8)
-    masks[:, 0] = 1
+    masks[:, [each for each in (0, 8, 18) if each < n_filters]] = 1  # one of each group, if all are decided
     return masks
 
 
@@ -33,8 +44,8 @@ def some_masks(n_masks, n_filters):
 @pytest.mark.filterwarnings("ignore:.*A Box observation space m..imum value is -?infinity:UserWarning")
 @pytest.mark.parametrize("form", ["layer", "network"])
 def test_gymnasium_accepts_the_environment(form):
-    task = make_task()
-    env = FilterPruningEnv(task.layer("conv2") if form == "layer" else SequentialTask(task), REWARD)
+    env = FilterPruningEnv(decision(form, QUICK), REWARD)
+    assert env.action_space.n == N_FILTERS[form]
     # An action of the space may keep nothing, which is refused: the checker samples, so give it a space that cannot.
     env.action_space.sample = lambda **_: np.ones(env.action_space.n, np.int8)
     check_env(env, skip_render_check=True)
@@ -43,10 +54,9 @@ def test_gymnasium_accepts_the_environment(form):
 def test_gymnasium_make_takes_a_live_network_and_can_make_it_again():
     model, splits = trained()
     env = gymnasium.make(ID, model=model, splits=splits, reward=REWARD, settings=MASKED)
-    assert env.unwrapped.layer.task.model is model  # a live network is not copied
+    assert env.unwrapped.task.task.model is model  # a live network is not copied
     env.reset(seed=0)
-    for _ in range(3):
-        env.step(np.ones(12, np.int8))
+    env.step(np.ones(30, np.int8))
     again = env.spec.make()
     assert isinstance(again.unwrapped, FilterPruningEnv)
 
@@ -68,20 +78,17 @@ def test_one_layer_is_one_terminated_step():
         env.step(mask)
 
 
-def test_whole_network_decides_group_after_group():
-    network = SequentialTask(make_task())
+def test_the_whole_network_is_one_terminated_step():
+    network = decision("network", QUICK)
     env = FilterPruningEnv(network, REWARD)
-    observation, _ = env.reset()
-    masks = []
-    for position, layer in enumerate(network.layers):
-        assert observation["valid"].sum() == layer.n_filters
-        action = some_masks(1, 12)[0]
-        masks.append(torch.from_numpy(action[None, : layer.n_filters] != 0))
-        observation, reward, terminated, _, info = env.step(action)
-        assert terminated == (position == len(network.layers) - 1)
-        assert terminated or reward == 0
-    assert reward == REWARD(network.outcomes(masks)[0]).value
-    assert info["group"] == network.layers[-1].group.name
+    observation, info = env.reset(seed=0)
+    assert observation["groups"].tolist() == [0] * 8 + [1] * 10 + [2] * 12
+    assert info == {"statistic_names": STATISTIC_NAMES, "group": "network"}
+    mask = some_masks(1, 30)[0]
+    _, reward, terminated, truncated, info = env.step(mask)
+    outcome = network.outcomes(torch.from_numpy(mask[None] != 0))[0]
+    assert (reward, terminated, truncated) == (REWARD(outcome).value, True, False)
+    assert set(info) == FACTS | {"statistic_names", "group"} and info["kept_fraction"] == mask.mean()
 
 
 def test_observations_are_the_callers_own():
@@ -112,8 +119,7 @@ def assert_same(ours, theirs):
 @pytest.mark.parametrize("form", ["layer", "network"])
 def test_vector_environment_equals_single_ones(form, settings):
     """Gymnasium's own vector of M single environments, step by step, for two episodes."""
-    task = make_task(settings)
-    layer = task.layer("conv2") if form == "layer" else SequentialTask(task)
+    layer = decision(form, settings)
     ours = FilterPruningVectorEnv(layer, REWARD, num_envs=4)
     theirs = SyncVectorEnv(
         [lambda: FilterPruningEnv(layer, REWARD) for _ in range(4)], autoreset_mode=AutoresetMode.SAME_STEP
@@ -121,34 +127,16 @@ def test_vector_environment_equals_single_ones(form, settings):
     assert ours.observation_space == theirs.observation_space and ours.action_space == theirs.action_space
     assert ours.metadata["autoreset_mode"] == theirs.metadata["autoreset_mode"]
     assert_same(dict(enumerate(ours.reset(seed=0))), dict(enumerate(theirs.reset(seed=0))))
-    rng = np.random.default_rng(0)
-    n_steps = 1 if form == "layer" else 3
-    for step in range(2 * n_steps):
-        actions = rng.integers(0, 2, ours.action_space.shape).astype(np.int8)
-        actions[:, 0] = 1
+    for _ in range(2):
+        actions = some_masks(4, layer.n_filters)
         (*result, infos), (*expected, their_infos) = ours.step(actions), theirs.step(actions)
         assert_same(dict(enumerate(result)), dict(enumerate(expected)))
-        last = (step + 1) % n_steps == 0
-        assert result[2].all() == last and not result[3].any()
+        assert result[2].all() and not result[3].any()
         # The last step's numbers stand at the top as well, where plain scripts look for them.
         extra = set(infos) - set(their_infos)
-        assert {key for key in extra if not key.startswith("_")} == (FACTS if last else set())
+        assert {key for key in extra if not key.startswith("_")} == FACTS
         assert_same({key: infos[key] for key in their_infos}, their_infos)
         assert all(np.array_equal(infos[key], infos["final_info"][key]) for key in extra)
-
-
-def test_the_next_observation_is_the_first_of_new_episodes():
-    network = SequentialTask(make_task())
-    env = FilterPruningVectorEnv(network, REWARD, num_envs=2)
-    shown = [env.reset()[0]]
-    for _ in range(3):
-        observation, *_, infos = env.step(np.ones((2, 12), np.int8))
-        shown.append(observation)
-    assert [int(each["valid"][0].sum()) for each in shown] == [8, 10, 12, 8]
-    assert infos["final_obs"][1]["valid"].sum() == 12
-    assert list(infos["group"]) == ["conv1"] * 2 and list(infos["final_info"]["group"]) == ["conv3"] * 2
-    env.step(np.ones((2, 12), np.int8))
-    assert env.reset()[0]["valid"][0].sum() == 8  # a reset in the middle begins anew
 
 
 def test_all_masks_of_a_step_see_the_same_images_and_a_seed_repeats_them():
@@ -174,26 +162,42 @@ def test_drawn_images_are_the_base_ones_as_well():
     infos = [env.step(np.ones((2, 8), np.int8))[-1] for _ in range(8)]
     assert all((each["accuracy_drop"] == 0).all() for each in infos)
     assert len({each["accuracy"][0] for each in infos}) > 1
-    whole = FilterPruningVectorEnv(env.layer, REWARD, num_envs=2, images_per_step=10**6)
+    whole = FilterPruningVectorEnv(env.task, REWARD, num_envs=2, images_per_step=10**6)
     whole.reset(seed=0)
-    assert whole.step(np.ones((2, 8), np.int8))[-1]["accuracy"][0] == env.layer.task.base.accuracy
+    assert whole.step(np.ones((2, 8), np.int8))[-1]["accuracy"][0] == env.task.task.base.accuracy
 
 
-def test_a_refused_action_does_not_count():
-    env = FilterPruningVectorEnv(SequentialTask(make_task()), REWARD, num_envs=2)
+def test_a_refused_action_does_not_end_the_episode():
+    env = FilterPruningEnv(decision("network"), REWARD)
     env.reset()
-    actions = np.ones((2, 12), np.int8)
-    narrow = actions.copy()
-    narrow[1, :8] = 0  # only bits past conv1's width are set
-    with pytest.raises(ValueError, match="an action keeps no filter of 'conv1'"):
-        env.step(narrow)
-    assert [env.step(actions)[2].all() for _ in range(3)] == [False, False, True]
+    action = np.ones(30, np.int8)
+    action[8:18] = 0
+    with pytest.raises(ValueError, match="a mask of 'conv2' keeps no filter at all; keep at least one"):
+        env.step(action)
+    assert env.step(np.ones(30, np.int8))[2]
+
+
+def test_memory_changes_no_reward_and_disturbs_no_stream():
+    def made(memory):
+        settings = EvaluationSettings(compensation_images=150, statistics_images=60, memory=memory)
+        env = FilterPruningVectorEnv(make_task(settings).layer("conv2"), REWARD, 6, 100)
+        env.reset(seed=4)
+        return env
+
+    with_memory, without = made(1024), made(0)
+    for step in range(7):
+        masks = np.random.default_rng(step % 3).integers(0, 2, (6, 10)).astype(np.int8)
+        masks[:, 0], masks[5] = 1, masks[4]
+        one, other = with_memory.step(masks), without.step(masks)
+        assert np.array_equal(one[1], other[1])
+        assert np.array_equal(one[4]["images"], other[4]["images"])
+    assert len(with_memory.task.evaluator._memory) == 15 and len(without.task.evaluator._memory) == 0
 
 
 @pytest.mark.parametrize(
     ("action", "message"),
     [
-        (np.zeros(10, np.int8), "an action keeps no filter of 'conv2'; keep at least one"),
+        (np.zeros(10, np.int8), "a mask of 'conv2' keeps no filter at all; keep at least one"),
         (np.ones(9, np.int8), r"an action of shape \(9,\) came, expected \(10,\): one bit per filter"),
     ],
 )
@@ -208,7 +212,7 @@ def test_bad_arguments_are_refused():
     layer = make_task().layer("conv2")
     with pytest.raises(UserError, match="images_per_step is 0; expected 1 or more, or null"):
         FilterPruningVectorEnv(layer, REWARD, images_per_step=0)
-    with pytest.raises(UserError, match="num_envs is 0; expected at least 1"):
+    with pytest.raises(UserError, match="num_envs is 0; expected at least 1 mask per step"):
         FilterPruningVectorEnv(layer, REWARD, num_envs=0)
     with pytest.raises(UserError, match=r"was made without model, splits, reward; expected gymnasium.make"):
         gymnasium.make(ID)
@@ -222,7 +226,24 @@ def test_made_by_its_id():
     env.reset(seed=0)
     assert env.step(np.ones(8, np.int8))[1] == 0.0  # keeping everything scores exactly 0
     many = gymnasium.make_vec(ID, 3, model=model, splits=splits, reward=REWARD, settings=MASKED)
-    assert many.num_envs == 3 and "valid" in many.reset()[0]
+    assert many.num_envs == 3 and many.reset()[0]["groups"].shape == (3, 30)
+
+
+def test_a_network_made_by_its_id_is_repaired_as_a_cut_of_the_commands_is():
+    model, splits = trained()
+
+    def made(**arguments):
+        return gymnasium.make(ID, model=model, splits=splits, reward=REWARD, **arguments).unwrapped.task
+
+    assert made(settings=QUICK).repair == ReconstructionSettings()
+    assert made(settings=QUICK, repair=REPAIR).repair == REPAIR
+    assert made(settings=MASKED).repair is None
+    assert made(settings=MASKED, layers=["conv[12]"]).n_filters == 18
+    with pytest.raises(UserError, match=r"repair was given, but settings.compensate is False"):
+        made(settings=MASKED, repair=REPAIR)
+    for name, value in (("repair", REPAIR), ("layers", ["conv1"])):
+        with pytest.raises(UserError, match=f"{name} is for a whole network, but group='conv1' was given as well"):
+            made(group="conv1", **{name: value})
 
 
 def test_known_to_gymnasium_without_importing_keepdrop():

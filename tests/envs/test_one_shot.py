@@ -3,13 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from digits_task import make_task
 from gymnasium.utils.env_checker import check_env
-from judged import make_task
 from keepdrop.envs.filter_pruning import FilterPruningEnv, FilterPruningVectorEnv
 from keepdrop.envs.networks.cost import count_cost
 from keepdrop.envs.one_shot import OneShotTask
 from keepdrop.envs.repair.reconstruction import ReconstructionSettings
-from keepdrop.errors import UserError
 from keepdrop.rewards.priced import Priced
 
 REPAIR = ReconstructionSettings(images=64)
@@ -80,5 +79,7 @@ def test_an_emptied_group_is_named():
     one_shot = OneShotTask(make_task(), None)
     keep = torch.ones(one_shot.n_filters, dtype=torch.bool)
     keep[: one_shot.groups[0].n_filters] = False
-    with pytest.raises(UserError, match=f"{one_shot.groups[0].name!r} keeps none"):
-        one_shot.outcomes(keep[None])
+    with pytest.raises(ValueError, match=f"a mask of {one_shot.groups[0].name!r} keeps no filter at all"):
+        one_shot.outcomes(torch.stack([torch.ones_like(keep), keep]))
+    with pytest.raises(ValueError, match=r"masks of the network have shape \(1, 29\), expected \(M, 30\)"):
+        one_shot.outcomes(torch.ones(1, 29))

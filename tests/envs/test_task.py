@@ -5,13 +5,14 @@ import dataclasses
 
 import pytest
 import torch
-from judged import MASKED, QUICK, make_task, trained
+from digits_task import MASKED, QUICK, make_task, trained
 from keepdrop.envs import task as task_module
 from keepdrop.envs.evaluation.mask_evaluator import count_correct
 from keepdrop.envs.networks.built_in import small_cnn
 from keepdrop.envs.networks.cost import count_cost
+from keepdrop.envs.observation import Observation
+from keepdrop.envs.one_shot import OneShotTask
 from keepdrop.envs.repair.compensation import Compensation
-from keepdrop.envs.sequential import SequentialTask
 from keepdrop.envs.task import PruningTask, measure_baseline, replace_model
 from keepdrop.errors import UserError
 
@@ -45,17 +46,6 @@ def test_a_masks_outcome_is_that_of_the_cut_network(task, name):
         assert (outcome.n_filters, outcome.n_kept) == (layer.n_filters, int(mask.sum()))
         assert (outcome.base_macs, outcome.base_params) == (dense.macs, dense.params)
         assert (outcome.pruned_macs, outcome.pruned_params) == (cost.macs, cost.params)
-
-
-def test_whole_network_outcomes_are_those_of_the_cut_network(task):
-    network = SequentialTask(task)
-    masks = [_masks(layer.n_filters, 3, seed) for seed, layer in enumerate(network.layers)]
-    for i, outcome in enumerate(network.outcomes(masks)):
-        model = network.cut([mask[i] for mask in masks])
-        cost = count_cost(model, task.example)
-        assert outcome.pruned_accuracy == _accuracy(model, task.splits.reward)
-        assert (outcome.pruned_macs, outcome.pruned_params) == (cost.macs, cost.params)
-        assert (outcome.n_filters, outcome.n_kept) == (30, sum(int(mask[i].sum()) for mask in masks))
 
 
 def test_keeping_everything_changes_nothing(task):
@@ -166,7 +156,7 @@ def test_nothing_is_changed():
     _ = layer.observation
     layer.outcomes(_masks(10))
     layer.cut(_masks(10)[0])
-    SequentialTask(task).cut([_masks(layer.n_filters)[0] for layer in SequentialTask(task).layers])
+    OneShotTask(task, None).cut(torch.cat([_masks(n)[0] for n in (8, 10, 12)]))
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert all(module.training for module in model.modules())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
@@ -223,8 +213,6 @@ def test_bad_masks_are_refused():
         layer.outcomes(torch.ones(1, 9))
     with pytest.raises(ValueError, match=r"masks of 'conv1' have shape \(8,\), expected \(M, 8\)"):
         layer.outcomes(torch.ones(8))
-    with pytest.raises(ValueError, match=r"a mask of 'conv2' keeps no filter at all"):
-        SequentialTask(make_task()).outcomes([torch.ones(1, 8), torch.zeros(1, 10), torch.ones(1, 12)])
 
 
 def test_layers_by_name():
@@ -235,3 +223,36 @@ def test_layers_by_name():
         task.layer("conv*")
     with pytest.raises(UserError, match=r"No prunable layer is called 'conv22'; the nearest are 'conv2'"):
         task.layer("conv22")
+
+
+def test_other_settings_share_what_does_not_depend_on_them(monkeypatch):
+    task = make_task(QUICK, seed=1, layers=["conv[12]"])
+    layer = task.layer("conv2")
+    dense = layer.mixes(_masks(10))
+    assert task.cost.macs > 0 and len(task.groups) == 2
+    for name in ("measure_baseline", "find_groups", "count_cost"):
+        monkeypatch.setattr(task_module, name, None)  # calling it would be an error
+    other = task.with_settings(MASKED, seed=2)
+    for name in ("model", "splits", "base", "plan", "groups", "limits", "cost", "reward_images"):
+        assert getattr(other, name) is getattr(task, name), name
+    assert (other.settings, other.seed, task.settings, task.seed) == (MASKED, 2, QUICK, 1)
+    assert other.layer("conv2").compensation is None and other.origin is other
+    assert not torch.equal(other.fit_images(20)[0], task.fit_images(20)[0])
+    again = other.with_settings(QUICK, seed=1).layer("conv2").mixes(_masks(10))
+    assert all(torch.equal(again[key], value) for key, value in dense.items())
+
+
+def test_other_settings_of_a_pruned_network_keep_its_origin():
+    task, later, _ = _after_first_cut(QUICK)
+    other = later.with_settings(dataclasses.replace(QUICK, target="current"))
+    assert other.origin is task and other.kept is later.kept and other.seed == later.seed
+    assert [group.name for group in other.groups] == [group.name for group in later.groups]
+
+
+def test_layers_and_networks_are_decided_alike():
+    """What environments know of a task: the same members, by the same names."""
+    members = {name for name in vars(task_module.DecisionTask) if not name.startswith("_")}
+    for one in (make_task().layer("conv2"), OneShotTask(make_task(), None)):
+        assert all(hasattr(one, name) for name in members)
+        assert isinstance(one.observation, Observation) and len(one.observation.weights) == one.n_filters
+        assert one.n_images == 250

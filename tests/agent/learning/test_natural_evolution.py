@@ -7,6 +7,7 @@ import pytest
 import torch
 from keepdrop.agent.learning.natural_evolution import NetworkAgentSettings, NetworkTrainer, utilities
 from keepdrop.agent.policies.network import NetworkPolicy
+from keepdrop.errors import UserError
 
 NAMES = ("l1", "useful")
 SIZES = (6, 10, 4)
@@ -83,7 +84,7 @@ def test_an_observation_of_another_network_is_refused_with_both_numbers():
     seen["groups"] = torch.zeros(sum(SIZES))
     with pytest.raises(ValueError, match=r"reads 3 groups .* but 1"):
         policy().features(seen)
-    with pytest.raises(ValueError, match="warm_start is 'taylor', but the statistics are: l1, useful"):
+    with pytest.raises(UserError, match="warm_start is 'taylor'; expected one of the statistics: l1, useful"):
         policy(warm_start="taylor")
 
 
@@ -151,14 +152,14 @@ def test_the_noise_falls_to_the_wished_fraction_where_nothing_is_learned():
     assert seen == pytest.approx([0.5, 0.4, 0.3, 0.2, 0.1])
     still = trainer(updates=2, anneal=1.0, scale_lr=0.0)
     assert [still.step()["scale"] for _ in range(2)] == pytest.approx([0.5, 0.5])
-    with pytest.raises(ValueError, match=r"anneal is 0\.0, but it must be above 0 and at most 1"):
+    with pytest.raises(UserError, match=r"anneal is 0\.0, but it must be above 0 and at most 1"):
         NetworkAgentSettings(anneal=0.0)
 
 
 def test_settings_and_environments_are_checked():
     with pytest.raises(ValueError, match="an even number from 4"):
         trainer(masks=5)
-    with pytest.raises(ValueError, match="above 0"):
+    with pytest.raises(UserError, match="above 0"):
         NetworkAgentSettings(weight_scale=0.0)
-    with pytest.raises(ValueError, match="at least 0 and 1"):
+    with pytest.raises(UserError, match="at least 0 and 1"):
         NetworkAgentSettings(updates=-1)

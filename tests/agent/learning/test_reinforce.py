@@ -182,7 +182,7 @@ def test_clip_bounds_the_advantages() -> None:
 
 @pytest.mark.parametrize("make", [leave_one_out_advantages, rank_advantages])
 def test_one_mask_is_too_few(make: Callable[[Tensor], Tensor]) -> None:
-    with pytest.raises(ValueError, match="at least 2 masks an update; sample more masks"):
+    with pytest.raises(ValueError, match="at least 2 masks per update; sample more masks"):
         make(torch.tensor([1.0]))
 
 

@@ -125,13 +125,13 @@ def test_initial_weights_come_from_the_seed_alone(make: Any) -> None:
     [
         (
             {"warm_start": "tailor", "statistic_names": NAMES},
-            "warm_start is 'tailor', but the statistics are: l1, taylor",
+            "warm_start is 'tailor'; expected one of the statistics: l1, taylor",
         ),
         ({"warm_start": "taylor"}, "none, give statistic_names"),
         ({"statistic_names": ("l1",)}, "names 1 statistics, but n_statistics is 4"),
-        ({"initial_keep": 1.0}, "initial_keep is 1.0, but it is a fraction"),
-        ({"initial_scale": 0.0}, "initial_scale is 0.0, but"),
-        ({"exploration": "topk"}, "exploration is 'topk', but it must be one of budget, bernoulli"),
+        ({"initial_keep": 1.0}, "initial_keep is 1.0; expected the fraction to keep at first"),
+        ({"initial_scale": 0.0}, "initial_scale is 0.0; expected a spread above 0"),
+        ({"exploration": "topk"}, "exploration is 'topk'; expected one of budget, bernoulli"),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, Any], text: str) -> None:
@@ -140,7 +140,7 @@ def test_wrong_arguments(arguments: dict[str, Any], text: str) -> None:
 
 
 def test_another_observation_format_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"reads 5 statistics a filter, but the observation has 4; use an agent"):
+    with pytest.raises(ValueError, match=r"reads 5 statistics per filter, but the observation has 4; use an agent"):
         SetPolicy(5)(observe(8))
     with pytest.raises(ValueError, match=r"reads 8 filters of 27 weights, but the observation has 9 of 27"):
         LayerMatrixPolicy(8, 27)(observe(9))

@@ -8,7 +8,7 @@ from pydoc import locate
 import pytest
 import torch
 from keepdrop.envs.files.pruned_network import load_pruned
-from keepdrop.envs.files.renamed import MODULES, current_config, current_target
+from keepdrop.envs.files.renamed import MODULES, RETIRED, current_config, current_target
 from keepdrop.experiments.runs.folder import RunFolder
 
 OLD = Path(__file__).parents[3] / "tests" / "fixtures" / "v0_1_0"
@@ -80,3 +80,16 @@ def test_names_of_others_stay():
         "evaluation": {"judge": 1},
         "data": {"_target_": "mine.f"},
     }
+
+
+def test_retired_settings_are_dropped_where_stored_and_unknown_where_typed(keepdrop):
+    for name in ("layers", "network", "agent"):
+        stored = (OLD / name / "config.yaml").read_text()
+        config = RunFolder.open(OLD / name).config()
+        for retired in RETIRED:
+            section, key = retired.split(".")
+            assert f"{key}:" in stored and key not in config[section] and config[section], (name, retired)
+            assert current_config({section: {key: True, "kept": 1}, key: 2}) == {section: {"kept": 1}, key: 2}
+    for retired in RETIRED:
+        result = keepdrop("prune", f"{retired}=true")
+        assert result.code == 2 and retired.split(".")[1] in result.err
