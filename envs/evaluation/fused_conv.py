@@ -177,7 +177,7 @@ def can_fuse(example: Tensor, dtype: torch.dtype = torch.float32) -> bool:
 
 
 def has_bfloat16() -> bool:
-    """Whether the processor computes in bfloat16 itself (AVX-512, AVX-NE-CONVERT or AMX); oneDNN packs it only then."""
+    """Whether the processor computes in bfloat16 itself, as oneDNN needs (on x86: AVX-512, AVX-NE-CONVERT or AMX)."""
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
     return supported is not None and bool(supported())
 
