@@ -1,4 +1,4 @@
-"""What several benchmarks share: the ResNet-20 on CIFAR-10 that is judged, files that are gone on with, the machine."""
+"""What several benchmarks share: the ResNet-20 on CIFAR-10, result files that can be resumed, the machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from keepdrop.envs.task import LayerTask, PruningTask
 
 
 def make_task(data: str, checkpoint: str, layer: str) -> LayerTask:
-    """The layer of a ResNet-20, judged on 5,000 of the test images."""
+    """The layer of a ResNet-20, scored on 5,000 of the test images."""
     model = cifar_resnet(20)
     load_checkpoint(model, checkpoint)
     images = npz(data, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])

@@ -3,8 +3,8 @@
     python benchmarks/learning_curves.py --data cifar10.npz --checkpoint resnet20.th [--layer layer3.0.conv1]
 
 Paper's policy against the set policy, Bernoulli against the budget latent, with and without a baseline; the best of
-equally many random masks stands beside them. The greedy decision is judged on the whole reward split, which costs
-nothing of the budget. Writes benchmarks/results/learning_curves.json after every curve, goes on with what it finds
+equally many random masks stands beside them. The greedy decision is scored on the whole reward split, which costs
+nothing of the budget. Writes benchmarks/results/learning_curves.json after every curve, continues from what it finds
 there, and draws docs/assets/learning_curves.svg (matplotlib, extra `plots`).
 """
 
@@ -34,7 +34,6 @@ AGENTS: dict[str, dict[str, Any]] = {
     "set, Bernoulli": {"exploration": "bernoulli"},
     "set, no warm start": {"warm_start": None},
     "set, no baseline": {"baseline": "none"},
-    "set, control variate": {"control_variate": True},
     "paper's policy (layer matrix)": {"policy": "layer_matrix", "exploration": "bernoulli"},
 }
 
@@ -55,8 +54,7 @@ def learn(layer: LayerTask, options: dict[str, Any], updates: int, seed: int, bo
     reward = TryAndLearn(bound)
     venv = FilterPruningVectorEnv(layer, reward, MASKS, IMAGES)
     venv.reset(seed=seed)
-    how = {"baseline": options.get("baseline", "leave_one_out"), "control_variate": "control_variate" in options}
-    settings = AgentSettings(updates=updates, patience=None, **how)
+    settings = AgentSettings(updates=updates, patience=None, baseline=options.get("baseline", "leave_one_out"))
     policy = make_policy(layer, options, seed)
     trainer = Trainer(venv, policy, settings, torch.Generator().manual_seed(seed))
     seen = {key: torch.from_numpy(value) for key, value in layer.observation.as_dict().items()}
