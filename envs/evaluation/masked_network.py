@@ -29,9 +29,9 @@ from .stacked_suffix import stacked_suffix
 METHODS = ("auto", "split", "whole")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 EMULATED = (
-    "This processor does not compute in bfloat16, or torch cannot use it (on x86 oneDNN asks for AVX-512, AVX-NE-CONVERT "
-    "or AMX): evaluation.dtype=bfloat16 runs without the fused convolutions, probably slower than float32; leave "
-    "evaluation.dtype at float32."
+    "This processor does not compute in bfloat16, or torch cannot use it (on x86 oneDNN asks for AVX-512, "
+    "AVX-NE-CONVERT or AMX): evaluation.dtype=bfloat16 runs without the fused convolutions, probably slower than "
+    "float32; leave evaluation.dtype at float32."
 )
 
 
