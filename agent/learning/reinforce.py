@@ -78,7 +78,7 @@ def reinforce_loss(
 
 @dataclass(frozen=True)
 class ReinforceSettings:
-    """How an update is made.
+    """How an update is made; `AgentSettings` has the defaults.
 
     Attributes:
         lr: Adam's learning rate of a policy's fast parameters (`parameter_groups`).
@@ -88,11 +88,11 @@ class ReinforceSettings:
         max_grad_norm: the gradient is scaled down to this norm, or None.
     """
 
-    lr: float = 0.07
-    entropy_weight: float = 0.01
-    baseline: str = "leave_one_out"
-    clip: float | None = None
-    max_grad_norm: float | None = 1.0
+    lr: float
+    entropy_weight: float
+    baseline: str
+    clip: float | None
+    max_grad_norm: float | None
 
 
 class Reinforce:
@@ -103,9 +103,9 @@ class Reinforce:
         settings: how.
     """
 
-    def __init__(self, policy: Policy, settings: ReinforceSettings | None = None) -> None:
+    def __init__(self, policy: Policy, settings: ReinforceSettings) -> None:
         self.policy = policy
-        self.settings = settings or ReinforceSettings()
+        self.settings = settings
         groups = [
             {
                 "params": [p for p in group["params"] if p.requires_grad],

@@ -55,6 +55,10 @@ class AgentSettings:
             raise UserError(f"baseline is {self.baseline!r}, but it must be one of {', '.join(BASELINES)}")
         if self.updates < 0:
             raise UserError(f"updates is {self.updates}, but it cannot be below 0")
+        if not self.lr > 0:
+            raise UserError(f"lr is {self.lr}, but a learning rate must be above 0")
+        if self.top_k < 1:
+            raise UserError(f"top_k is {self.top_k}, but at least 1 mask must be remembered")
         if self.patience is not None and self.patience < 1:
             raise UserError(f"patience is {self.patience}, but it must be at least 1, or None for all updates")
         if not 0.0 <= self.smoothing < 1.0:

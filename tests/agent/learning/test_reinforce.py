@@ -201,7 +201,7 @@ def test_the_gradient_is_clipped_and_reported_before() -> None:
     policy = SetPolicy(2)
     observation = {"weights": torch.randn(3, 4), "statistics": torch.randn(3, 2)}
     rollout = Rollout(observation, MaskSample(MASKS, MASKS, torch.zeros(8)), 1000 * REWARDS, {})
-    learner = Reinforce(policy, ReinforceSettings(baseline="leave_one_out", max_grad_norm=0.5))
+    learner = Reinforce(policy, ReinforceSettings(0.07, 0.01, "leave_one_out", clip=None, max_grad_norm=0.5))
     metrics = learner.update(rollout)
     after = math.sqrt(sum(p.grad.square().sum().item() for p in policy.parameters() if p.grad is not None))
     assert metrics["gradient_norm"] > 100

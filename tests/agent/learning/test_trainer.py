@@ -156,6 +156,8 @@ def test_environments_that_break_the_contract_are_refused(make_env: Any) -> None
     ("arguments", "text"),
     [
         ({"updates": -1}, "updates is -1"),
+        ({"lr": 0.0}, "lr is 0.0, but a learning rate must be above 0"),
+        ({"top_k": 0}, "top_k is 0, but at least 1 mask must be remembered"),
         ({"baseline": "zscore"}, "baseline is 'zscore', but it must be one of none, leave_one_out, rank"),
         ({"patience": 0}, "patience is 0, but it must be at least 1, or None"),
         ({"smoothing": 1.0}, r"smoothing is 1.0, but it must lie in \[0, 1\)"),
