@@ -1,4 +1,4 @@
-"""How fast masks are judged: keepdrop's split evaluator against the naive loop, per filter group, paired.
+"""How fast masks are evaluated: keepdrop's split evaluator against the naive loop, per filter group, paired.
 
     OMP_NUM_THREADS=1 python benchmarks/evaluation.py --network resnet20 --json resnet20.json
 
@@ -12,7 +12,7 @@ torch's own default, with `--tf32`). `limit` is what leaving out the prefix alon
 MACs behind the frontier. `rate` are the nominal MACs a second of the suffix over the best of the plain network (over
 batches); `rate_run` counts only MACs that are carried out, channels left out being none. Answers are compared, too.
 Random weights: time does not depend on them. `--naive-images` lets the slow side look at fewer images, its time an
-image being the same. Writes after every group, and goes on with what the file already holds.
+image being the same. Writes after every group, and continues with what the file already holds.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ NAIVE_BATCH = 256
 
 
 def main() -> None:
-    """Run the benchmark and print one row a group."""
+    """Run the benchmark and print one row per group."""
     arguments = parsed()
     torch.manual_seed(0)
     torch.backends.cudnn.allow_tf32 = False
@@ -197,7 +197,7 @@ def multiplied(model: nn.Module, group: FilterGroup, mask: Tensor) -> Iterator[N
 
 @torch.inference_mode()
 def best_plain(model: nn.Module, images: Tensor, tf32: bool = False) -> float:
-    """Seconds an image of the plain network at its best batch (the naive one, with a mask, is another)."""
+    """Seconds per image of the plain network at its best batch (the naive one, with a mask, is another)."""
     found = []
     for batch in 2 * ((256, 1024) if images.is_cuda else (64, 128)):
         started = clock(images)
@@ -208,7 +208,7 @@ def best_plain(model: nn.Module, images: Tensor, tf32: bool = False) -> float:
 
 
 def suffix_macs(model: nn.Module, group: FilterGroup, images: Tensor) -> int:
-    """MACs an image of the modules that run at or after the group's first consumer."""
+    """MACs per image of the modules that run at or after the group's first consumer."""
     order: list[str] = []
     handles = [
         module.register_forward_pre_hook(lambda _module, _inputs, name=name: order.append(name))

@@ -73,7 +73,7 @@ def learn(layer: LayerTask, options: dict[str, Any], updates: int, seed: int, bo
 
 
 def best_of_random(layer: LayerTask, updates: int, seed: int, bound: float) -> list[float]:
-    """The same budget spent on random masks of random widths: the best one found, judged on the whole reward split."""
+    """The same budget spent on random masks of random widths: the best one found, scored on the whole reward split."""
     reward, generator = TryAndLearn(bound), torch.Generator().manual_seed(seed)
     best, best_reward, curve = None, -float("inf"), []
     for update in range(updates):
@@ -89,7 +89,7 @@ def best_of_random(layer: LayerTask, updates: int, seed: int, bound: float) -> l
 
 
 def plot(found: dict[str, Any], path: Path) -> None:
-    """Mean over seeds, one line an agent."""
+    """Mean over seeds, one line per agent."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -13,8 +13,8 @@ NAMES = {"layers": "layer by layer", "network": "whole network"}
 AXES = {
     "groups": "filter groups",
     "filters": "filters of the narrowest group",
-    "masks": "masks an update",
-    "images": "reward images a mask",
+    "masks": "masks per update",
+    "images": "reward images per mask",
 }
 
 

@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/precision.py --data cifar10.npz --checkpoint resnet20.th
 
-Masks keep each filter with a probability of one half and are judged with compensation on the whole reward split, 5,000
-of the test images, in both precisions (`evaluation.dtype`). Beside it the processor time of the two.
+Masks keep each filter with a probability of one half and are evaluated with compensation on the whole reward split,
+5,000 of the test images, in both precisions (`evaluation.dtype`). Beside it the processor time of the two.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ RESULTS = Path(__file__).parent / "results" / "precision.json"
 
 
 def main() -> None:
-    """One row a group."""
+    """One row per group."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
     parser.add_argument("--checkpoint", required=True)

@@ -4,11 +4,11 @@
     python benchmarks/plot_search.py benchmarks/results/search.json --out docs/assets/search.svg
 
 A CIFAR ResNet on images of 16 x 16 pixels, random weights and labels. One of the four is varied at a time, the others
-stay at the base point. Layer by layer: an agent for each first convolution of a block, judged with compensation
+stay at the base point. Layer by layer: an agent for each first convolution of a block, evaluated with compensation
 (`train_on_layer`), nothing cut in between. Whole: one agent for all of them, every mask cut and repaired for real
 (`NetworkAgent`, 30 % of the MACs). Both make `UPDATES` updates, in which time is linear, with the default
 settings otherwise. All points take turns, the median over rounds counts; processor time of the thread beside wall-clock
-time. Finding the groups and counting the base are not part of it. Goes on with what the file already holds.
+time. Finding the groups and counting the base are not part of it. Continues with what the file already holds.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def make_task(point: dict[str, int]) -> PruningTask:
 
 
 def by_layers(task: PruningTask, point: dict[str, int], seed: int) -> None:
-    """An agent a group."""
+    """One agent per group."""
     settings = AgentSettings(updates=UPDATES, patience=None)
     for group in task.groups:
         policy = SetPolicy(len(STATISTIC_NAMES), warm_start="taylor", statistic_names=STATISTIC_NAMES, seed=seed)

@@ -1,6 +1,6 @@
 """PPO of Stable-Baselines3 on keepdrop's environment: `pip install 'keepdrop[sb3]'`.
 
-One step is one episode: the observation is the layer, the action one bit a filter. PPO's policy is tied to this layer
+One step is one episode: the observation is the layer, the action one bit per filter. PPO's policy is tied to this layer
 and this filter order, unlike keepdrop's own; it shows that the environment is any Gymnasium environment.
 """
 

@@ -18,7 +18,7 @@ class Outcome:
         pruned_accuracy: accuracy of the pruned network on the same images, a fraction in [0, 1].
         n_filters: filters the decision was about, at least 1.
         n_kept: filters it kept, 0 to n_filters. 0 can be recorded, but some rewards are not defined there.
-        base_macs: multiply-accumulates an image of the unpruned network.
+        base_macs: multiply-accumulates per image of the unpruned network.
         pruned_macs: the same of the pruned network, 0 to base_macs.
         base_params: parameters of the unpruned network.
         pruned_params: parameters of the pruned network, 0 to base_params.

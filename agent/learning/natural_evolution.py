@@ -100,7 +100,7 @@ class NetworkTrainer:
         generator: torch.Generator,
     ) -> None:
         if venv.num_envs < 4 or venv.num_envs % 2:
-            raise ValueError(f"the environment takes {venv.num_envs} masks a step, but an even number from 4 is needed")
+            raise ValueError(f"the environment takes {venv.num_envs} masks per step; expected an even number from 4")
         self.venv, self.policy, self.project = venv, policy, project
         self.settings, self.generator = settings, generator
         self.features = policy.features(observe(venv))

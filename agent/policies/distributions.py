@@ -114,7 +114,7 @@ class SharedThresholdBernoulli:
         return self.scores_N - self.location
 
     def sample(self, n_masks: int, generator: torch.Generator) -> MaskSample:
-        """Draw n_masks thresholds, and a mask at each."""
+        """Draw n_masks thresholds, and one mask at each."""
         with torch.no_grad():
             latents_M = self.location + self.log_scale.exp() * _normal(self.scores_N, n_masks, generator)
             probability_MN = torch.sigmoid(self.scores_N - latents_M[:, None])

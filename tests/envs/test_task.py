@@ -1,4 +1,4 @@
-"""What a mask is said to be worth is what the really cut network does; the base is measured once, and must know."""
+"""A mask's outcome is that of the network that is really cut; the baseline is measured once, and must beat chance."""
 
 import copy
 import dataclasses

@@ -157,7 +157,7 @@ def test_the_noise_falls_to_the_wished_fraction_where_nothing_is_learned():
 
 
 def test_settings_and_environments_are_checked():
-    with pytest.raises(ValueError, match="an even number from 4"):
+    with pytest.raises(ValueError, match="takes 5 masks per step; expected an even number from 4"):
         trainer(masks=5)
     with pytest.raises(UserError, match="above 0"):
         NetworkAgentSettings(weight_scale=0.0)
