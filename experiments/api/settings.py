@@ -18,13 +18,13 @@ from ..pruning.input_checks import PolicyFactory
 from ..pruning.network_search import NetworkSearchSettings
 from ..training.settings import TrainSettings
 
-FINETUNE = TrainSettings(epochs=5, lr=0.02, distill_weight=0.5)
+FINETUNE = TrainSettings(epochs=10, batch_size=64, lr=0.05, distill_weight=0.5)
 POLICY: PolicyFactory = partial(SetPolicy, warm_start="taylor")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How the search goes; the defaults are those of `keepdrop prune`, but for the reward images.
+    """How the search goes; the defaults are those of `keepdrop prune`, except for the reward images.
 
     Args:
         reward_from: where reward images come from, which the network must not have been trained on: "test", or "train"
@@ -35,7 +35,7 @@ class Settings:
         masks: sampled an update of an agent.
         images: reward images a mask; None for all.
         agent: how each layer's agent is trained.
-        judge: how masks are judged, compensation among it.
+        evaluation: how masks are evaluated, compensation included.
         reward: what an agent is trained on; None: `TryAndLearn(drop_bound)`.
         policy: makes a layer's policy from whichever of n_filters, n_weights, n_statistics, statistic_names and seed
             it asks for.

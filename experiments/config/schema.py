@@ -1,31 +1,103 @@
-"""The schema of every root configuration: an unknown key or a wrong type fails while it is composed."""
+"""The schema and the defaults of every root configuration: an unknown key or a wrong type fails while it is composed.
+
+This is the one place for defaults. The YAML files repeat some of them beside the comment that explains them, and the
+Python interface takes them from the same settings; tests/experiments/config/test_defaults.py holds all of them equal.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from ...agent.learning.natural_evolution import NetworkAgentSettings
 from ...agent.learning.trainer import AgentSettings
 from ...envs.repair.reconstruction import ReconstructionSettings
 from ...envs.surgery.limits import Limits
 from ...envs.task import EvaluationSettings
+from ...errors import UserError
+from ..api.settings import FINETUNE
 from ..pruning.network_search import NetworkSearchSettings
 from ..pruning.recover import RecoverySettings
 from ..training.loop import TrainSettings
-from .schema_parts import (
-    IterateTargetConfig,
-    LatencyConfig,
-    RandomBestConfig,
-    SearchConfig,
-    SplitConfig,
-    TargetConfig,
-    TargetsConfig,
-)
 
+BETWEEN_REMOVALS = TrainSettings(batch_size=64, lr=0.01, schedule="constant", warmup=0.0, distill_weight=0.5)
+BASE = TrainSettings(epochs=15, batch_size=64, lr=0.1, warmup=0.2)
 INHERITED = "inherited"  # what `keepdrop apply` takes from a run, as an option of every group
+
+
+@dataclass
+class SplitConfig:
+    """Where rewards are measured: held out of "train", or taken from "test" (a checkpoint trained on all of train)."""
+
+    reward_from: str = "train"
+    reward_size: int = 300
+    seed: int = 0
+
+
+@dataclass
+class SearchConfig:
+    """What an update costs: masks, and reward images per mask (null: all)."""
+
+    masks: int = 16
+    images: int | None = 300
+
+    def __post_init__(self) -> None:
+        if self.masks < 2:
+            raise UserError(f"search.masks is {self.masks}; expected 2 or more: rewards are compared with one another.")
+        if self.images is not None and self.images < 1:
+            raise UserError(f"search.images is {self.images}; expected 1 or more, or null for all reward images.")
+
+
+@dataclass
+class LatencyConfig:
+    """How latency is measured: batch sizes, timed repeats, warm-up runs, and eager, compile, onnxruntime."""
+
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 64])
+    repeats: int = 20
+    warmup: int = 3
+    runtimes: list[str] = field(default_factory=lambda: ["eager"])
+
+    def __post_init__(self) -> None:
+        if not self.batch_sizes or min(self.batch_sizes) < 1 or self.repeats < 1 or self.warmup < 0:
+            raise UserError(
+                f"latency is batch_sizes={list(self.batch_sizes)}, repeats={self.repeats}, warmup={self.warmup}; "
+                "expected batch sizes and repeats of 1 or more, and a warmup of 0 or more."
+            )
+
+
+@dataclass
+class TargetConfig:
+    """MACs to remove, a fraction of the network's or of the pruned groups' own; null prunes within the drop bound."""
+
+    removed: float | None = None
+    of: str = "network"
+
+
+@dataclass
+class TargetsConfig:
+    """What a comparison removes: fractions of the MACs of the pruned layers themselves ("groups") or of "network"."""
+
+    removed: list[float] = field(default_factory=lambda: [0.3, 0.5, 0.7])
+    of: str = "network"
+
+
+@dataclass
+class RandomBestConfig:
+    """A random search: masks judged; null: as many as the agent had judged, 100 without one."""
+
+    evaluations: int | None = None
+
+
+@dataclass
+class IterateTargetConfig:
+    """When to stop: a fraction of the network's "macs" or "params" is gone (null: never), or the drop bound breaks."""
+
+    removed: float | None = 0.5
+    resource: str = "macs"
+    hold_bound: bool = False
 
 
 @dataclass
@@ -48,7 +120,7 @@ class RootConfig:
 class TrainCnnConfig(RootConfig):
     """`keepdrop train-cnn`."""
 
-    base: TrainSettings = field(default_factory=TrainSettings)
+    base: TrainSettings = field(default_factory=lambda: BASE)
     resume: str | None = None
 
 
@@ -57,7 +129,7 @@ class CheckpointConfig(RootConfig):
     """What every command has that looks at a trained network: its weights, or how to train it."""
 
     checkpoint: str | None = None
-    base: TrainSettings = field(default_factory=TrainSettings)
+    base: TrainSettings = field(default_factory=lambda: BASE)
 
 
 @dataclass
@@ -83,7 +155,7 @@ class PruneConfig(PruningConfig):
     agent: AgentSettings = field(default_factory=AgentSettings)
     search: SearchConfig = field(default_factory=SearchConfig)
     recovery: RecoverySettings = field(default_factory=RecoverySettings)
-    finetune: TrainSettings = field(default_factory=TrainSettings)
+    finetune: TrainSettings = field(default_factory=lambda: FINETUNE)
     latency: LatencyConfig = field(default_factory=LatencyConfig)
     export: list[str] = field(default_factory=list)
     controls: list[str] = field(default_factory=lambda: ["l1", "random"])
@@ -118,10 +190,14 @@ class ApplyConfig(RootConfig):
     repair: ReconstructionSettings = field(default_factory=ReconstructionSettings)
     order: str = "forward"
     recovery: RecoverySettings = field(default_factory=RecoverySettings)
-    finetune: TrainSettings = field(default_factory=TrainSettings)
+    finetune: TrainSettings = field(default_factory=lambda: FINETUNE)
     latency: LatencyConfig = field(default_factory=LatencyConfig)
     export: list[str] = field(default_factory=list)
     resume: str | None = None
+
+
+def _comparison_search() -> NetworkSearchSettings:
+    return NetworkSearchSettings(images=500, agent=NetworkAgentSettings(updates=6))
 
 
 @dataclass
@@ -133,15 +209,15 @@ class CompareConfig(CheckpointConfig):
     targets: TargetsConfig = field(default_factory=TargetsConfig)
     methods: list[str] = field(default_factory=lambda: ["*"])
     compensate: list[bool] = field(default_factory=lambda: [False, True])
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    seeds: list[int] = field(default_factory=lambda: [0, 1])
     random_seeds: int = 5
     stages: list[str] = field(default_factory=lambda: ["zero", "bn", "one", "full"])
-    bn_images: int = 1000
-    finetune: TrainSettings = field(default_factory=TrainSettings)
+    bn_images: int = 500
+    finetune: TrainSettings = field(default_factory=lambda: replace(FINETUNE, epochs=2))
     random_best: RandomBestConfig = field(default_factory=RandomBestConfig)
-    network_search: NetworkSearchSettings = field(default_factory=NetworkSearchSettings)
-    repair: ReconstructionSettings = field(default_factory=ReconstructionSettings)
-    workers: int = 1
+    network_search: NetworkSearchSettings = field(default_factory=_comparison_search)
+    repair: ReconstructionSettings = field(default_factory=lambda: ReconstructionSettings(images=256))
+    workers: int = 2
     resume: str | None = None
 
 
@@ -153,12 +229,12 @@ class IterateConfig(CheckpointConfig):
     surgery: Limits = field(default_factory=Limits)
     drop_bound: float = 0.02
     criterion: str = "taylor"
-    step: int = 1
+    step: int = 4
     minibatches: int = 30
     macs_weight: float = 0.0
     target: IterateTargetConfig = field(default_factory=IterateTargetConfig)
-    train: TrainSettings = field(default_factory=TrainSettings)
-    finetune: TrainSettings = field(default_factory=TrainSettings)
+    train: TrainSettings = field(default_factory=lambda: BETWEEN_REMOVALS)
+    finetune: TrainSettings = field(default_factory=lambda: FINETUNE)
     latency: LatencyConfig = field(default_factory=LatencyConfig)
     resume: str | None = None
 

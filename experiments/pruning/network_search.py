@@ -46,7 +46,7 @@ class NetworkSearchSettings:
     """
 
     masks: int = 10
-    images: int | None = 500
+    images: int | None = 300
     repair_images: int = 512
     repair_places: int = 16
     warm_start: str = "l2"

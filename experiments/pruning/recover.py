@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
@@ -13,6 +13,8 @@ from ...envs.task import PruningTask, replace_model
 from ..runs.seeds import derive_seed
 from ..training.augment import Augment
 from ..training.loop import TrainProgress, TrainSettings, fit_network, recalibrate_bn
+
+TRAIN = TrainSettings(epochs=2, batch_size=64, lr=0.02, distill_weight=0.5)
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class RecoverySettings:
     """
 
     bn_images: int = 0
-    train: TrainSettings = field(default_factory=lambda: TrainSettings(epochs=0.0))
+    train: TrainSettings = TRAIN
 
 
 class Recover:

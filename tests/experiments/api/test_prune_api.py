@@ -1,4 +1,6 @@
 import copy
+import dataclasses
+import json
 import subprocess
 import sys
 
@@ -10,6 +12,7 @@ from keepdrop.agent.learning.natural_evolution import NetworkAgentSettings
 from keepdrop.envs.data.sources import digits
 from keepdrop.envs.networks.built_in import small_cnn
 from keepdrop.envs.networks.checkpoint import hash_state, load_checkpoint
+from keepdrop.experiments.api.settings import FINETUNE
 from keepdrop.experiments.pruning.network_search import NetworkSearchSettings
 from quick import CALL, QUICK
 from torch.utils.data import DataLoader, TensorDataset
@@ -68,18 +71,53 @@ def test_every_form_of_the_data_gives_the_same_network_and_leaves_the_given_one_
     assert hash_state(model) == before and model.training is mode
 
 
-def test_it_decides_what_the_command_line_decides(keepdrop, tiny, checkpoint, model, data, tmp_path):
-    options = [*tiny, "recovery.train.epochs=0", f"checkpoint={checkpoint}", "seed=3", "run_dir=run", "quiet=true"]
-    assert keepdrop("prune", *options, "~augment").code == 0
-    settings = Settings(
-        reward_from="train", reward_size=300, masks=4, images=60, agent=QUICK.agent, evaluation=QUICK.evaluation
-    )
-    finetune = TrainSettings(epochs=0.5, batch_size=64, lr=0.05, distill_weight=0.5)
-    ours = prune(
-        model, data.train, data.test, **CALL | {"settings": settings, "finetune": finetune, "seed": 3}, folder="own"
-    )
+FORMS = {
+    "drop bound": (
+        ["layers=[conv1,conv2]", "drop_bound=0.2", "agent.updates=2", "search.masks=4", "search.images=60"],
+        {},
+    ),
+    "MACs target": (
+        [
+            "target.removed=0.4",
+            "network_search.masks=4",
+            "network_search.images=60",
+            "network_search.repair_images=40",
+            "network_search.agent.updates=2",
+        ],
+        {"macs_removed": 0.4, "layers": None, "drop_bound": 0.02},
+    ),
+}
+SHARED = ["evaluation.statistics_images=100", "latency.repeats=1", "latency.warmup=0", "controls=[]", "quiet=true"]
+RECOVER = TrainSettings(epochs=0.3, batch_size=64, lr=0.02, distill_weight=0.5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_it_decides_what_the_command_decides(keepdrop, checkpoint, model, data, tmp_path, form):
+    """Filter for filter, and to the last bit of the fine-tuned network; recovery and fine-tuning are the same, too."""
+    options, changed = FORMS[form]
+    if form == "drop bound":
+        options = [*options, "evaluation.compensation_images=100"]
+    options = [*options, *SHARED, "recovery.train.epochs=0.3", "finetune.epochs=0.5", "seed=3", "run_dir=run"]
+    result = keepdrop("prune", f"checkpoint={checkpoint}", *options, "augment=null")
+    assert result.code == 0, result.err
+    settings = dataclasses.replace(QUICK, reward_from="train", reward_size=300)
+    finetune = dataclasses.replace(FINETUNE, epochs=0.5)
+    call = CALL | changed | {"settings": settings, "recover": RECOVER, "finetune": finetune, "seed": 3}
+    ours = prune(model, data.train, data.test, **call, folder="own")
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert [group["n_kept"] for group in metrics["groups"]] == [layer.n_kept for layer in ours.layers]
+    assert kept_by(tmp_path / "run") == [layer.keep for layer in ours.layers] == kept_by(tmp_path / "own")
+    assert metrics["pruned_accuracy"] == ours.pruned_accuracy and metrics["finetuned_accuracy"] == ours.accuracy
+    assert metrics["bound_held"] == ours.bound_held
     load_checkpoint(theirs := copy.deepcopy(ours.model), tmp_path / "run/finetune/model.safetensors")
     assert hash_state(theirs) == hash_state(ours.model)
+
+
+def kept_by(run):
+    """Every layer's mask in a run folder."""
+    if (run / "network/decisions.json").is_file():
+        return [each["keep"] for each in json.loads((run / "network/decisions.json").read_text())]
+    return [json.loads(path.read_text())["keep"] for path in sorted(run.glob("layers/*/decision.json"))]
 
 
 def test_progress_tells_of_updates_layers_and_epochs(model, data):
