@@ -1,18 +1,24 @@
-"""How a freshly cut network is trained and measured: the same for every method."""
+"""What is done for each job of a comparison: choose masks, cut, train and measure, the same for every method."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from omegaconf import DictConfig
 from torch import nn
 
+from ...envs.evaluation.mask_evaluator import accuracy_on
 from ...envs.task import PruningTask
+from ..config.build import build_augment
+from ..config.entry_point import settings
+from ..runs.folder import RunFolder
 from ..runs.seeds import derive_seed
 from ..training.augment import Augment
 from ..training.loop import TrainProgress, TrainSettings, fit_network, recalibrate_bn
+from .choices import Choices
 from .plan import STAGES, Job
 
 TRAINED = STAGES[2:]
@@ -31,6 +37,11 @@ class MeasureSettings:
     bn_images: int
     train: TrainSettings
     augment: Augment | None
+
+    @classmethod
+    def of(cls, config: DictConfig) -> MeasureSettings:
+        """Those of a root configuration."""
+        return cls(config.bn_images, settings(config.finetune, TrainSettings), build_augment(config.augment))
 
     def schedule(self, stage: str) -> TrainSettings:
         """How the stages "one" and "full" train."""
@@ -70,6 +81,36 @@ def train_to_stage(
         device=task.device,
     )
     return model.eval()
+
+
+def choose(choices: Choices, job: Job) -> None:
+    """Choose for one job, unless that was done before."""
+    choices.report(0.0, job.label)
+    choices.record(job)
+
+
+def measure(choices: Choices, job: Job, stages: Sequence[str]) -> None:
+    """Cut what was chosen for one job, once, and measure it at all stages that have no result yet."""
+    folder, measuring = choices.folder, MeasureSettings.of(choices.config)
+    evaluation = choices.task_of(job)
+    model = evaluation.cut(evaluation.joined(choices.masks(choices.record(job))))
+
+    def show(progress: TrainProgress) -> None:
+        choices.report(progress.step / progress.n_steps, f"{job.label}, loss {progress.loss:.3f}")
+
+    choices.report(0.0, job.label)
+    for stage in unmeasured(folder, job, stages):
+        snapshot = (folder / result_name(job, stage)).with_suffix(".snapshot")
+        reached = train_to_stage(stage, model, evaluation.task, measuring, job.seed, progress=show, snapshot=snapshot)
+        splits = evaluation.task.splits
+        result = {f"{role}_accuracy": accuracy_on(reached, getattr(splits, role)) for role in ("reward", "report")}
+        folder.write_json(result_name(job, stage), result)
+        snapshot.unlink(missing_ok=True)
+
+
+def unmeasured(folder: RunFolder, job: Job, stages: Sequence[str]) -> list[str]:
+    """The stages at which a job has no result yet."""
+    return [stage for stage in stages if not (folder / result_name(job, stage)).is_file()]
 
 
 def result_name(job: Job, stage: str) -> str:

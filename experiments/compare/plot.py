@@ -1,26 +1,22 @@
-"""Accuracy against MACs, one picture a stage. matplotlib is an extra: without it, tables are all there is."""
+"""Plots of a comparison: accuracy against MACs, one SVG per stage."""
 
 from __future__ import annotations
 
-import importlib.util
-import io
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...envs.data.objective import display_name
 from ..runs.console import Terminal
+from ..runs.figures import can_plot, svg_figure
 from ..runs.folder import RunFolder
 from .methods import AGENT, FOLLOWS, PEERS
 
-MISSING = "matplotlib is not installed, so there is no plot: pip install keepdrop[plots]"
 STYLES = {AGENT: ("black", "-", 2.5)}  # colour, line, width; the others by family below
 
 
 def plot(metrics: Mapping[str, Any], folder: RunFolder, terminal: Terminal, titles: Mapping[str, str]) -> None:
     """Write `accuracy-STAGE.svg` for every stage; a warning where matplotlib is missing."""
-    if importlib.util.find_spec("matplotlib") is None:
-        terminal.warn(MISSING)
+    if not can_plot(terminal):
         return
     for stage in metrics["stages"]:
         folder.write_text(f"accuracy-{stage}.svg", picture(metrics, stage, titles[stage]))
@@ -37,20 +33,6 @@ def picture(metrics: Mapping[str, Any], stage: str, title: str) -> str:
         panels[0].set_ylabel(f"{display_name(metrics.get('metric'))} on the report split (%)")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     return text.getvalue()
-
-
-@contextmanager
-def svg_figure(width: float, height: float) -> Iterator[tuple[Any, io.StringIO]]:
-    """A figure to draw on, in inches, and the text that holds it as SVG afterwards."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    text = io.StringIO()
-    # Neither the date nor random ids: the same results give the same file.
-    with matplotlib.rc_context({"svg.hashsalt": "keepdrop"}):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        yield figure, text
-        figure.savefig(text, format="svg", metadata={"Date": None})
 
 
 def _draw(panel: Any, rows: Sequence[Mapping[str, Any]], stage: str, metrics: Mapping[str, Any]) -> None:
@@ -70,12 +52,12 @@ def _draw(panel: Any, rows: Sequence[Mapping[str, Any]], stage: str, metrics: Ma
             zorder=3 if method == AGENT else 2,
         )
     panel.axhline(100 * metrics["base_accuracy"], color="grey", linewidth=0.8, label="base")
-    panel.set_xlabel("million MACs an image")
+    panel.set_xlabel("million MACs per image")
     panel.grid(alpha=0.3)
 
 
 def style(method: str, position: int) -> tuple[str, str, float]:
-    """Colour, line style and width: one line style a family, the agent on top."""
+    """Colour, line style and width: one line style per family, the agent on top."""
     if method in STYLES:
         return STYLES[method]
     families = {"-uniform": ":", "-global": "-", FOLLOWS: "--", "-best": "-."}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,10 +29,14 @@ STAGE_TITLES = {
     "one": "after 1 epoch",
     "full": "after the full schedule",
 }
+NO_SCIPY = "scipy is not installed, so there are no p-values: pip install keepdrop[stats]"
 
 
 def summary(choices: Choices, jobs: Sequence[Job], config: DictConfig, folder: RunFolder) -> dict[str, Any]:
-    """What `metrics.json` holds: a row for each method, target and compensation; accuracies are fractions."""
+    """What `metrics.json` holds: a row for each method, target and compensation; accuracies are fractions.
+
+    `no_p_values` says why there are none, where they could be.
+    """
     task = choices.task
     rows, skipped = [], []
     for cell, its_jobs in _cells(jobs):
@@ -40,6 +45,7 @@ def summary(choices: Choices, jobs: Sequence[Job], config: DictConfig, folder: R
         done = [(job, record) for job, record in records if "skipped" not in record]
         if done:
             rows.append(cell | _row(done, list(config.stages), folder))
+    versus = [each for stage in config.stages for each in versus_agent(rows, stage)]
     return {
         "metric": task.objective.name,
         "base_accuracy": accuracy_on(task.model, task.splits.report),
@@ -50,7 +56,8 @@ def summary(choices: Choices, jobs: Sequence[Job], config: DictConfig, folder: R
         "targets_of": config.targets.of,
         "stages": list(config.stages),
         "rows": rows,
-        "agent_minus_others": [each for stage in config.stages for each in versus_agent(rows, stage)],
+        "agent_minus_others": versus,
+        "no_p_values": NO_SCIPY if not _has_scipy() and any(len(each["seeds"]) > 1 for each in versus) else None,
         "skipped": skipped,
     }
 
@@ -92,7 +99,7 @@ def _spread(values: Sequence[float]) -> dict[str, Any]:
 def versus_agent(rows: Sequence[Mapping[str, Any]], stage: str) -> list[dict[str, Any]]:
     """The agent's report accuracy minus every other method's, seed by seed, with a paired t-test over the seeds.
 
-    `p_value` is two-sided; None with fewer than two common seeds or differences that are all equal.
+    `p_value` is two-sided; None with fewer than two common seeds, differences that are all equal, or without scipy.
     """
     agents = {(row["removed"], row["compensate"]): row for row in rows if row["method"] == AGENT}
     found = []
@@ -111,12 +118,16 @@ def versus_agent(rows: Sequence[Mapping[str, Any]], stage: str) -> list[dict[str
 
 
 def paired_p(gaps: Sequence[float]) -> float | None:
-    """Two-sided p of a paired t-test that the mean of `gaps` is 0; None where it has no spread to be tested with."""
+    """Two-sided p of a paired t-test that the mean of `gaps` is 0; None without a spread to test with, or scipy."""
+    if len(gaps) < 2 or max(gaps) - min(gaps) < 1e-12 or not _has_scipy():
+        return None
     from scipy.stats import ttest_1samp
 
-    if len(gaps) < 2 or max(gaps) - min(gaps) < 1e-12:
-        return None
     return float(ttest_1samp(gaps, 0.0).pvalue)
+
+
+def _has_scipy() -> bool:
+    return importlib.util.find_spec("scipy") is not None
 
 
 @dataclass(frozen=True)
@@ -196,6 +207,8 @@ def write_all(metrics: Mapping[str, Any], folder: RunFolder, terminal: Terminal)
     folder.write_text("report.md", markdown(metrics))
     folder.write_text("table.csv", csv_table(metrics))
     plot(metrics, folder, terminal, STAGE_TITLES)
+    if metrics["no_p_values"]:
+        terminal.warn(metrics["no_p_values"])
     folder.write_json(METRICS, metrics)
 
 

@@ -1,61 +1,97 @@
-"""A comparison spread over processes: each takes some of the settings, and writes its results where all are looked for.
+"""The jobs of a comparison spread over processes by joblib.
 
-A setting is a target with or without compensation and one seed. All methods of one setting stay together, since some
-follow others; so no process waits for another, and a result does not depend on who computes it.
+Each process opens the run folder for itself, does one job after another, and writes what it finds where all others look
+for it. So results do not depend on who computes them, and a run that was stopped goes on with what is missing.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-from collections.abc import Callable, Iterator
+import functools
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from joblib import Parallel, delayed
+from joblib.externals.loky import get_reusable_executor
+from joblib.externals.loky.process_executor import TerminatedWorkerError
+from omegaconf import OmegaConf
 
+from ...errors import UserError
+from ..config.baseline_training import WEIGHTS
+from ..config.build import load_network
+from ..config.prepare import prepare
+from ..config.widened import as_prune
+from ..runs.folder import RunFolder
+from .choices import Choices
 from .plan import Job
 
-Share = Callable[[Path, int, int], None]
-
-
-def share_of(jobs: list[Job], index: int, workers: int) -> list[Job]:
-    """The jobs of worker `index`: every `workers`-th setting, in the order of the jobs."""
-    settings = list(dict.fromkeys(job.setting for job in jobs))
-    mine = set(settings[index::workers])
-    return [job for job in jobs if job.setting in mine]
+Work = Callable[[Choices, Job], None]
+"""Does one job and writes its result into the run folder; a function of a module, as processes find it by its name."""
+DoAll = Callable[[Work, Sequence[Job]], Iterator[Job]]
+"""Does all jobs, and yields each as soon as it is done."""
 
 
 @contextmanager
-def helpers(folder: Path, workers: int, share: Share) -> Iterator[None]:
-    """Processes 1 to `workers - 1` run `share(folder, index, workers)` while the caller does its own share inside.
+def workers(choices: Choices, n_workers: int) -> Iterator[DoAll]:
+    """`n_workers` processes that share jobs; a single one is this process itself, and tells `choices.report` more.
 
-    The threads of this machine are divided among all. What a process that failed left open, the caller finds and does
-    itself; after an exception inside (Ctrl-C) the processes are ended.
+    The threads of this machine are divided among the processes, which end with the context: at once where it is left by
+    an exception (Ctrl-C). An exception of a job is raised here, as if the job had been done here.
+
+    Raises:
+        UserError: a process was killed.
     """
-    threads = torch.get_num_threads()
-    context = multiprocessing.get_context("spawn")
-    each = max(1, threads // workers)
-    processes = [
-        context.Process(target=_work, args=(share, folder, index, workers, each)) for index in range(1, workers)
-    ]
-    torch.set_num_threads(each)
+    if n_workers == 1:
+        yield lambda work, jobs: (_done(work, choices, job) for job in jobs)
+        return
+    path, config = choices.folder.path, OmegaConf.to_yaml(choices.config, resolve=True)
+    n_threads = max(1, torch.get_num_threads() // n_workers)
+
+    parallel = Parallel(
+        n_workers,
+        backend="loky",
+        return_as="generator_unordered",
+        initializer=_begin_worker,
+        initargs=(n_threads,),
+    )
+
+    def spread(work: Work, jobs: Sequence[Job]) -> Iterator[Job]:
+        try:
+            yield from parallel(delayed(_in_worker)(work, path, config, job) for job in jobs)
+        except TerminatedWorkerError as error:
+            raise UserError(
+                "A process of the comparison was killed, perhaps because memory ran out; what is finished is kept: "
+                f"continue with resume={path}."
+            ) from error
+
     try:
-        for process in processes:
-            process.start()
-        yield
-        for process in processes:
-            process.join()
+        yield spread
     finally:
-        for process in processes:
-            if process.is_alive():
-                process.terminate()
-                process.join()
-        torch.set_num_threads(threads)
+        # joblib would keep the processes for later calls, and so the networks and images they hold.
+        get_reusable_executor(reuse=True, kill_workers=True).shutdown(kill_workers=True)
 
 
-def _work(share: Share, folder: Path, index: int, workers: int, threads: int) -> None:
-    torch.set_num_threads(threads)
-    try:
-        share(folder, index, workers)
-    except KeyboardInterrupt:  # the caller says how to go on
-        raise SystemExit(130) from None
+def _done(work: Work, choices: Choices, job: Job) -> Job:
+    work(choices, job)
+    return job
+
+
+def _begin_worker(n_threads: int) -> None:
+    # Ctrl-C reaches every process of a terminal; the one that was started says how to resume, and ends the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(n_threads)
+
+
+def _in_worker(work: Work, path: Path, config: str, job: Job) -> Job:
+    return _done(work, _opened(path, config), job)
+
+
+@functools.lru_cache(maxsize=1)
+def _opened(path: Path, yaml: str) -> Choices:
+    """The choices of the run in folder `path`, whose baseline is there, with the configuration as YAML."""
+    folder, config = RunFolder.open(path), OmegaConf.create(yaml)
+    inputs = prepare(as_prune(config))
+    dense = inputs.dense or load_network(inputs.construct, str(folder / "base" / WEIGHTS)).to(inputs.device)
+    return Choices(inputs.task(dense, as_prune(config)), config, folder)

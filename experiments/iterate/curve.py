@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,8 +11,8 @@ from omegaconf import DictConfig
 
 from ...envs.data.objective import display_name
 from ...envs.task import PruningTask
-from ..compare.plot import MISSING, svg_figure
 from ..runs.console import Terminal
+from ..runs.figures import can_plot, svg_figure
 from ..runs.folder import RunFolder
 
 COLUMNS = ("step", "n_filters", "macs", "params", "accuracy")
@@ -30,14 +29,12 @@ def write_curve(
     points = [{name: record[name] for name in (*COLUMNS, "left")} for record in records]
     folder.write_json("curve.json", {"criterion": config.criterion, "base": base, "points": points})
     folder.write_text("curve.csv", as_csv(records))
-    if importlib.util.find_spec("matplotlib") is None:
-        terminal.warn(MISSING)
-        return
-    folder.write_text("curve.svg", picture(points, base, config.criterion, display_name(task.objective.name)))
+    if can_plot(terminal):
+        folder.write_text("curve.svg", picture(points, base, config.criterion, display_name(task.objective.name)))
 
 
 def as_csv(records: Sequence[Mapping[str, Any]]) -> str:
-    """One line a step."""
+    """One line per step."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
@@ -51,7 +48,7 @@ def picture(points: Sequence[Mapping[str, Any]], base: Mapping[str, Any], criter
         axes = figure.subplots()
         axes.plot([p["macs"] / 1e6 for p in points], [100 * p["accuracy"] for p in points], marker="o", markersize=3)
         axes.axhline(100 * base["accuracy"], color="grey", linewidth=0.8)
-        axes.set_xlabel("million MACs an image")
+        axes.set_xlabel("million MACs per image")
         axes.set_ylabel(f"{metric} on the reward split (%)")
         axes.set_title(f"iterate, {criterion}")
         axes.grid(alpha=0.3)

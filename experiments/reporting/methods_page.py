@@ -186,7 +186,9 @@ def _leads(metrics: Mapping[str, Any]) -> Markup | None:
     )
     titles = ("Over methods that know nothing of the agent", "Over methods that keep as many filters in every layer")
     found = [_lead_table(metrics, follows, title) for follows, title in zip((False, True), titles, strict=True)]
-    return section("The agent's lead", text, *found)
+    missing = metrics.get("no_p_values")
+    note = tag("p", f"{missing}.", class_="note") if missing and any(found) else None
+    return section("The agent's lead", text, note, *found)
 
 
 def _lead_table(metrics: Mapping[str, Any], follows: bool, title: str) -> Markup | None:

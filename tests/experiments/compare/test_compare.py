@@ -23,7 +23,6 @@ from keepdrop.experiments.compare.methods import (
 )
 from keepdrop.experiments.compare.plan import Job
 from keepdrop.experiments.compare.tables import grids, paired_p, versus_agent
-from keepdrop.experiments.compare.workers import share_of
 from keepdrop.experiments.runs.folder import RunFolder
 from page import Checker
 
@@ -43,17 +42,21 @@ SMALL = [
     "workers=1",
     "quiet=true",
 ]
-METHODS = "methods=[agent,l1-uniform,taylor-global,fpgm-at-agent,random-uniform,random-best,torch-pruning]"
+METHODS = "methods=[agent,l1-uniform,taylor-global,fpgm-at-agent,random-uniform,random-best]"
 
 
 def read(path):
     return json.loads(Path(path).read_text())
 
 
+def _without(*names):
+    """`SMALL` without settings, or all of a part: what would do nothing is refused."""
+    return [each for each in SMALL if each.split("=")[0].split(".")[0] not in names]
+
+
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory, checkpoint):
     """Run folder of a small comparison at all stages."""
-    pytest.importorskip("torch_pruning")
     folder = tmp_path_factory.mktemp("compared") / "run"
     assert run_main("compare", *SMALL, METHODS, f"checkpoint={checkpoint}", f"run_dir={folder}") == 0
     return folder
@@ -62,7 +65,7 @@ def compared(tmp_path_factory, checkpoint):
 def test_every_cell_is_there(compared):
     metrics = read(compared / "metrics.json")
     cells = {(row["method"], row["compensate"]): row for row in metrics["rows"]}
-    assert len(cells) == len(metrics["rows"]) == 14 and metrics["skipped"] == []
+    assert len(cells) == len(metrics["rows"]) == 12 and metrics["skipped"] == []
     for (method, _), row in cells.items():
         assert row["seeds"] == ([0, 1, 2] if method == "random-uniform" else [0, 1])
         assert 0.5 <= row["macs_removed"] < 0.6, method
@@ -79,7 +82,7 @@ def test_every_cell_is_there(compared):
 def test_tables_agree_with_the_metrics(compared):
     metrics = read(compared / "metrics.json")
     lines = list(csv.DictReader((compared / "table.csv").read_text().splitlines()))
-    assert len(lines) == 14 * 4
+    assert len(lines) == 12 * 4
     row = next(row for row in metrics["rows"] if row["method"] == "random-uniform" and row["compensate"])
     line = next(
         line
@@ -111,7 +114,7 @@ def test_one_epoch_and_full_schedule_share_cut_and_seed(compared):
 
 
 def test_plots_where_matplotlib_is(compared):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra 'plots')")
     picture = (compared / "accuracy-zero.svg").read_text()
     assert "<svg" in picture and "random-best" in picture
 
@@ -144,16 +147,6 @@ def test_two_processes_find_what_one_finds(compared, keepdrop, tmp_path, checkpo
     assert [row["stages"] for row in first] == [row["stages"] for row in second]
 
 
-def test_settings_are_shared_whole():
-    jobs = [
-        Job(m, r, c, s) for m in ("agent", "l1-at-agent") for r in (0.3, 0.5) for c in (False, True) for s in (0, 1)
-    ]
-    shares = [share_of(jobs, index, 3) for index in range(3)]
-    assert sorted(job.key for share in shares for job in share) == sorted(job.key for job in jobs)
-    assert all(len(share) == 2 * len({job.setting for job in share}) for share in shares)
-    assert share_of(jobs, 0, 1) == jobs
-
-
 @pytest.mark.slow
 def test_killed_comparison_ends_the_same(spawn, keepdrop, tmp_path, checkpoint, compared):
     process = spawn("compare", *SMALL, METHODS, f"checkpoint={checkpoint}", "run_dir=run", cwd=tmp_path)
@@ -168,19 +161,23 @@ def test_killed_comparison_ends_the_same(spawn, keepdrop, tmp_path, checkpoint, 
     assert [row["stages"] for row in first] == [row["stages"] for row in second]
 
 
-def test_without_peers_and_plots(keepdrop, checkpoint, monkeypatch):
-    """Both optional libraries are named once, and the rest is done."""
+def test_without_extras(keepdrop, checkpoint, monkeypatch):
+    """Each optional library that is missing is named once, and the rest is done."""
     import importlib.util
 
     real = importlib.util.find_spec
-    absent = ("torch_pruning", "matplotlib")
+    absent = ("torch_pruning", "matplotlib", "scipy")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in absent else real(name, *rest))
-    chosen = [each for each in SMALL if each not in ("quiet=true", "seeds=[0,1]")]
-    command = ["methods=[torch-pruning,bn_scale-global]", "stages=[zero]", "seeds=[0]", f"checkpoint={checkpoint}"]
+    chosen = _without("bn_images", "finetune", "random_seeds", "quiet")
+    command = ["methods=[agent,torch-pruning,bn_scale-global]", "stages=[zero]", f"checkpoint={checkpoint}"]
     result = keepdrop("compare", *chosen, *command, "run_dir=run")
     assert result.code == 0, result.err
-    assert result.out.count("pip install keepdrop[peers]") == result.out.count("pip install keepdrop[plots]") == 1
-    assert [row["method"] for row in read("run/metrics.json")["rows"]] == ["bn_scale-global"] * 2
+    for extra in ("peers", "plots", "stats"):
+        assert result.out.count(f"pip install keepdrop[{extra}]") == 1, extra
+    metrics = read("run/metrics.json")
+    assert [row["method"] for row in metrics["rows"]] == ["agent"] * 2 + ["bn_scale-global"] * 2
+    assert [gap["p_value"] for gap in metrics["agent_minus_others"]] == [None, None]
+    assert "scipy is not installed, so there are no p-values" in Checker(Path("run/report.html").read_text()).words()
 
 
 @pytest.mark.parametrize(
@@ -197,7 +194,7 @@ def test_without_peers_and_plots(keepdrop, checkpoint, monkeypatch):
         (["stages=[zero,two]"], "stages has 'two'; expected any of zero, bn, one, full."),
         (["targets.removed=[50]"], "A target of 50 was given; expected a fraction between 0 and 1; did you mean 0.5?"),
         (["targets.of=layers"], "targets.of is 'layers'; expected one of groups, network."),
-        (["layers=[conv2]", "targets.removed=[0.99]"], "99 % of the MACs cannot be removed: with one filter a layer"),
+        (["layers=[conv2]", "targets.removed=[0.99]"], "99 % of the MACs cannot be removed: with one filter per layer"),
         (["workers=0"], "workers is 0; expected 1 or more."),
         (["bn_images=1"], "bn_images is 1; expected 2 or more."),
         (["random_best.evaluations=0"], "random_best.evaluations is 0; expected 1 or more."),
@@ -252,10 +249,20 @@ def test_a_wide_layer_is_not_despised_by_its_mean(task):
     assert min(fractions["global-mean"]) > 0.3
 
 
+def test_torch_pruning_is_one_more_method(keepdrop, checkpoint):
+    pytest.importorskip("torch_pruning", reason="torch-pruning is not installed (extra 'peers')")
+    command = ["methods=[torch-pruning,l1-uniform]", "stages=[zero]", "seeds=[0]", f"checkpoint={checkpoint}"]
+    chosen = _without("bn_images", "finetune", "random_seeds", "network_search")
+    assert keepdrop("compare", *chosen, *command, "run_dir=run").code == 0
+    metrics = read("run/metrics.json")
+    assert [row["method"] for row in metrics["rows"]] == ["l1-uniform"] * 2 + ["torch-pruning"] * 2
+    assert all(0.5 <= row["macs_removed"] < 0.6 for row in metrics["rows"]) and metrics["skipped"] == []
+
+
 @pytest.mark.parametrize("global_pruning", [False, True])
 def test_torch_pruning_chooses_what_it_would_cut(task, global_pruning):
     """Its masks lead to the widths that its own surgery leaves."""
-    torch_pruning = pytest.importorskip("torch_pruning")
+    torch_pruning = pytest.importorskip("torch_pruning", reason="torch-pruning is not installed (extra 'peers')")
     import copy
     import warnings
 
@@ -297,6 +304,7 @@ def row(method, values, seeds=(0, 1, 2)):
 
 
 def test_paired_test_over_common_seeds():
+    pytest.importorskip("scipy", reason="scipy is not installed (extra 'stats')")
     rows = [row("agent", [0.5, 0.6, 0.7]), row("other", [0.4, 0.5, 0.5], seeds=(2, 0, 1))]
     (found,) = versus_agent(rows, "zero")
     assert found["seeds"] == [0, 1, 2] and found["method"] == "other"

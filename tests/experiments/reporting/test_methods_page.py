@@ -134,6 +134,12 @@ def test_comparison_of_an_earlier_version(tmp_path):
     assert "conv2 7.5 (7 to 8)" in words and "Bars are" not in words
 
 
+def test_page_says_why_there_is_no_p_value(tmp_path):
+    metrics = compare_metrics() | {"no_p_values": "scipy is not installed, so there are no p-values"}
+    words = Checker(run_page(run_of(tmp_path / "run", "compare", metrics))).words()
+    assert "scipy is not installed, so there are no p-values. Over methods that know nothing" in words
+
+
 def test_unfinished(tmp_path):
     run = run_of(tmp_path / "run", "compare", None)
     (tmp_path / "run/choices/agent").mkdir(parents=True)
