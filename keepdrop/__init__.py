@@ -80,11 +80,18 @@ __all__ = [
 ]
 
 
+_RENAMED = {"JudgeSettings": "EvaluationSettings"}
+
+
 def __getattr__(name: str) -> Any:
+    if name in _RENAMED:
+        raise AttributeError(
+            f"module 'keepdrop' has no attribute {name!r} any more; it is keepdrop.{_RENAMED[name]} now"
+        )
     if name not in _HOME:
         raise AttributeError(f"module 'keepdrop' has no attribute {name!r}; it has {', '.join(__all__)}")
     return getattr(import_module(f".{_HOME[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)

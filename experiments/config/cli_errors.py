@@ -14,6 +14,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from ...envs.files.renamed import SETTINGS
 from ...errors import UserError
 
 CONF = "keepdrop.conf"
@@ -115,6 +116,9 @@ def _flat(node: DictConfig, prefix: str = "") -> Iterator[str]:
 
 
 def _unknown_key(key: str, root: str, arguments: Sequence[str]) -> str:
+    head, dot, rest = key.partition(".")
+    if head in SETTINGS:
+        return f"keepdrop {root.replace('_', '-')} has no setting {key!r}; it is '{SETTINGS[head]}{dot}{rest}' now."
     keys = known_keys(root, arguments)
     parent, _, last = key.rpartition(".")
     siblings = [known for known in keys if known.rpartition(".")[0] == parent]

@@ -204,6 +204,11 @@ def test_help_needs_no_torch():
         (("prnue",), "'prnue' is not a command; did you mean 'prune'?"),
         (("xyz",), "'xyz' is not a command; expected one of prune, inspect, train-cnn, "),
         (("prune", "drop_bnd=0.1"), "keepdrop prune has no setting 'drop_bnd'; did you mean 'drop_bound'?"),
+        (
+            ("prune", "judge.dtype=bfloat16"),
+            "keepdrop prune has no setting 'judge.dtype'; it is 'evaluation.dtype' now.",
+        ),
+        (("prune", "judge={ridge:1}"), "keepdrop prune has no setting 'judge'; it is 'evaluation' now."),
         (("prune", "polcy=set"), "keepdrop prune has no setting 'polcy'; did you mean 'policy'?"),
         (("prune", "agent.updatez=3"), "keepdrop prune has no setting 'agent.updatez'; did you mean 'agent.updates'?"),
         (
