@@ -90,7 +90,7 @@ def error_curves(
     return {group.name: _eliminate(group.n_filters, readings[group.name], ridge) for group in groups}
 
 
-def cheapest_masks(
+def reconstruction_scores(
     model: nn.Module,
     meter: MacsMeter,
     target: Target,
@@ -100,7 +100,7 @@ def cheapest_masks(
     objective: Objective = TOP1,
     repair: ReconstructionSettings | None = None,
 ) -> dict[str, Tensor]:
-    """Masks (N,) bool by group name that meet a MACs target at the least expected loss, without a search.
+    """Scores (N,) float64 by group name; `keep_best` makes them masks that meet a MACs target at the least error.
 
     Args:
         model: the dense network, untouched.
@@ -112,20 +112,21 @@ def cheapest_masks(
 
     Raises UserError for a target that cannot be met, and as `error_curves`.
     """
+    meter.check(target)
     repair = repair or ReconstructionSettings(images=512, places=16)
-    repairing = Reconstruction(model, images[: repair.images], repair)
     masks = {group.name: torch.ones(group.n_filters, dtype=torch.bool) for group in meter.groups}
-    groups, current = meter.groups, model
+    curves = error_curves(model, meter.groups, images, labels, objective=objective)
+    scores = _scores_per_mac(curves, meter, masks)
     n_rounds = math.ceil(target.removed / PER_ROUND - 1e-9)
-    for number in range(1, n_rounds + 1):
-        curves = error_curves(current, groups, images, labels, objective=objective, ridge=repair.ridge)
-        part = replace(target, removed=target.removed * number / n_rounds)
-        masks = keep_best(meter, _scores_per_mac(curves, meter, masks), part)
+    repairing = Reconstruction(model, images[: repair.images], repair) if n_rounds > 1 else None
+    for number in range(1, n_rounds):
+        assert repairing is not None
+        masks = keep_best(meter, scores, replace(target, removed=target.removed * number / n_rounds))
         choices = {group: masks[group.name] for group in meter.groups}
-        if number < n_rounds:
-            current = repairing.cut(choices)
-            groups = regrouped(meter.groups, model, choices)
-    return masks
+        groups = regrouped(meter.groups, model, choices)
+        curves = error_curves(repairing.cut(choices), groups, images, labels, objective=objective)
+        scores = _scores_per_mac(curves, meter, masks)
+    return scores
 
 
 def _scores_per_mac(

@@ -37,6 +37,7 @@ from .methods import (
     Method,
     Observations,
     RandomBest,
+    ReconstructionMethod,
     check_masks,
 )
 from .plan import Job, chosen_methods
@@ -70,6 +71,7 @@ class Choices:
         made += [CriterionMethod(name, "global-mean", seen) for name in MEAN_RANKED]
         made += [AtAgentCounts(name, seen, self._agent_masks) for name in CRITERIA]
         made += [RandomBest(inside, seen, self._tasks, self._evaluations, some) for inside in ("random", "taylor")]
+        made += [ReconstructionMethod()]
         made += [TorchPruning(global_pruning) for global_pruning in (False, True)]
         return {method.name: method for method in made}
 

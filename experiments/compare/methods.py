@@ -16,6 +16,7 @@ from ...agent.learning.natural_evolution import NetworkAgentSettings
 from ...agent.policies.distributions import top_mask
 from ...envs.observation import STATISTIC_NAMES
 from ...envs.one_shot import OneShotTask
+from ...envs.repair.reconstruction_error import reconstruction_scores
 from ...envs.surgery.macs_target import MacsMeter, Target, keep_best, spread_evenly
 from ...envs.task import PruningTask
 from ...errors import UserError
@@ -29,6 +30,7 @@ FINALISTS = NetworkAgentSettings().top_k + 1  # of a random search: an agent's g
 MEAN_RANKED = ("l1", "taylor")
 LOWEST_WEIGHT = 0.2  # of a layer in a random allocation; the highest is 1
 AGENT, FOLLOWS = "agent", "-at-agent"
+RECONSTRUCTION = "reconstruction"
 
 
 class Method(Protocol):
@@ -87,6 +89,26 @@ class CriterionMethod:
             if self.allocation == "global-mean":
                 ranking[name] /= ranking[name].mean().clamp_min(1e-12)
         return keep_best(meter_of(task, target), ranking, target)
+
+
+class ReconstructionMethod:
+    """The `reconstruction` criterion: filters go where the loss is expected to pay least per MAC; nothing is searched.
+
+    Args:
+        images: of the fit split, on which errors are measured.
+    """
+
+    name = RECONSTRUCTION
+
+    def __init__(self, images: int = 1000) -> None:
+        self.images = images
+
+    def choose(self, task: PruningTask, target: Target, seed: int) -> Masks:
+        """Measure, cut a part, repair, measure again; the seed is the task's."""
+        meter = meter_of(task, target)
+        images, labels = task.fit_images(self.images)
+        found = reconstruction_scores(task.model, meter, target, images, labels, objective=task.objective)
+        return keep_best(meter, found, target)
 
 
 class AtAgentCounts:
@@ -182,7 +204,7 @@ def method_names() -> list[str]:
     names = [AGENT, *(f"{name}{FOLLOWS}" for name in CRITERIA)]
     names += [f"{name}-{allocation}" for allocation in ("uniform", "global") for name in classic]
     names += [f"{name}-global-mean" for name in MEAN_RANKED]
-    return [*names, "random-uniform", "random-best", "taylor-random-best", *PEERS]
+    return [*names, RECONSTRUCTION, "random-uniform", "random-best", "taylor-random-best", *PEERS]
 
 
 def check_masks(method: str, task: PruningTask, target: Target, masks: Masks) -> float:

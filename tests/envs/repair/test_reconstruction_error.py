@@ -8,8 +8,8 @@ from keepdrop.envs.groups.finding import find_groups
 from keepdrop.envs.networks.built_in import small_cnn
 from keepdrop.envs.networks.checkpoint import hash_state
 from keepdrop.envs.networks.cost import count_cost
-from keepdrop.envs.repair.reconstruction_error import cheapest_masks, error_curves
-from keepdrop.envs.surgery.macs_target import MacsMeter, Target
+from keepdrop.envs.repair.reconstruction_error import error_curves, reconstruction_scores
+from keepdrop.envs.surgery.macs_target import MacsMeter, Target, keep_best
 from keepdrop.errors import UserError
 from torch import nn
 from torch.nn import functional as F
@@ -85,7 +85,8 @@ def test_masks_meet_the_target_and_leave_the_network_alone(removed, images, labe
     groups = [group for group in find_groups(model, images[:1]).groups][:3]
     meter, before = MacsMeter(model, count_cost(model, images[:1]), groups, "groups"), hash_state(model)
     flags = [parameter.requires_grad for parameter in model.parameters()]
-    masks = cheapest_masks(model, meter, Target(removed, "groups"), images, labels)
+    target = Target(removed, "groups")
+    masks = keep_best(meter, reconstruction_scores(model, meter, target, images, labels), target)
     assert meter.removed([int(masks[group.name].sum()) for group in groups]) >= removed - 1e-9
     assert all(bool(mask.any()) for mask in masks.values())
     assert hash_state(model) == before and model.training
@@ -97,7 +98,7 @@ def test_the_same_images_give_the_same_masks(network, images, labels):
     groups = groups_of(network, images, "conv1", "conv2")
     meter = MacsMeter(network, count_cost(network, images[:1]), groups, "groups")
     first, second = (
-        cheapest_masks(copy.deepcopy(network), meter, Target(0.5, "groups"), images, labels) for _ in range(2)
+        reconstruction_scores(copy.deepcopy(network), meter, Target(0.5, "groups"), images, labels) for _ in range(2)
     )
     assert all(torch.equal(first[name], second[name]) for name in first)
 
