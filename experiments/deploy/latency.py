@@ -52,7 +52,7 @@ def measure_latency(
     Args:
         models: networks by name.
         example_inputs: a tensor (B, ...), a tuple of positional or a mapping of keyword arguments.
-        batch_sizes: images a pass.
+        batch_sizes: images per pass.
         repeats: timed passes.
         warmup: passes before them; a runtime that compiles has done so before.
         runtimes: any of "eager", "compile", "onnxruntime"; the latter two take `nn.Module`s only.

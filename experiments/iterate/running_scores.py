@@ -27,7 +27,7 @@ class _Sums:
     activation: Tensor
     zeros: Tensor
     slope: Tensor | None = None  # (B, N)
-    n_read: int = 0  # samples an image of the running minibatch
+    n_read: int = 0  # samples per image of the running minibatch
     n_samples: int = 0
     n_images: int = 0
 

@@ -68,7 +68,7 @@ class Goal:
     """When to stop.
 
     Args:
-        removed: fraction of the dense network's resource that is to go; None goes on as long as the bound holds.
+        removed: fraction of the dense network's resource that is to go; None continues as long as the bound holds.
         resource: "macs" or "params".
         drop_bound: accuracy that may be lost on the reward split, after training; None is no bound.
     """

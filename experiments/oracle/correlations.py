@@ -117,7 +117,7 @@ def markdown(metrics: Mapping[str, Any]) -> str:
 
 
 def csv_filters(metrics: Mapping[str, Any]) -> str:
-    """`filters.csv`: one line a filter, its oracle and every score."""
+    """`filters.csv`: one line per filter: its oracle and every score."""
     names = list(dict.fromkeys(name for layer in metrics["layers"].values() for name in layer["scores"]))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

@@ -50,9 +50,9 @@ def filter_oracle(
         model: the network, never changed.
         group: found in it.
         images: (B, ...) of the reward split; labels: (B,) int64, or other targets.
-        objective: what answers are judged by.
+        objective: what answers are scored by.
         method: "auto", "split" or "whole".
-        batch: images a pass.
+        batch: images per pass.
         progress: told how many images of all are done.
     """
     network = MaskedNetwork(model, [group], channels_last(images[:3]), method=method)

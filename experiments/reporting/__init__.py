@@ -1,1 +1,1 @@
-"""The pages of runs: cards, charts, sections, one page a run and one for several."""
+"""The pages of runs: cards, charts, sections, one page per run and one for several."""

@@ -13,7 +13,7 @@ ARROW, MINUS, TIMES = "\N{RIGHTWARDS ARROW}", "\N{MINUS SIGN}", "\N{MULTIPLICATI
 
 
 def percent(fraction: float, digits: int = 2) -> str:
-    """A fraction as a reader wants it."""
+    """A fraction in percent."""
     return f"{100 * fraction:.{digits}f} %"
 
 
@@ -86,7 +86,7 @@ def _accuracy(run: Run) -> Markup | None:
 
 def _amounts(metrics: Mapping[str, Any]) -> list[Markup]:
     made = []
-    for title, key in (("MACs an image", "macs"), ("Parameters", "params")):
+    for title, key in (("MACs per image", "macs"), ("Parameters", "params")):
         before, after = metrics.get(f"base_{key}"), metrics.get(f"pruned_{key}")
         if before and after is not None:
             made.append(card(title, change(before, after), f"{before:,} {ARROW} {after:,}"))
@@ -105,7 +105,7 @@ def _size(run: Run) -> Markup | None:
 
 
 def _latencies(metrics: Mapping[str, Any]) -> list[Markup]:
-    """A card a batch size and runtime (a run of an earlier version knew one runtime)."""
+    """One card per batch size and runtime (a run of an earlier version knew one runtime)."""
     kinds: dict[tuple[Any, ...], dict[str, Mapping[str, Any]]] = {}
     for record in metrics.get("latency") or []:
         kind = (record["batch_size"], record.get("runtime", "eager"), record.get("device"), record.get("n_threads"))

@@ -11,7 +11,7 @@ from .markup import Markup, join, tag
 
 WIDE, NARROW = (720, 330), (350, 270)
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 14, 46
-CELL, CELLS = 10, 32  # one filter in a strip, filters a row
+CELL, CELLS = 10, 32  # one filter in a strip, filters per row
 Points = Sequence[tuple[float, float]]
 _ids = count(1)
 
@@ -108,7 +108,7 @@ def signed_bar(title: str, value: float, ends: tuple[float, float], style: str =
 
 
 def strip(title: str, keep: Sequence[bool]) -> Markup:
-    """One cell a filter, in the order of the original network; kept ones are filled."""
+    """One cell per filter, in the order of the original network; kept ones are filled."""
     rows = math.ceil(len(keep) / CELLS)
     paths = [
         tag("path", d=_cells(i for i, one in enumerate(keep) if one is kept), class_=name)

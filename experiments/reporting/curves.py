@@ -43,9 +43,9 @@ def write_curves(
         records: of the schedule, in its order.
         folder: gets `curves.json`.
         terminal: shows progress.
-        controls: criteria that keep as many filters a layer as the records do; none skips them.
+        controls: criteria that keep as many filters per layer as the records do; none skips them.
         seed: of the run.
-        joint: cuts and repairs the layers together, where the run did.
+        one_shot: cuts and repairs the layers together, where the run did.
     """
     if (folder / CURVES).is_file():
         return
@@ -61,7 +61,7 @@ def write_curves(
 
 
 def macs_after(task: PruningTask, records: Sequence[LayerRecord]) -> list[int]:
-    """MACs an image once the first, the first two, ... of the layers are cut."""
+    """MACs per image once the first, the first two, ... of the layers are cut."""
     groups = {group.name: group for group in task.groups}
     kept: dict[FilterGroup, int] = {}
     macs = []
@@ -88,8 +88,8 @@ def control_curves(
 ) -> dict[str, Any]:
     """Accuracies after each layer, without recovery, of the agent's own masks and of every control.
 
-    All use the reward split (its first `MAX_IMAGES` images; a split is shuffled) and the run's own compensation, with
-    `joint` its repair of the whole network, so that nothing but the choice of filters differs. The report split is not
+    All use the reward split (its first `MAX_IMAGES` images; a split is shuffled) and the run's own compensation, or its
+    repair of the whole network (`one_shot`), so that nothing but the choice of filters differs. The report split is not
     touched.
     """
     images = task.splits.reward.select(torch.arange(min(MAX_IMAGES, len(task.splits.reward))))

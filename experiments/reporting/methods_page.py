@@ -84,7 +84,7 @@ def best(rows: Sequence[Row], stage: str, follows: bool = False) -> Row | None:
 
 
 def _cards(metrics: Mapping[str, Any]) -> Markup | None:
-    """One card a target: how far the agent leads at the last stage."""
+    """One card per target: how far the agent leads at the last stage."""
     stage, compensate = metrics["stages"][-1], _settings(metrics)[-1]
     found = []
     for removed in _targets(metrics):
@@ -219,7 +219,7 @@ def _against(metrics: Mapping[str, Any], row: Row | None, stage: str) -> list[st
 
 
 def _kept(metrics: Mapping[str, Any]) -> Markup | None:
-    """What the agent keeps of each layer, a block a target; the mean over its seeds."""
+    """What the agent keeps of each layer, one block per target; the mean over its seeds."""
     agents = [row for row in metrics["rows"] if row["method"] == AGENT]
     widths = metrics.get("layers") or {}  # a run of an earlier version does not say how wide its layers are
     if not agents:
@@ -274,5 +274,5 @@ def _cost(rows: Sequence[Row]) -> Markup | None:
         own = [row for row in rows if row["method"] == name]
         masks = mean(each for row in own for each in row["mask_evaluations"])
         body.append([name, f"{mean(row['choice_seconds'] for row in own):.1f}", f"{masks:,.0f}"])
-    values = fold("As a table", table(["method", "seconds a choice", "masks judged"], body))
+    values = fold("As a table", table(["method", "seconds per choice", "masks evaluated"], body))
     return section("What choosing cost", "Mean over targets and seeds, on the machine named below.", values)

@@ -47,7 +47,7 @@ class Layer:
 class Run:
     """A run folder's content.
 
-    `metrics` is None while the run is unfinished; `methods` are the layers by decider. `joint` says that one agent
+    `metrics` is None while the run is unfinished; `methods` are the layers by decider. `one_shot` says that one agent
     decided all layers at once, `network_curve` how its reward rose; `steps` is the curve of `keepdrop iterate`,
     `searches` how the reward of each agent of `keepdrop compare` rose, by target and seed.
     """

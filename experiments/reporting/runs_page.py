@@ -47,7 +47,7 @@ def _unfinished(runs: Sequence[Run], names: Sequence[str]) -> Markup | None:
 
 
 def _comparable(runs: Sequence[Run], names: Sequence[str]) -> Markup | None:
-    """Runs that were judged on different images say so."""
+    """Says so where runs were evaluated on different images."""
     hashes = {((run.facts.get("splits") or {}).get("report") or {}).get("sha256") for run in runs}
     if len(hashes - {None}) <= 1:
         return None
@@ -56,7 +56,7 @@ def _comparable(runs: Sequence[Run], names: Sequence[str]) -> Markup | None:
 
 
 def _trade_off(runs: Sequence[Run], names: Sequence[str]) -> Markup | None:
-    """Final accuracy against the MACs that are left; one point a run."""
+    """Final accuracy against the MACs that are left; one point per run."""
     series = []
     for i, (run, name) in enumerate(zip(runs, names, strict=True)):
         metrics = run.metrics or {}
@@ -113,7 +113,7 @@ def _latency(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _layers(runs: Sequence[Run], names: Sequence[str]) -> Markup | None:
-    """Filters kept, a row a layer and a column a run."""
+    """Filters kept, one row per layer and one column per run."""
     masks = [original_masks(run) for run in runs]
     layers = list(dict.fromkeys(name for each in masks for name in each))
     rows = [[layer, *(_kept(each.get(layer)) for each in masks)] for layer in layers]

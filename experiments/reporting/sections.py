@@ -20,7 +20,7 @@ AGENT = "agent"
 
 
 def label(name: str) -> str:
-    """A decider's name as a reader wants it."""
+    """A decider's name as it is displayed."""
     return LABELS.get(name, name.replace("_", " "))
 
 
@@ -50,7 +50,7 @@ def trade_off(run: Run) -> Markup | None:
 
 
 def _steps_of(run: Run) -> Markup | None:
-    """The curve of an iterated pruning: a point a step."""
+    """The curve of an iterated pruning: one point per step."""
     base, points = run.steps["base"], run.steps["points"]
     if not points:
         return None
@@ -63,7 +63,7 @@ def _steps_of(run: Run) -> Markup | None:
     plot = line_chart(f"{name} against MACs", words, [series], x, y)
     rows = [[p["step"], p["n_filters"], f"{a:.1f}", f"{b:.2f}"] for p, (a, b) in zip(points, drawn, strict=True)]
     values = fold("As a table", table(["step", "filters", x.label, y.label], rows))
-    text = f"One point a step: the least important filters go, a little training follows. {name} on the reward split."
+    text = f"One point per step: the least important filters go, a little training follows. {name} on the reward split."
     return section(f"{name} against MACs", text, tag("figure", plot, values))
 
 
@@ -96,7 +96,7 @@ def _steps(run: Run) -> tuple[Axis, list[float]]:
 
 def _trade_off_text(run: Run) -> str:
     text = (
-        "One point a layer, from the base on the left to all layers cut on the right. "
+        "One point per layer, from the base on the left to all layers cut on the right. "
         f"{display_name(run.metric, opens=True)} on the reward split."
     )
     if run.one_shot:
@@ -195,7 +195,7 @@ def filter_map(run: Run) -> Markup | None:
         for name, mask in masks.items()
     ]
     rows = [[name, tag("code", ranges([i for i, one in enumerate(mask) if one]))] for name, mask in masks.items()]
-    text = "Filters are numbered as in the original network: row by row, 32 a row, the first one is 0."
+    text = "Filters are numbered as in the original network: row by row, 32 per row, starting at 0."
     numbers = fold("Numbers of the filters kept", table(["layer", "kept"], rows))
     key = tag("p", kept_key(), class_="soft")
     return section("Which filters were kept", text, key, tag("div", *strips, class_="strips"), numbers)

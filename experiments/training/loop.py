@@ -65,7 +65,7 @@ def fit_network(
 
     Same seed, same weights, bitwise, on a CPU with the same number of threads. `teacher` (untouched) is needed when
     `distill_weight` > 0. `progress` is called after every epoch. With `snapshot`, weights and momentum are written
-    there after every epoch, and a later call with the same arguments goes on from it to the same final weights; the
+    there after every epoch, and a later call with the same arguments resumes from it, to the same final weights; the
     file stays, so that a finished training is not repeated. The model is moved to `device`, which defaults to its own.
 
     Raises UserError when the loss stops being finite, nothing is trainable, the data holds fewer than 2 images, the

@@ -19,7 +19,7 @@ class TrainSettings:
 
     Args:
         epochs: passes over the fit images, fractions allowed; 0 trains nothing.
-        batch_size: images a step.
+        batch_size: images per step.
         lr: highest learning rate.
         momentum: of SGD, Nesterov's.
         weight_decay: spares biases and normalisation (parameters of one dimension).
