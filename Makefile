@@ -2,27 +2,42 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# An index besides pip's own. PyPI's torch for Linux brings gigabytes of CUDA, which nothing here needs; its CPU build:
+#   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+EXTRAS := dev,docs,lightning,onnx,peers,plots,sb3,stats,sweeps
 
-.PHONY: demo test test-all coverage lint typecheck docs docs-serve build-package install clean
+.PHONY: demo test test-all test-extras coverage lint typecheck docs docs-serve build-package install extras clean
 
 install: $(VENV)/.installed
 
-# torch comes first and pinned: its CPU build, not gigabytes of CUDA.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --constraint constraints.txt torch
-	$(PIP) install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(INSTALL) --editable ".[dev]"
+	touch $@
+
+extras: $(VENV)/.extras
+
+# torchvision and timm come alone: as extras they would exchange the CPU build of torch for another one.
+$(VENV)/.extras: $(VENV)/.installed
+	$(INSTALL) --editable ".[$(EXTRAS)]"
+	$(INSTALL) --no-deps torchvision timm
 	touch $@
 
 demo: install
 	$(BIN)/keepdrop prune
 
 test: install
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --skipped-to build/skipped.txt
 
 test-all: install
 	$(BIN)/python -m pytest -n 2 -m ""
+
+# What `make test` skipped, with every extra; a test that still misses a package fails.
+test-extras: extras
+	$(BIN)/python -m pytest -n 2 --extras @build/skipped.txt
 
 lint: install
 	$(BIN)/ruff check .
@@ -37,10 +52,10 @@ build-package: install
 	$(PIP) install --quiet --no-deps --target build/typecheck .
 
 typecheck: build-package
-	cd build/typecheck && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p keepdrop
+	cd build/typecheck && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml -p keepdrop
 
 $(VENV)/.docs: $(VENV)/.installed
-	$(PIP) install --quiet --constraint constraints.txt --editable ".[docs]"
+	$(INSTALL) --editable ".[docs]"
 	touch $@
 
 docs: build-package $(VENV)/.docs

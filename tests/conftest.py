@@ -5,10 +5,32 @@ from pathlib import Path
 import pytest
 import torch
 
+MISSING = ("not installed", "could not import")  # in the reason of a skip
+
 # tests/support holds what several test files share: networks, images, the command line.
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 # Small networks: a second thread costs more than it brings, above all beside other test processes.
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--skipped-to", metavar="FILE", help="write the ids of skipped tests to FILE, one per line")
+    parser.addoption("--extras", action="store_true", help="fail where a test is skipped because a package is missing")
+
+
+def pytest_sessionfinish(session):
+    """Of all processes of pytest-xdist the first one alone: the others report to it."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or hasattr(session.config, "workerinput"):
+        return
+    skipped = {report.nodeid: str(report.longrepr) for report in reporter.stats.get("skipped", [])}
+    if target := session.config.getoption("--skipped-to"):
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        Path(target).write_text("".join(f"{name}\n" for name in sorted(skipped)))
+    missing = [name for name, reason in skipped.items() if any(each in reason for each in MISSING)]
+    if session.config.getoption("--extras") and missing:
+        reporter.write_line(f"\nskipped in spite of all extras: {', '.join(missing)}", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture(scope="session")
