@@ -86,7 +86,7 @@ _RENAMED = {"JudgeSettings": "EvaluationSettings"}
 def __getattr__(name: str) -> Any:
     if name in _RENAMED:
         raise AttributeError(
-            f"module 'keepdrop' has no attribute {name!r} any more; it is keepdrop.{_RENAMED[name]} now"
+            f"module 'keepdrop' has no attribute {name!r}; it is keepdrop.{_RENAMED[name]} now"
         )
     if name not in _HOME:
         raise AttributeError(f"module 'keepdrop' has no attribute {name!r}; it has {', '.join(__all__)}")

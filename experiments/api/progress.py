@@ -49,11 +49,11 @@ class Reporter:
         if self.callback is not None:
             self.callback(Progress(stage, name, done, total, dict(metrics)))
 
-    def update(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
-        """One update of the current layer's agent."""
+    def layer_update(self, layer: LayerTask, trainer: Trainer, metrics: Mapping[str, float]) -> None:
+        """One update of a layer's agent."""
         shown = {"reward": metrics["reward_mean"]}
         shown |= {name: metrics[f"info/{name}"] for name in ("kept_fraction", "accuracy_drop")}
-        self.tell("search", self.layer, len(trainer.history), trainer.settings.updates, shown)
+        self.tell("search", layer.group.name, len(trainer.history), trainer.settings.updates, shown)
 
     def network(self, trainer: NetworkTrainer, metrics: Mapping[str, float]) -> None:
         """One update of the agent of all layers."""

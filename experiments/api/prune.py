@@ -20,6 +20,7 @@ from ...envs.repair.reconstruction import ReconstructionSettings
 from ...envs.surgery.macs_target import Target
 from ...errors import UserError
 from ...rewards.try_and_learn import TryAndLearn, check_drop_bound
+from ..pruning.layer_agents import TrainLayerAgents
 from ..pruning.network_decide import AskNetworkAgent, NetworkDecider, TrainNetworkAgent
 from ..pruning.network_schedule import NetworkSchedule
 from ..pruning.schedule import Recovery, Schedule
@@ -27,7 +28,6 @@ from ..pruning.trained_agents import AskAgents, agents_of, check_agents, load_ag
 from ..training.augment import Augment
 from ..training.settings import TrainSettings
 from .job import Job
-from .layer_agents import LayerAgents
 from .own_training_loop import OwnLoop
 from .progress import Callback
 from .result import PruningResult
@@ -102,7 +102,9 @@ def prune(
         return job.run(_at_once(agent, job, recovery, drop_bound), finetune, folder, asked)
     chosen = job.settings
     reward = chosen.reward or TryAndLearn(drop_bound)
-    agents = LayerAgents(chosen.policy, reward, chosen.agent, chosen.masks, chosen.images, job.reporter, known)
+    agents = TrainLayerAgents(
+        chosen.policy, reward, chosen.agent, chosen.masks, chosen.images, job.reporter.layer_update, known
+    )
     schedule = Schedule(agents, reward, drop_bound, recovery, chosen.order, seed)
     return job.run(schedule, finetune, folder, asked | _named(known))
 

@@ -14,7 +14,7 @@ from ...envs.surgery.limits import Limits
 from ...envs.task import EvaluationSettings
 from ...errors import UserError
 from ...rewards.outcome import RewardFunction
-from ..pruning.input_checks import PolicyFactory
+from ..pruning.layer_agents import PolicyFactory
 from ..pruning.network_search import NetworkSearchSettings
 from ..training.settings import TrainSettings
 

@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig
 from torch import nn
 
 from ...agent.saved_agent import SavedAgent
 from ...envs.data.objective import display_name
-from ...envs.networks.checkpoint import hash_state
 from ...envs.networks.cost import count_cost
 from ...envs.one_shot import GROUP_NAME
-from ...envs.repair.reconstruction import ReconstructionSettings
 from ...envs.surgery.kept_channels import KeptChannels
 from ...envs.surgery.macs_target import Target
 from ...envs.task import PruningTask
 from ...errors import UserError
 from ..config.cli_errors import groups
-from ..config.entry_point import begin_or_resume, first_value, is_sweep, plain, run_with_hydra, settings, typed
+from ..config.entry_point import first_value, is_sweep, plain, run_with_hydra, settings, typed
 from ..config.ignored import COMPENSATION, LAYER_EVALUATION, REPAIR, Ignored, refuse_ignored, training
-from ..config.prepare import Inputs, prepare
+from ..config.prepare import Inputs, check_controls, prepare
 from ..config.schema import INHERITED, LatencyConfig
 from ..config.stored import check_targets, inherit, run_with_config
+from ..config.training import begin_task, build_recovery, finetune
 from ..deploy.export import check_exports
 from ..deploy.runtimes import check_runtimes
 from ..pruning.decide import AskCriterion, Decider
@@ -37,14 +37,12 @@ from ..pruning.recover import RecoverySettings
 from ..pruning.schedule import LayerRecord, Schedule, check_order
 from ..pruning.trained_agents import AskAgents, check_agents, load_agents
 from ..reporting.curves import write_curves
-from ..runs.console import Terminal
-from ..runs.folder import METRICS, RunFolder
-from ..runs.provenance import keep_provenance
-from ..runs.tracking import Tracker
+from ..runs.context import RunContext
+from ..runs.folder import METRICS
 from ..training.loop import TrainSettings
-from .finish import (
+from .prune import ScheduleLog, build_repair
+from .results import (
     Networks,
-    finetune,
     group_facts,
     latency_metrics,
     latency_rows,
@@ -52,9 +50,7 @@ from .finish import (
     report_accuracy,
     save_result,
 )
-from .layer_agents import check_controls
-from .prune import ScheduleLog, build_recovery
-from .report import keep_report
+from .running import carry_out
 
 AGENT = "agent"
 
@@ -68,15 +64,17 @@ def main() -> None:
 def run(config: DictConfig) -> dict[str, Any]:
     """Decide, prune, fine-tune and compare; returns what `metrics.json` holds."""
     config = config if config.resume else inherited(config)
-    metrics, folder, terminal = begin_or_resume(config, check, apply_agents)
-    keep_report(folder, terminal)
+    return carry_out(config, check, apply_agents, show)
+
+
+def show(metrics: Mapping[str, Any], context: RunContext) -> None:
+    """The agents beside the controls, and latency."""
+    terminal = context.terminal
     terminal.methods(metrics["methods"], metrics["base_accuracy"], display_name(metrics.get("metric"), opens=True))
     if rows := latency_rows(metrics.get("latency", [])):
         terminal.totals(rows)
     for sentence in remarks(metrics):
         terminal.console.print(sentence, markup=False)
-    terminal.console.print(f"Run folder: {folder.path}", markup=False)
-    return metrics
 
 
 def inherited(config: DictConfig) -> DictConfig:
@@ -126,7 +124,7 @@ ONE_SHOT = (
 
 
 def check(config: DictConfig) -> Inputs:
-    """Find every mistake of the user's before anything is written."""
+    """Find everything that is wrong with the input before anything is written."""
     check_controls(config.controls)
     settings(config.latency, LatencyConfig)
     settings(config.recovery, RecoverySettings)
@@ -135,31 +133,25 @@ def check(config: DictConfig) -> Inputs:
     check_exports(config.export)
     known = load_agents(config.agents)
     refuse_ignored(config, [*(ONE_SHOT if GROUP_NAME in known else LAYER_BY_LAYER), *IGNORED])
-    with open_dict(config):
-        config.layers = known[GROUP_NAME].facts["groups"] if GROUP_NAME in known else list(known)
-    inputs = prepare(config)
+    inputs = prepare(config, known[GROUP_NAME].facts["groups"] if GROUP_NAME in known else list(known))
     assert inputs.dense is not None
     check_runtimes(config.latency.runtimes, inputs.device)
-    check_agents(known, inputs.task(inputs.dense, config))
+    check_agents(known, inputs.task(inputs.dense))
     return inputs
 
 
-def apply_agents(inputs: Inputs, config: DictConfig, folder: RunFolder, terminal: Terminal) -> dict[str, Any]:
+def apply_agents(inputs: Inputs, context: RunContext) -> dict[str, Any]:
     """The agents first, then every control at the agents' own counts, all with the same recovery and fine-tuning."""
-    assert inputs.dense is not None
-    task = inputs.task(inputs.dense, config)
-    keep_provenance(task, config, folder)
-    schedules = Schedules(load_agents(config.agents), task.model, config, terminal)
-    methods = {AGENT: prune_with(schedules.agent(), AGENT, task, config, folder, terminal)}
+    config, task = context.config, begin_task(inputs, context)
+    schedules = Schedules(load_agents(config.agents), task.model, context)
+    methods = {AGENT: prune_with(schedules.agent(), AGENT, task, context)}
     counts = {record.name: record.n_kept for record in methods[AGENT].records}
     for name in config.controls:
-        methods[name] = prune_with(schedules.control(name, counts), name, task, config, folder, terminal)
+        methods[name] = prune_with(schedules.control(name, counts), name, task, context)
     ours = methods[AGENT]
-    facts = {"base_sha256": hash_state(inputs.dense)}
-    exports = save_result(ours.networks, ours.kept, task.splits, config, folder, facts)
-    metrics = apply_metrics(methods, task, config) | exports
-    write_curves(task, ours.records, folder, terminal)
-    folder.write_json(METRICS, metrics)
+    metrics = apply_metrics(methods, task, config) | save_result(ours.networks, ours.kept, task.splits, context)
+    write_curves(task, ours.records, context.folder, context.terminal)
+    context.folder.write_json(METRICS, metrics)
     return metrics
 
 
@@ -176,11 +168,9 @@ class Method:
 class Schedules:
     """How agents and controls prune: layer by layer, or all layers at once if the agent is one of a whole network."""
 
-    def __init__(
-        self, agents: Mapping[str, SavedAgent], dense: nn.Module, config: DictConfig, terminal: Terminal
-    ) -> None:
-        self.agents, self.config = agents, config
-        self.recovery = build_recovery(dense, config, terminal)
+    def __init__(self, agents: Mapping[str, SavedAgent], dense: nn.Module, context: RunContext) -> None:
+        self.agents, self.config = agents, context.config
+        self.recovery = build_recovery(dense, context)
 
     def agent(self) -> Schedule | NetworkSchedule:
         """The trained agents'."""
@@ -197,35 +187,24 @@ class Schedules:
         return self._in_turn(AskCriterion(criterion, counts))
 
     def _at_once(self, decide: NetworkDecider) -> NetworkSchedule:
-        config = self.config
-        repair = settings(config.repair, ReconstructionSettings) if config.evaluation.compensate else None
-        return NetworkSchedule(decide, repair, None, config.seed, self.recovery)
+        return NetworkSchedule(decide, build_repair(self.config), None, self.config.seed, self.recovery)
 
     def _in_turn(self, decide: Decider) -> Schedule:
         return Schedule(decide, None, None, self.recovery, self.config.order, self.config.seed)
 
 
-def prune_with(
-    schedule: Schedule | NetworkSchedule,
-    name: str,
-    task: PruningTask,
-    config: DictConfig,
-    folder: RunFolder,
-    terminal: Terminal,
-) -> Method:
+def prune_with(schedule: Schedule | NetworkSchedule, name: str, task: PruningTask, context: RunContext) -> Method:
     """Prune as `schedule` says, then fine-tune; everything lies in `methods/NAME`."""
-    dense = task.model
-    own = RunFolder(folder / "methods" / name)
-    tracker = Tracker(folder / "tensorboard" / name)
-    terminal.say(f"Pruning with {name}")
-    with terminal.progress(name, len(task.groups)):
-        pruned, kept, records = schedule.run(task, own, ScheduleLog(terminal, tracker, task.objective.name))
-    finetuned, seconds = pruned.model, None
-    if name == AGENT or config.finetune_controls:
-        finetuned, seconds = finetune(dense, pruned.model, task.splits, config, own, terminal, tracker)
-    tracker.kept_filters({record.name: record.keep for record in records}, len(records))
-    tracker.close()
-    return Method(records, Networks(dense, pruned.model, finetuned), kept, seconds)
+    own = context.part(name)
+    own.terminal.say(f"Pruning with {name}")
+    with closing(own.tracker):
+        with own.terminal.progress(name, len(task.groups)):
+            pruned, kept, records = schedule.run(task, own.folder, ScheduleLog(own, task.objective.name))
+        finetuned, seconds = pruned.model, None
+        if name == AGENT or own.config.finetune_controls:
+            finetuned, seconds = finetune(task.model, pruned.model, task.splits, own)
+        own.tracker.kept_filters({record.name: record.keep for record in records}, len(records))
+    return Method(records, Networks(task.model, pruned.model, finetuned), kept, seconds)
 
 
 def apply_metrics(methods: Mapping[str, Method], task: PruningTask, config: DictConfig) -> dict[str, Any]:

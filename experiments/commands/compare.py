@@ -17,8 +17,7 @@ from ..compare.plan import Job, check_plan, chosen_methods, planned
 from ..compare.tables import show, summary, write_all
 from ..compare.torch_pruning import unavailable
 from ..compare.workers import DoAll, Work, workers
-from ..config.baseline_training import begin_task
-from ..config.entry_point import begin_or_resume, run_with_hydra, settings
+from ..config.entry_point import plain, run_with_hydra, settings
 from ..config.ignored import (
     BASE_TRAINING,
     LAYER_EVALUATION,
@@ -29,12 +28,12 @@ from ..config.ignored import (
     training,
 )
 from ..config.prepare import Inputs, check_targets, prepare
-from ..config.widened import as_prune
+from ..config.training import begin_task
 from ..pruning.network_search import NetworkSearchSettings
 from ..runs.console import Terminal
-from ..runs.folder import RunFolder
+from ..runs.context import RunContext
 from ..training.loop import TrainSettings
-from .report import keep_report
+from .running import carry_out
 
 
 def main() -> None:
@@ -43,12 +42,8 @@ def main() -> None:
 
 
 def run(config: DictConfig) -> dict[str, Any]:
-    """Compare, or go on comparing; returns what `metrics.json` holds."""
-    metrics, folder, terminal = begin_or_resume(config, check, compare)
-    keep_report(folder, terminal)
-    show(metrics, terminal)
-    terminal.console.print(f"Run folder: {folder.path}", markup=False)
-    return metrics
+    """Compare, or resume a comparison; returns what `metrics.json` holds."""
+    return carry_out(config, check, compare, lambda metrics, context: show(metrics, context.terminal))
 
 
 def _without(*names: str) -> Callable[[DictConfig], bool]:
@@ -89,7 +84,7 @@ IGNORED = (
 
 
 def check(config: DictConfig) -> Inputs:
-    """Find every mistake of the user's before anything is written."""
+    """Find everything that is wrong with the input before anything is written."""
     for node in (config.finetune, config.base):
         settings(node, TrainSettings)
     targets = [Target(removed, config.targets.of) for removed in config.targets.removed]
@@ -97,14 +92,15 @@ def check(config: DictConfig) -> Inputs:
     refuse_ignored(config, IGNORED)
     settings(config.network_search, NetworkSearchSettings)
     repair = settings(config.repair, ReconstructionSettings)
-    inputs = prepare(as_prune(config))
+    inputs = prepare(config, plain(config.layers))
     check_targets(inputs, targets, repair if any(config.compensate) else None)
     return inputs
 
 
-def compare(inputs: Inputs, config: DictConfig, folder: RunFolder, terminal: Terminal) -> dict[str, Any]:
+def compare(inputs: Inputs, context: RunContext) -> dict[str, Any]:
     """Base, choices, measurements, tables; everything that is finished is found again by a resumed run."""
-    task = begin_task(inputs, config, folder, terminal, pruning=as_prune(config))
+    config, folder, terminal = context.config, context.folder, context.terminal
+    task = begin_task(inputs, context)
     if (why := unavailable()) and set(chosen_methods(config)) & set(PEERS):
         terminal.warn(why)
     choices, jobs = Choices(task, config, folder), planned(config)

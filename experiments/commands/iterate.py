@@ -13,32 +13,31 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from ...envs.data.objective import display_name
-from ...envs.networks.checkpoint import hash_state, load_checkpoint, save_weights
+from ...envs.networks.checkpoint import load_checkpoint, save_weights
 from ...envs.networks.cost import count_cost
 from ...envs.surgery.cutting import prune
 from ...envs.surgery.filter_group import FilterGroup
 from ...envs.surgery.group_matching import regrouped
 from ...envs.surgery.kept_channels import KeptChannels
 from ...envs.task import PruningTask, replace_model
-from ..config.baseline_training import begin_task
 from ..config.build import build_augment
-from ..config.entry_point import begin_or_resume, run_with_hydra, settings
+from ..config.entry_point import plain, run_with_hydra, settings
 from ..config.ignored import BASE_TRAINING, TRAINED_ALREADY, Ignored, refuse_ignored, training
 from ..config.prepare import Inputs, prepare
 from ..config.schema import LatencyConfig
-from ..config.widened import as_prune
+from ..config.training import begin_task, finetune
 from ..deploy.runtimes import check_runtimes
 from ..iterate.curve import write_curve
 from ..iterate.steps import Allowed, Goal, IterateSettings, from_lists, removal, train_and_score
 from ..pruning.schedule import LayerRecord
 from ..runs.console import Terminal
+from ..runs.context import RunContext
 from ..runs.folder import RunFolder
 from ..runs.seeds import derive_seed
-from ..runs.tracking import Tracker
 from ..training.augment import Augment
 from ..training.loop import TrainSettings
-from .finish import Networks, finetune, metrics_of, save_result, show_results, write_results
-from .report import keep_report
+from .results import Networks, metrics_of, save_result, show_results, write_results
+from .running import carry_out
 
 NETWORK, RECORD = "network.safetensors", "step.json"
 
@@ -49,11 +48,8 @@ def main() -> None:
 
 
 def run(config: DictConfig) -> dict[str, Any]:
-    """Run the whole job, or go on with an interrupted one; returns what `metrics.json` holds."""
-    metrics, folder, terminal = begin_or_resume(config, check, iterate)
-    keep_report(folder, terminal)
-    show_results(metrics, folder, terminal)
-    return metrics
+    """Run the whole job, or resume an interrupted one; returns what `metrics.json` holds."""
+    return carry_out(config, check, iterate, show_results)
 
 
 IGNORED = (
@@ -76,14 +72,14 @@ IGNORED = (
 
 
 def check(config: DictConfig) -> Inputs:
-    """Find every mistake of the user's before anything is written."""
+    """Find everything that is wrong with the input before anything is written."""
     refuse_ignored(config, IGNORED)
     for node in (config.finetune, config.base):
         settings(node, TrainSettings)
     how(config)
     goal(config)
     settings(config.latency, LatencyConfig)
-    inputs = prepare(as_prune(config, "target"))
+    inputs = prepare(config, plain(config.layers))
     check_runtimes(config.latency.runtimes, inputs.device)
     return inputs
 
@@ -100,21 +96,17 @@ def goal(config: DictConfig) -> Goal:
     return Goal(config.target.removed, config.target.resource, config.drop_bound if bounded else None)
 
 
-def iterate(inputs: Inputs, config: DictConfig, folder: RunFolder, terminal: Terminal) -> dict[str, Any]:
-    """Base, steps, fine-tuning, report; every finished part is found again by a resumed run."""
-    tracker = Tracker(folder / "tensorboard")
-    shared = as_prune(config, "target")
-    task = begin_task(inputs, config, folder, terminal, tracker, shared)
-    dense = task.model
-    job = Iteration(task, config, folder, terminal, tracker)
+def iterate(inputs: Inputs, context: RunContext) -> dict[str, Any]:
+    """Baseline, steps, fine-tuning, report; every finished part is found again by a resumed run."""
+    config, task = context.config, begin_task(inputs, context)
+    job = Iteration(task, context)
     state = job.run()
-    write_curve(job.records, task, folder, terminal, config)
-    finetuned, seconds = finetune(dense, state.model, task.splits, config, folder, terminal, tracker)
-    networks = Networks(dense, state.model, finetuned)
-    metrics = metrics_of(networks, task.splits, layer_records(job, state, config), shared, seconds)
-    metrics |= save_result(networks, state.kept, task.splits, shared, folder, {"base_sha256": hash_state(dense)})
-    tracker.close()
-    write_results(metrics, folder, "iterate")
+    write_curve(job.records, task, context.folder, context.terminal, config)
+    finetuned, seconds = finetune(task.model, state.model, task.splits, context)
+    networks = Networks(task.model, state.model, finetuned)
+    metrics = metrics_of(networks, task.splits, layer_records(job, state, config), config, seconds)
+    metrics |= save_result(networks, state.kept, task.splits, context)
+    write_results(metrics, context.folder, "iterate")
     return metrics
 
 
@@ -141,17 +133,12 @@ class Iteration:
 
     Args:
         task: of the dense network.
-        config: root configuration.
-        folder: of the run; `steps/NNNN/` holds a step's record, the newest one its network as well.
-        terminal: shows progress.
-        tracker: gets the curve.
+        context: of the run; in its folder `steps/NNNN/` holds a step's record, the newest one its network as well.
     """
 
-    def __init__(
-        self, task: PruningTask, config: DictConfig, folder: RunFolder, terminal: Terminal, tracker: Tracker
-    ) -> None:
-        self.task, self.config, self.folder = task, config, folder
-        self.terminal, self.tracker = terminal, tracker
+    def __init__(self, task: PruningTask, context: RunContext) -> None:
+        self.task, self.config, self.folder = task, context.config, context.folder
+        self.terminal, self.tracker, config = context.terminal, context.tracker, context.config
         self.settings, self.goal = how(config), goal(config)
         self.augment: Augment | None = build_augment(config.augment)
         self.records: list[dict[str, Any]] = []

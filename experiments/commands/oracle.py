@@ -17,22 +17,22 @@ from ...envs.observation import STATISTIC_NAMES
 from ...envs.one_shot import GROUP_NAME, OneShotTask
 from ...envs.task import PruningTask
 from ...errors import UserError
-from ..config.baseline_training import begin_task
 from ..config.cli_errors import nearest
-from ..config.entry_point import begin_or_resume, run_with_hydra, settings
+from ..config.entry_point import plain, run_with_hydra, settings
 from ..config.ignored import BASE_TRAINING, ONLY_THE_BASE, TRAINED_ALREADY, Ignored, refuse_ignored
 from ..config.prepare import Inputs, prepare
-from ..config.widened import as_prune
+from ..config.training import begin_task
 from ..oracle.correlations import AGENT, NETWORK_AGENT, correlation_rows, show, write_all
 from ..oracle.single_removals import filter_oracle
 from ..pruning.decide import observation_tensors
 from ..pruning.network_decide import check_network_fit
 from ..pruning.trained_agents import agents_of, check_agents, check_fit, load_agents
 from ..runs.console import Terminal
+from ..runs.context import RunContext
 from ..runs.folder import RunFolder
 from ..runs.seeds import derive_seed
 from ..training.loop import TrainSettings
-from .report import keep_report
+from .running import carry_out
 
 
 def main() -> None:
@@ -41,12 +41,8 @@ def main() -> None:
 
 
 def run(config: DictConfig) -> dict[str, Any]:
-    """Objective, or go on measuring; returns what `metrics.json` holds."""
-    metrics, folder, terminal = begin_or_resume(config, check, oracle)
-    keep_report(folder, terminal)
-    show(metrics, terminal)
-    terminal.console.print(f"Run folder: {folder.path}", markup=False)
-    return metrics
+    """Measure, or resume a measurement; returns what `metrics.json` holds."""
+    return carry_out(config, check, oracle, lambda metrics, context: show(metrics, context.terminal))
 
 
 IGNORED = (
@@ -68,7 +64,7 @@ IGNORED = (
 
 
 def check(config: DictConfig) -> Inputs:
-    """Find every mistake of the user's before anything is written."""
+    """Find everything that is wrong with the input before anything is written."""
     refuse_ignored(config, IGNORED)
     settings(config.base, TrainSettings)
     for pattern in config.criteria:
@@ -80,7 +76,7 @@ def check(config: DictConfig) -> Inputs:
     if not config.criteria and config.agents is None:
         raise UserError("There is nothing to compare the oracle with; give criteria or agents.")
     known = load_agents(config.agents) if config.agents is not None else {}
-    inputs = prepare(as_prune(config))
+    inputs = prepare(config, plain(config.layers))
     check_layers(known, inputs, config)
     return inputs
 
@@ -91,7 +87,7 @@ def check_layers(known: Mapping[str, SavedAgent], inputs: Inputs, config: DictCo
     whole = [GROUP_NAME] if GROUP_NAME in known else []
     mine = agents_of(known, [*whole, *(group.name for group in inputs.groups)], config.agents, "agents")
     if mine and inputs.dense is not None:
-        check_agents(mine, inputs.task(inputs.dense, as_prune(config)))
+        check_agents(mine, inputs.task(inputs.dense))
 
 
 def network_scores(agent: SavedAgent, task: PruningTask) -> dict[str, Tensor]:
@@ -102,9 +98,10 @@ def network_scores(agent: SavedAgent, task: PruningTask) -> dict[str, Tensor]:
     return one_shot.named(policy.scores(policy.features(observation_tensors(one_shot))))
 
 
-def oracle(inputs: Inputs, config: DictConfig, folder: RunFolder, terminal: Terminal) -> dict[str, Any]:
+def oracle(inputs: Inputs, context: RunContext) -> dict[str, Any]:
     """Base, every layer's oracle and scores, correlations; finished layers are found again by a resumed run."""
-    task = begin_task(inputs, config, folder, terminal, pruning=as_prune(config))
+    config, folder, terminal = context.config, context.folder, context.terminal
+    task = begin_task(inputs, context)
     agents = load_agents(config.agents) if config.agents is not None else {}
     everywhere = network_scores(agents[GROUP_NAME], task) if GROUP_NAME in agents else {}
     total = sum(group.n_filters for group in task.groups)

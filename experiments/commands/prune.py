@@ -6,20 +6,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
-from torch import nn
 
 from ...agent.learning.natural_evolution import NetworkTrainer
+from ...agent.learning.trainer import AgentSettings, Trainer
 from ...envs.data.objective import display_name
-from ...envs.networks.checkpoint import hash_state
 from ...envs.one_shot import GROUP_NAME, OneShotTask
 from ...envs.repair.reconstruction import ReconstructionSettings
 from ...envs.surgery.kept_channels import KeptChannels
 from ...envs.surgery.macs_target import Target
 from ...envs.task import LayerTask, PruningTask
-from ..config.baseline_training import begin_task
-from ..config.build import build_augment, build_reward
-from ..config.entry_point import begin_or_resume, plain, run_with_hydra, settings
+from ...rewards.outcome import RewardFunction
+from ..config.build import build_policy_factory, build_reward
+from ..config.entry_point import plain, run_with_hydra, settings
 from ..config.ignored import (
     BASE_TRAINING,
     COMPENSATION,
@@ -32,24 +32,25 @@ from ..config.ignored import (
     refuse_ignored,
     training,
 )
-from ..config.prepare import Inputs, check_network_search, check_search, prepare
+from ..config.prepare import Inputs, check_controls, check_network_search, check_search, prepare
 from ..config.schema import LatencyConfig
+from ..config.training import begin_task, build_recovery, finetune
 from ..deploy.export import check_exports
 from ..deploy.runtimes import check_runtimes
+from ..pruning.decide import Decider, Decision, observation_tensors
+from ..pruning.layer_agents import TrainLayerAgents
 from ..pruning.network_decide import TrainNetworkAgent
 from ..pruning.network_schedule import NetworkSchedule, show_update
 from ..pruning.network_search import NetworkSearchSettings
-from ..pruning.recover import Recover, RecoverySettings
-from ..pruning.schedule import LayerRecord, Recovery, Schedule, check_order
+from ..pruning.recover import RecoverySettings
+from ..pruning.schedule import LayerRecord, Schedule, check_order
+from ..pruning.trained_agents import load_agents
 from ..reporting.curves import write_curves
-from ..runs.console import Terminal
-from ..runs.folder import RunFolder
+from ..runs.context import RunContext
 from ..runs.provenance import command_line
-from ..runs.tracking import Tracker
-from ..training.loop import TrainProgress, TrainSettings
-from .finish import Networks, finetune, metrics_of, save_result, show_results, write_results
-from .layer_agents import TrainAgents, check_controls
-from .report import keep_report
+from ..training.loop import TrainSettings
+from .results import Networks, metrics_of, save_result, show_results, write_results
+from .running import carry_out
 
 
 def main() -> None:
@@ -58,11 +59,8 @@ def main() -> None:
 
 
 def run(config: DictConfig) -> dict[str, Any]:
-    """Run the whole job, or go on with an interrupted one; returns what `metrics.json` holds."""
-    metrics, folder, terminal = begin_or_resume(config, check, prune_network)
-    keep_report(folder, terminal)
-    show_results(metrics, folder, terminal)
-    return metrics
+    """Run the whole job, or resume an interrupted one; returns what `metrics.json` holds."""
+    return carry_out(config, check, prune_network, show_results)
 
 
 ONE_AGENT = "with target.removed one agent decides on all layers at once (network_search, repair)."
@@ -83,7 +81,7 @@ IGNORED = (
 
 
 def check(config: DictConfig) -> Inputs:
-    """Find every mistake of the user's before anything is written."""
+    """Find everything that is wrong with the input before anything is written."""
     refuse_ignored(config, IGNORED)
     for node in (config.finetune, config.base):
         settings(node, TrainSettings)
@@ -92,7 +90,7 @@ def check(config: DictConfig) -> Inputs:
     check_exports(config.export)
     check_order(config.order)
     check_controls(config.controls)
-    inputs = prepare(config)
+    inputs = prepare(config, plain(config.layers))
     check_runtimes(config.latency.runtimes, inputs.device)
     if config.target.removed is None:
         check_search(config, inputs)
@@ -101,48 +99,88 @@ def check(config: DictConfig) -> Inputs:
     return inputs
 
 
-def prune_network(inputs: Inputs, config: DictConfig, folder: RunFolder, terminal: Terminal) -> dict[str, Any]:
-    """Base, schedule, fine-tuning, report; every finished part is found again by a resumed run."""
-    tracker = Tracker(folder / "tensorboard")
-    task = begin_task(inputs, config, folder, terminal, tracker)
-    dense = task.model
-    base, n_images = f"Base {display_name(task.objective.name)}", len(inputs.splits.reward)
-    terminal.say(f"{base} on {n_images} reward images: {100 * task.base.accuracy:.2f} %")
-    pruned_task, kept, records = run_schedule(task, config, folder, terminal, tracker)
+def prune_network(inputs: Inputs, context: RunContext) -> dict[str, Any]:
+    """Baseline, schedule, fine-tuning, report; every finished part is found again by a resumed run."""
+    config, tracker = context.config, context.tracker
+    task = begin_task(inputs, context)
+    base, n_images = f"Base {display_name(task.objective.name)}", len(task.splits.reward)
+    context.terminal.say(f"{base} on {n_images} reward images: {100 * task.base.accuracy:.2f} %")
+    pruned, kept, records = run_schedule(task, context)
     one_shot = None if config.target.removed is None else OneShotTask(task, build_repair(config))
-    write_curves(task, records, folder, terminal, config.controls, config.seed, one_shot)
-    pruned = pruned_task.model
-    finetuned, seconds = finetune(dense, pruned, inputs.splits, config, folder, terminal, tracker)
-    networks = Networks(dense, pruned, finetuned)
-    metrics = metrics_of(networks, inputs.splits, records, config, seconds)
-    facts = {"base_sha256": hash_state(dense)}
-    metrics |= save_result(networks, kept, inputs.splits, config, folder, facts)
+    write_curves(task, records, context.folder, context.terminal, config.controls, config.seed, one_shot)
+    finetuned, seconds = finetune(task.model, pruned.model, task.splits, context)
+    networks = Networks(task.model, pruned.model, finetuned)
+    metrics = metrics_of(networks, task.splits, records, config, seconds)
+    metrics |= save_result(networks, kept, task.splits, context)
     tracker.kept_filters({record.name: record.keep for record in records}, len(records))
     tracker.hparams(plain(config), metrics)
-    tracker.close()
-    write_results(metrics, folder)
+    write_results(metrics, context.folder)
     return metrics
 
 
-def run_schedule(
-    task: PruningTask, config: DictConfig, folder: RunFolder, terminal: Terminal, tracker: Tracker
-) -> tuple[PruningTask, KeptChannels, list[LayerRecord]]:
+def run_schedule(task: PruningTask, context: RunContext) -> tuple[PruningTask, KeptChannels, list[LayerRecord]]:
     """Layer by layer within a drop bound, or all layers at once at a MACs target."""
-    log = ScheduleLog(terminal, tracker, task.objective.name)
+    config, recover = context.config, build_recovery(task.model, context)
+    log = ScheduleLog(context, task.objective.name)
     if config.target.removed is None:
-        with terminal.progress("layers", len(task.groups)):
-            return build_schedule(task.model, config, terminal, tracker).run(task, folder, log)
+        reward = build_reward(config.reward)
+        decide = train_layer_agents(context, reward)
+        schedule = Schedule(decide, reward, config.drop_bound, recover, config.order, config.seed)
+        with context.terminal.progress("layers", len(task.groups)):
+            return schedule.run(task, context.folder, log)
     search = settings(config.network_search, NetworkSearchSettings)
+    decide_all = train_network_agent(context, search)
+    one_shot = NetworkSchedule(decide_all, build_repair(config), config.drop_bound, config.seed, recover)
+    with context.terminal.progress("updates", search.agent.updates):
+        return one_shot.run(task, context.folder, log)
+
+
+def train_network_agent(context: RunContext, search: NetworkSearchSettings) -> TrainNetworkAgent:
+    """Trains one agent for all layers, with a bar and a scalar for every metric of every update."""
+    config = context.config
 
     def report(trainer: NetworkTrainer, metrics: Mapping[str, float]) -> None:
-        terminal.advance(len(trainer.history), show_update(trainer, metrics))
-        tracker.scalars(f"agent/{GROUP_NAME}", metrics, len(trainer.history))
+        context.terminal.advance(len(trainer.history), show_update(trainer, metrics))
+        context.tracker.scalars(f"agent/{GROUP_NAME}", metrics, len(trainer.history))
 
-    repair, recovery = build_repair(config), build_recovery(task.model, config, terminal)
-    target, facts = Target(**plain(config.target)), {"command": command_line(), "config": plain(config)}
-    decide = TrainNetworkAgent(search, target, report, facts)
-    with terminal.progress("updates", search.agent.updates):
-        return NetworkSchedule(decide, repair, config.drop_bound, config.seed, recovery).run(task, folder, log)
+    facts = {"command": command_line(), "config": plain(config)}
+    return TrainNetworkAgent(search, Target(**plain(config.target)), report, facts)
+
+
+def train_layer_agents(context: RunContext, reward: RewardFunction) -> Decider:
+    """Trains an agent on each layer, or a saved one further, with a bar and records of every update."""
+    config, terminal, tracker = context.config, context.terminal, context.tracker
+    chosen = settings(config.agent, AgentSettings)
+
+    def report(layer: LayerTask, trainer: Trainer, metrics: Mapping[str, float]) -> None:
+        name, step = layer.group.name, len(trainer.history)
+        kept, drop = metrics.get("info/kept_fraction", 0.0), metrics.get("info/accuracy_drop", 0.0)
+        terminal.advance(
+            step,
+            f"update {step} of {chosen.updates}, reward {metrics['reward_mean']:+.3f}, kept {kept:.0%}, "
+            f"{100 * drop:.1f} points lost",
+        )
+        tracker.scalars(f"agent/{name}", metrics, step)
+        with torch.no_grad():
+            probability_N = trainer.policy(observation_tensors(layer)).keep_probability()
+        tracker.histogram(f"agent/{name}/keep_probability", probability_N, step)
+
+    agents = TrainLayerAgents(
+        build_policy_factory(config.policy),
+        reward,
+        chosen,
+        config.search.masks,
+        config.search.images,
+        report,
+        known=load_agents(config.warm_start) if config.warm_start is not None else {},
+        facts={"command": command_line(), "config": plain(config)},
+    )
+
+    def decide(layer: LayerTask, working: Path, seed: int) -> Decision:
+        with terminal.progress(layer.group.name, chosen.updates):
+            return agents(layer, working, seed)
+
+    return decide
 
 
 def build_repair(config: DictConfig) -> ReconstructionSettings | None:
@@ -150,41 +188,11 @@ def build_repair(config: DictConfig) -> ReconstructionSettings | None:
     return settings(config.repair, ReconstructionSettings) if config.evaluation.compensate else None
 
 
-def build_schedule(dense: nn.Module, config: DictConfig, terminal: Terminal, tracker: Tracker) -> Schedule:
-    """The schedule of agents that are trained layer by layer."""
-    reward = build_reward(config.reward)
-    return Schedule(
-        decide=TrainAgents(config, reward, terminal, tracker),
-        reward=reward,
-        drop_bound=config.drop_bound,
-        recover=build_recovery(dense, config, terminal),
-        order=config.order,
-        seed=config.seed,
-    )
-
-
-def build_recovery(dense: nn.Module, config: DictConfig, terminal: Terminal) -> Recovery:
-    """What follows every cut, with a bar of its own."""
-    chosen, augment = settings(config.recovery, RecoverySettings), build_augment(config.augment)
-
-    def shown(task: PruningTask, seed: int, working: Path) -> nn.Module:
-        metric = display_name(task.objective.name)
-
-        def report(progress: TrainProgress) -> None:
-            terminal.advance(progress.epoch, f"loss {progress.loss:.3f}, {metric} {100 * progress.accuracy:.1f} %")
-
-        with terminal.progress("recovery", chosen.train.epochs):
-            return Recover(chosen, dense, augment, report)(task, seed, working)
-
-    return shown
-
-
 class ScheduleLog:
     """Says and logs what happens to each layer; `metric` is the metric's name."""
 
-    def __init__(self, terminal: Terminal, tracker: Tracker, metric: str) -> None:
-        self.terminal = terminal
-        self.tracker = tracker
+    def __init__(self, context: RunContext, metric: str) -> None:
+        self.terminal, self.tracker = context.terminal, context.tracker
         self.metric = display_name(metric)
 
     def layer_begins(self, position: int, total: int, layer: LayerTask) -> None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig
 
 from ...envs.data.objective import display_name
 from ...errors import UserError
-from ..config.baseline_training import begin_task
 from ..config.build import build_reward
-from ..config.entry_point import open_run, run_with_hydra, settings
+from ..config.entry_point import run_with_hydra, settings
 from ..config.ignored import (
     BASE_TRAINING,
     COMPENSATION,
@@ -21,13 +21,13 @@ from ..config.ignored import (
     refuse_ignored,
 )
 from ..config.prepare import Inputs, check_search, prepare
+from ..config.training import begin_task
 from ..pruning.schedule import Schedule
-from ..runs.console import Terminal
-from ..runs.folder import METRICS, RunFolder
-from ..runs.tracking import Tracker
+from ..runs.context import RunContext
+from ..runs.folder import METRICS
 from ..training.loop import TrainSettings
-from .layer_agents import TrainAgents
-from .report import keep_report
+from .prune import train_layer_agents
+from .running import carry_out
 
 
 def main() -> None:
@@ -37,19 +37,7 @@ def main() -> None:
 
 def run(config: DictConfig) -> dict[str, Any]:
     """Train one agent; returns what `metrics.json` holds."""
-    inputs = check(config)
-    folder, config = open_run(config)
-    terminal = Terminal(config.quiet)
-    metrics = train_layer(inputs, config, folder, terminal)
-    base, pruned = (f"{100 * metrics[f'{name}_accuracy']:.2f} %" for name in ("base", "pruned"))
-    terminal.console.print(
-        f"{metrics['name']}: kept {metrics['n_kept']} of {metrics['n_filters']} ({metrics['decided_by']}), "
-        f"{display_name(inputs.splits.objective.name)} {base} -> {pruned} on the reward split",
-        markup=False,
-    )
-    keep_report(folder, terminal)
-    terminal.console.print(f"Run folder: {folder.path}", markup=False)
-    return metrics
+    return carry_out(config, check, train_layer, show)
 
 
 IGNORED = (
@@ -65,28 +53,25 @@ IGNORED = (
 
 
 def check(config: DictConfig) -> Inputs:
-    """Find every mistake of the user's before anything is written."""
+    """Find everything that is wrong with the input before anything is written."""
     refuse_ignored(config, IGNORED)
     settings(config.base, TrainSettings)
     if any(character in config.layer for character in "*?["):
         raise UserError(f"layer is {config.layer!r}, a pattern; expected one name: train several with -m layer=a,b,c.")
-    with open_dict(config):
-        config.layers = [config.layer]
-    inputs = prepare(config)
+    inputs = prepare(config, [config.layer])
     check_search(config, inputs)
     return inputs
 
 
-def train_layer(inputs: Inputs, config: DictConfig, folder: RunFolder, terminal: Terminal) -> dict[str, Any]:
+def train_layer(inputs: Inputs, context: RunContext) -> dict[str, Any]:
     """Train, verify and save the agent of `layer`."""
-    tracker = Tracker(folder / "tensorboard")
-    task = begin_task(inputs, config, folder, terminal, tracker)
+    config, task = context.config, begin_task(inputs, context)
     reward = build_reward(config.reward)
-    schedule = Schedule(TrainAgents(config, reward, terminal, tracker), reward, config.drop_bound, seed=config.seed)
-    _, _, (record,) = schedule.run(task, folder, _Silent())
-    tracker.close()
+    schedule = Schedule(train_layer_agents(context, reward), reward, config.drop_bound, seed=config.seed)
+    _, _, (record,) = schedule.run(task, context.folder, _Silent())
     metrics = {
         "name": record.name,
+        "metric": task.objective.name,
         "n_filters": record.n_filters,
         "n_kept": record.n_kept,
         "decided_by": record.decided_by,
@@ -96,8 +81,18 @@ def train_layer(inputs: Inputs, config: DictConfig, folder: RunFolder, terminal:
         "search_seconds": record.search_seconds,
         **record.facts,
     }
-    folder.write_json(METRICS, metrics)
+    context.folder.write_json(METRICS, metrics)
     return metrics
+
+
+def show(metrics: Mapping[str, Any], context: RunContext) -> None:
+    """One line about the layer."""
+    base, pruned = (f"{100 * metrics[f'{name}_accuracy']:.2f} %" for name in ("base", "pruned"))
+    context.terminal.console.print(
+        f"{metrics['name']}: kept {metrics['n_kept']} of {metrics['n_filters']} ({metrics['decided_by']}), "
+        f"{display_name(metrics['metric'])} {base} -> {pruned} on the reward split",
+        markup=False,
+    )
 
 
 class _Silent:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,18 +13,17 @@ from ...envs.data.splits import Splits
 from ...envs.evaluation.mask_evaluator import accuracy_on
 from ...envs.networks.checkpoint import save_weights
 from ...envs.networks.cost import count_cost
-from ..config.baseline_training import WEIGHTS, train_base
 from ..config.build import build_augment, build_splits, network_constructor
-from ..config.entry_point import interruptible, open_run, run_with_hydra, settings
+from ..config.entry_point import run_with_hydra, settings
 from ..config.ignored import BASE_TRAINING, refuse_ignored
+from ..config.training import WEIGHTS, train_baseline
 from ..pruning.input_checks import resolve_device, try_network
-from ..runs.console import Terminal
-from ..runs.folder import FACTS, METRICS, RunFolder
+from ..runs.context import RunContext
+from ..runs.folder import FACTS, METRICS
 from ..runs.provenance import provenance
 from ..runs.seeds import derive_seed
-from ..runs.tracking import Tracker
 from ..training.loop import TrainSettings, check_augment
-from .report import keep_report
+from .running import carry_out
 
 
 def main() -> None:
@@ -32,51 +32,45 @@ def main() -> None:
 
 
 def run(config: DictConfig) -> dict[str, Any]:
-    """Train, or go on training; returns what `metrics.json` holds."""
-    if config.resume is None:
-        check(config)
-    folder, config = open_run(config)
-    terminal = Terminal(config.quiet)
-    metrics = folder.read_json(METRICS)
-    if metrics is None:
-        with interruptible(folder):
-            metrics = train(config, folder, terminal)
-    metric = display_name(metrics.get("metric"), opens=True)
-    terminal.console.print(
-        f"{metric}: {100 * metrics['report_accuracy']:.2f} % on {metrics['n_report']} report images, "
-        f"{metrics['macs']:,} MACs, {metrics['params']:,} parameters",
-        markup=False,
-    )
-    keep_report(folder, terminal)
-    terminal.console.print(f"Weights: {folder / WEIGHTS}", markup=False)
-    return metrics
+    """Train, or resume a training; returns what `metrics.json` holds."""
+    return carry_out(config, check, train, show)
 
 
-def check(config: DictConfig) -> None:
-    """Find every mistake of the user's before anything is written."""
+def check(config: DictConfig) -> Splits:
+    """Find everything that is wrong with the input before anything is written."""
     refuse_ignored(config, BASE_TRAINING)
     settings(config.base, TrainSettings)
     resolve_device(config.device)
     augment, splits = build_augment(config.augment), build_splits(config)
     check_augment(augment, splits.fit)
     try_network(network_constructor(config.network)(), splits)
+    return splits
 
 
-def train(config: DictConfig, folder: RunFolder, terminal: Terminal) -> dict[str, Any]:
-    """Train the network and write weights, facts and metrics."""
-    splits = build_splits(config)
-    tracker = Tracker(folder / "tensorboard")
+def train(splits: Splits, context: RunContext) -> dict[str, Any]:
+    """Train the network and write weights, provenance and metrics."""
+    config, folder = context.config, context.folder
     folder.write_json(FACTS, provenance(config.seed) | {"splits": splits.summary()})
     model = network_constructor(config.network, derive_seed(config.seed, "init"))().to(resolve_device(config.device))
     snapshot = folder / "snapshot.pt"
-    train_base(model, config, splits, snapshot, terminal, tracker)
+    train_baseline(model, splits, context, snapshot)
     model.eval()
     save_weights(model, folder / WEIGHTS)
     snapshot.unlink(missing_ok=True)
-    tracker.close()
     metrics = metrics_of(model, splits)
     folder.write_json(METRICS, metrics)
     return metrics
+
+
+def show(metrics: Mapping[str, Any], context: RunContext) -> None:
+    """One line about the network, and where its weights are."""
+    metric = display_name(metrics.get("metric"), opens=True)
+    context.terminal.console.print(
+        f"{metric}: {100 * metrics['report_accuracy']:.2f} % on {metrics['n_report']} report images, "
+        f"{metrics['macs']:,} MACs, {metrics['params']:,} parameters",
+        markup=False,
+    )
+    context.terminal.console.print(f"Weights: {context.folder / WEIGHTS}", markup=False)
 
 
 def metrics_of(model: torch.nn.Module, splits: Splits) -> dict[str, Any]:

@@ -1,13 +1,14 @@
 """The jobs of a comparison spread over processes by joblib.
 
 Each process opens the run folder for itself, does one job after another, and writes what it finds where all others look
-for it. So results do not depend on who computes them, and a run that was stopped goes on with what is missing.
+for it. So results do not depend on who computes them, and a resumed run does what is missing.
 """
 
 from __future__ import annotations
 
 import functools
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,10 +20,10 @@ from joblib.externals.loky.process_executor import TerminatedWorkerError
 from omegaconf import OmegaConf
 
 from ...errors import UserError
-from ..config.baseline_training import WEIGHTS
 from ..config.build import load_network
+from ..config.entry_point import plain
 from ..config.prepare import prepare
-from ..config.widened import as_prune
+from ..config.training import WEIGHTS
 from ..runs.folder import RunFolder
 from .choices import Choices
 from .plan import Job
@@ -59,7 +60,9 @@ def workers(choices: Choices, n_workers: int) -> Iterator[DoAll]:
 
     def spread(work: Work, jobs: Sequence[Job]) -> Iterator[Job]:
         try:
-            yield from parallel(delayed(_in_worker)(work, path, config, job) for job in jobs)
+            with _ctrl_c_ignored():
+                done = parallel(delayed(_in_worker)(work, path, config, job) for job in jobs)
+            yield from done
         except TerminatedWorkerError as error:
             raise UserError(
                 "A process of the comparison was killed, perhaps because memory ran out; what is finished is kept: "
@@ -78,6 +81,19 @@ def _done(work: Work, choices: Choices, job: Job) -> Job:
     return job
 
 
+@contextmanager
+def _ctrl_c_ignored() -> Iterator[None]:
+    """Processes started inside inherit it: one that Ctrl-C reaches while it still imports would print a traceback."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+
+
 def _begin_worker(n_threads: int) -> None:
     # Ctrl-C reaches every process of a terminal; the one that was started says how to resume, and ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -92,6 +108,6 @@ def _in_worker(work: Work, path: Path, config: str, job: Job) -> Job:
 def _opened(path: Path, yaml: str) -> Choices:
     """The choices of the run in folder `path`, whose baseline is there, with the configuration as YAML."""
     folder, config = RunFolder.open(path), OmegaConf.create(yaml)
-    inputs = prepare(as_prune(config))
+    inputs = prepare(config, plain(config.layers))
     dense = inputs.dense or load_network(inputs.construct, str(folder / "base" / WEIGHTS)).to(inputs.device)
-    return Choices(inputs.task(dense, as_prune(config)), config, folder)
+    return Choices(inputs.task(dense), config, folder)

@@ -21,10 +21,9 @@ from ...envs.data.sources import from_datasets
 from ...envs.data.splits import Splits, split
 from ...envs.files.renamed import current_config, current_target
 from ...envs.networks.checkpoint import load_checkpoint
-from ...envs.task import LayerTask
 from ...errors import UserError
 from ...rewards.outcome import RewardFunction
-from ..pruning.input_checks import call_policy_factory
+from ..pruning.layer_agents import PolicyFactory
 from ..training.augment import Augment
 from .stored import targets_in
 
@@ -164,15 +163,9 @@ def build_reward(node: DictConfig) -> RewardFunction:
     return build(node, "reward")
 
 
-def build_policy(node: DictConfig, layer: LayerTask, seed: int) -> Any:
-    """A fresh policy for one layer."""
-    n_filters, n_weights = layer.observation.weights.shape
-    return make_policy(node, n_filters, n_weights, seed)
-
-
-def make_policy(node: DictConfig, n_filters: int, n_weights: int, seed: int = 0) -> Any:
-    """A fresh policy from the configured factory (`call_policy_factory`)."""
+def build_policy_factory(node: DictConfig) -> PolicyFactory:
+    """What makes a layer's policy (`call_policy_factory`)."""
     factory = build(node, "policy")
     if not callable(factory):
         raise UserError(f"policy._target_={node['_target_']} made a {type(factory).__name__}; expected a factory.")
-    return call_policy_factory(factory, n_filters, n_weights, seed)
+    return factory

@@ -19,14 +19,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ValidationError
 
 from ...errors import UserError
-from ..runs.console import Terminal
-from ..runs.folder import CONFIG, FACTS, METRICS, RunFolder
+from ..runs.folder import CONFIG, FACTS, RunFolder
 from .cli_errors import expected
 from .schema import register_schemas, structured
 from .stored import check_targets, is_offered, targets_in
 
 SettingsT = TypeVar("SettingsT")
-InputsT = TypeVar("InputsT")
 
 CONF = "pkg://keepdrop.conf"
 
@@ -189,29 +187,9 @@ def _dotted(key: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield key, value
 
 
-def begin_or_resume(
-    config: DictConfig, check: Callable[[DictConfig], InputsT], work: Callable[..., dict[str, Any]]
-) -> tuple[dict[str, Any], RunFolder, Terminal]:
-    """What every command does that can be gone on with: check, open the folder, work, or show what is finished.
-
-    Args:
-        config: root configuration.
-        check: finds every mistake of the user's before anything is written; a resumed run is checked as it began.
-        work: (inputs, config, folder, terminal) -> what `metrics.json` holds, which it writes last.
-    """
-    inputs = None if config.resume else check(config)
-    folder, config = open_run(config)
-    terminal = Terminal(config.quiet)
-    metrics = folder.read_json(METRICS)
-    if metrics is None:
-        with interruptible(folder):
-            metrics = work(inputs or check(config), config, folder, terminal)
-    return metrics, folder, terminal
-
-
 @contextmanager
 def interruptible(folder: RunFolder) -> Iterator[None]:
-    """Ctrl-C inside says how to go on: everything finished is on disk."""
+    """Ctrl-C inside says how to resume: everything finished is on disk."""
     try:
         yield
     except KeyboardInterrupt:

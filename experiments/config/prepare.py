@@ -9,6 +9,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from ...agent.criteria import CRITERIA
 from ...agent.learning.trainer import AgentSettings
 from ...agent.saved_agent import check_agent
 from ...envs.data.splits import Splits
@@ -20,8 +21,10 @@ from ...envs.surgery.filter_group import FilterGroup, select_groups
 from ...envs.surgery.limits import Limits, check_limits
 from ...envs.surgery.macs_target import MacsMeter, Target
 from ...envs.task import DenseBaseline, EvaluationSettings, PruningTask, measure_baseline
+from ...errors import UserError
 from ...rewards.try_and_learn import check_drop_bound
 from ..pruning.input_checks import resolve_device, try_network
+from ..pruning.layer_agents import call_policy_factory
 from ..pruning.network_search import NetworkSearchSettings
 from ..pruning.trained_agents import agents_of, load_agents
 from ..runs.seeds import derive_seed
@@ -29,10 +32,10 @@ from ..training.loop import TrainSettings, check_augment
 from .build import (
     Constructor,
     build_augment,
+    build_policy_factory,
     build_reward,
     build_splits,
     load_network,
-    make_policy,
     network_constructor,
 )
 from .entry_point import plain, settings
@@ -50,27 +53,38 @@ class Inputs:
     groups: tuple[FilterGroup, ...]
     dense: nn.Module | None
     base: DenseBaseline | None
+    layers: Sequence[str] | None
+    evaluation: EvaluationSettings
+    limits: Limits
+    seed: int
 
-    def task(self, dense: nn.Module, config: DictConfig) -> PruningTask:
+    def task(self, dense: nn.Module) -> PruningTask:
         """The pruning task on the dense network."""
         self.base = self.base or measure_baseline(dense, self.splits, self.device)
         return PruningTask(
             dense,
             self.splits,
             base=self.base,
-            settings=settings(config.evaluation, EvaluationSettings),
-            layers=plain(config.get("layers")),
-            seed=derive_seed(config.seed, "task"),
+            settings=self.evaluation,
+            layers=self.layers,
+            seed=derive_seed(self.seed, "task"),
             device=self.device,
-            limits=settings(config.surgery, Limits),
+            limits=self.limits,
         )
 
 
-def prepare(config: DictConfig) -> Inputs:
-    """Check data, network, checkpoint, base accuracy, drop bound and layer names; raises `UserError`."""
-    check_drop_bound(config.drop_bound)
-    settings(config.evaluation, EvaluationSettings)
-    limits = settings(config.surgery, Limits)
+def prepare(config: DictConfig, layers: Sequence[str] | None) -> Inputs:
+    """Check data, network, checkpoint, base accuracy, drop bound and layer names; raises `UserError`.
+
+    Args:
+        config: root configuration of a command that looks at a trained network; `evaluation`, `surgery` and
+            `drop_bound` are checked where it has them.
+        layers: names or globs of the groups it is about; None for all.
+    """
+    if "drop_bound" in config:
+        check_drop_bound(config.drop_bound)
+    evaluation = settings(config.get("evaluation") or {}, EvaluationSettings)
+    limits = settings(config.get("surgery") or {}, Limits)
     device = resolve_device(config.device)
     augment, splits = build_augment(config.augment), build_splits(config)
     check_augment(augment, splits.fit)
@@ -85,9 +99,9 @@ def prepare(config: DictConfig) -> Inputs:
     try_network(model, splits)
     check_losses(config, splits)
     plan = find_groups(model, example)
-    groups = select_groups(plan, plain(config.get("layers")))
+    groups = select_groups(plan, layers)
     check_limits(limits, model, plan, groups)
-    return Inputs(splits, construct, device, groups, dense, base)
+    return Inputs(splits, construct, device, groups, dense, base, layers, evaluation, limits, config.seed)
 
 
 def check_losses(config: DictConfig, splits: Splits) -> None:
@@ -99,12 +113,19 @@ def check_losses(config: DictConfig, splits: Splits) -> None:
             splits.objective.check_smoothing(settings(node, TrainSettings).label_smoothing, targets)
 
 
+def check_controls(names: Sequence[str]) -> None:
+    """Refuse a control that is no criterion."""
+    unknown = [name for name in names if name not in CRITERIA]
+    if unknown:
+        raise UserError(f"controls has {unknown[0]!r}; expected any of {', '.join(CRITERIA)}.")
+
+
 def check_search(config: DictConfig, inputs: Inputs) -> None:
     """Check what the agents of a search are made of, and the saved ones it starts from; raises `UserError`."""
     settings(config.search, SearchConfig)
     settings(config.agent, AgentSettings)
     build_reward(config.reward)
-    make_policy(config.policy, n_filters=inputs.groups[0].n_filters, n_weights=9)
+    call_policy_factory(build_policy_factory(config.policy), n_filters=inputs.groups[0].n_filters, n_weights=9)
     if config.warm_start is None:
         return
     names = [group.name for group in inputs.groups]

@@ -1,39 +1,15 @@
-"""Checks and choices that need no configuration: does the network take the images, which device, which policy."""
+"""Checks that need no configuration: whether the network takes the images, and which device there is."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from ...envs.data.splits import Splits
 from ...envs.networks.modes import evaluating
-from ...envs.observation import STATISTIC_NAMES
 from ...errors import UserError, first_line
-
-PolicyFactory = Callable[..., Any]
-
-
-def call_policy_factory(factory: PolicyFactory, n_filters: int, n_weights: int, seed: int = 0) -> Any:
-    """A fresh policy: `factory` gets whatever it asks for by name.
-
-    Offered: n_filters, n_weights, n_statistics, statistic_names, seed.
-    """
-    offered = {
-        "n_filters": n_filters,
-        "n_weights": n_weights,
-        "n_statistics": len(STATISTIC_NAMES),
-        "statistic_names": STATISTIC_NAMES,
-        "seed": seed,
-    }
-    try:
-        wanted = inspect.signature(factory).parameters
-        return factory(**{name: value for name, value in offered.items() if name in wanted})
-    except (ValueError, TypeError) as error:
-        raise UserError(f"policy could not be built: {error}") from error
 
 
 def try_network(model: nn.Module, splits: Splits) -> None:
@@ -58,7 +34,7 @@ def try_network(model: nn.Module, splits: Splits) -> None:
     if not isinstance(got, tuple) or len(got) != 2 or got[0] != expected[0] or got[1] < expected[1]:
         raise UserError(
             f"The network returns {got} for images of shape {shape}; expected logits of shape {expected}: one row "
-            "an image, one column a class."
+            "per image, one column per class."
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,17 @@ FINAL = ("base_accuracy", "pruned_accuracy", "finetuned_accuracy", "pruned_macs"
 
 
 class Tracker:
-    """Writes under `tensorboard/`; a resumed run adds a file of its own, and steps written twice agree."""
+    """Writes under `tensorboard/` from its first record on.
+
+    A resumed run adds a file of its own, and steps written twice agree.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self._writer = SummaryWriter(str(folder))
+        self._folder = folder
+
+    @cached_property
+    def _writer(self) -> SummaryWriter:
+        return SummaryWriter(str(self._folder))
 
     def scalars(self, prefix: str, values: Mapping[str, float], step: int) -> None:
         """One point for each value, under `prefix/name`."""
@@ -32,7 +40,7 @@ class Tracker:
         self._writer.add_histogram(name, values.detach().cpu().numpy(), step, bins=np.linspace(0, 1, 21))
 
     def kept_filters(self, masks: Mapping[str, Sequence[bool]], step: int) -> None:
-        """An image with a row a layer and a cell a filter: kept blue, dropped grey."""
+        """An image with one row per layer and one cell per filter: kept blue, dropped grey."""
         self._writer.add_image("schedule/kept_filters", kept_image(list(masks.values())), step, dataformats="HWC")
 
     def hparams(self, config: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
@@ -44,7 +52,8 @@ class Tracker:
 
     def close(self) -> None:
         """Flush everything to disk."""
-        self._writer.close()
+        if "_writer" in vars(self):
+            self._writer.close()
 
 
 def kept_image(masks: Sequence[Sequence[bool]]) -> np.ndarray[Any, Any]:

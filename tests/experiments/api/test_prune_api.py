@@ -225,7 +225,7 @@ def test_public_names_are_there_and_need_no_hydra():
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     assert dir(public) == sorted(public.__all__) and set(public._HOME) == set(public.__all__)
-    with pytest.raises(AttributeError, match=r"'JudgeSettings' any more; it is keepdrop\.EvaluationSettings now"):
+    with pytest.raises(AttributeError, match=r"'JudgeSettings'; it is keepdrop\.EvaluationSettings now"):
         _ = public.JudgeSettings
     with pytest.raises(AttributeError, match="no attribute 'shrink'; it has AgentSettings"):
         _ = public.shrink

@@ -39,7 +39,7 @@ def test_a_finished_run_is_shown_again(keepdrop, old):
     for name in PRUNES:
         old(name)
         result = keepdrop("prune", f"resume={name}")
-        assert result.code == 0 and "MACs an image" in result.out, result.err
+        assert result.code == 0 and "MACs per image" in result.out, result.err
 
 
 def test_an_interrupted_run_ends_as_it_would_have(keepdrop, old):

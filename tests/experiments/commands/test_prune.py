@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from keepdrop.envs.files.pruned_network import load_pruned
-from keepdrop.experiments.commands.finish import report_accuracy
+from keepdrop.experiments.commands.results import report_accuracy
 from keepdrop.experiments.config.build import build_splits
 from omegaconf import OmegaConf
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from keepdrop.envs.files.pruned_network import load_pruned
-from keepdrop.experiments.commands.finish import advice, latency_rows, remarks
+from keepdrop.experiments.commands.results import advice, latency_rows, remarks
 from keepdrop.experiments.pruning import schedule
 
 LIMITS = ["surgery.round_to=4", "surgery.min_kept=6", "surgery.protect={conv*:[0,15]}"]

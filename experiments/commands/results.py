@@ -1,9 +1,7 @@
-"""The end of a run: fine-tune, open the report split once, save the smaller CNN, measure, and write it all down."""
+"""Results of a run: the report split opened once, the smaller CNN saved, latency measured, tables and report.md."""
 
 from __future__ import annotations
 
-import copy
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,23 +14,17 @@ from ...envs.data.objective import display_name
 from ...envs.data.splits import Splits
 from ...envs.evaluation.mask_evaluator import accuracy_on
 from ...envs.files.pruned_network import save_pruned
-from ...envs.networks.checkpoint import load_checkpoint, save_weights
+from ...envs.networks.checkpoint import hash_state
 from ...envs.networks.cost import count_cost
 from ...envs.surgery.kept_channels import KeptChannels
-from ..config.baseline_training import train_with_progress
-from ..config.entry_point import plain, settings
+from ..config.entry_point import plain
 from ..deploy.export import export_all
 from ..deploy.latency import measure_latency, speed_advice
 from ..pruning.input_checks import resolve_device
 from ..pruning.schedule import LayerRecord
 from ..reporting.cards import bound_sentence
-from ..runs.console import Terminal
+from ..runs.context import RunContext
 from ..runs.folder import METRICS, RunFolder
-from ..runs.seeds import derive_seed
-from ..runs.tracking import Tracker
-from ..training.loop import TrainSettings
-
-WEIGHTS = "model.safetensors"
 
 
 @dataclass
@@ -42,44 +34,6 @@ class Networks:
     dense: nn.Module
     pruned: nn.Module
     finetuned: nn.Module
-
-
-def finetune(
-    dense: nn.Module,
-    pruned: nn.Module,
-    splits: Splits,
-    config: DictConfig,
-    folder: RunFolder,
-    terminal: Terminal,
-    tracker: Tracker,
-    name: str = "finetune",
-) -> tuple[nn.Module, float]:
-    """A fine-tuned copy of `pruned`, and the seconds it took; a finished one is taken from the run folder."""
-    chosen = settings(config.finetune, TrainSettings)
-    model = copy.deepcopy(pruned)
-    if not (folder / name).is_dir():
-        started = time.perf_counter()
-        terminal.say(f"Fine-tuning: {chosen.epochs:g} epochs on {len(splits.fit)} images")
-        snapshot = folder / f"{name}-snapshot.pt"
-        train_with_progress(
-            name,
-            model,
-            splits,
-            chosen,
-            derive_seed(config.seed, "finetune"),
-            config,
-            terminal,
-            tracker,
-            teacher=dense if chosen.distill_weight > 0 else None,
-            snapshot=snapshot,
-        )
-        seconds = time.perf_counter() - started
-        with folder.stage(name) as working:
-            save_weights(model, working / WEIGHTS)
-            (working / "seconds.txt").write_text(f"{seconds}\n")
-        snapshot.unlink(missing_ok=True)
-    load_checkpoint(model, folder / name / WEIGHTS)
-    return model.eval(), float((folder / name / "seconds.txt").read_text())
 
 
 def report_accuracy(model: nn.Module, splits: Splits) -> float:
@@ -125,7 +79,7 @@ def latency_metrics(
 
 
 def advice(latency: Sequence[Mapping[str, Any]], macs_fraction: float, round_to: int) -> list[str]:
-    """Where MACs fell and time did not, one sentence a runtime and batch size."""
+    """Where MACs fell and time did not, one sentence per runtime and batch size."""
     found = []
     for (runtime, batch), (base, pruned) in _pairs(latency).items():
         sentence = speed_advice(macs_fraction, pruned["median_seconds"] / base["median_seconds"], round_to)
@@ -161,15 +115,14 @@ def save_result(
     networks: Networks,
     kept: KeptChannels,
     splits: Splits,
-    config: DictConfig,
-    folder: RunFolder,
-    facts: Mapping[str, Any],
+    context: RunContext,
 ) -> dict[str, Any]:
     """The smaller CNN in `pruned/`: weights and architecture, loadable without pickle, and the exports asked for.
 
     Returns what `metrics.json` says of the exports: files with their measured difference, and failures by kind.
     """
-    with folder.stage("pruned") as working:
+    config, facts = context.config, {"base_sha256": hash_state(networks.dense)}
+    with context.folder.stage("pruned") as working:
         images = splits.reward.batch(torch.arange(min(5, len(splits.reward))))[0]
         shape, constructor = (1, *images.shape[1:]), plain(config.network)
         save_pruned(networks.finetuned, working, kept=kept, constructor=constructor, facts=facts, input_shape=shape)
@@ -192,14 +145,14 @@ def total_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     rows = [
         (f"{metric}, pruned", base, f"{100 * metrics['pruned_accuracy']:.2f} %", points("pruned_accuracy")),
         (f"{metric}, fine-tuned", base, f"{100 * metrics['finetuned_accuracy']:.2f} %", points("finetuned_accuracy")),
-        amount("MACs an image", "macs"),
+        amount("MACs per image", "macs"),
         amount("parameters", "params"),
     ]
     return rows + latency_rows(metrics["latency"])
 
 
 def latency_rows(latency: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, str]]:
-    """Measured latency, one row a runtime and batch size: median and quartiles."""
+    """Measured latency, one row per runtime and batch size: median and quartiles."""
     rows = []
     for (runtime, batch), (base, pruned) in _pairs(latency).items():
         threads = f"{base['n_threads']} thread{'s' if base['n_threads'] > 1 else ''}"
@@ -254,12 +207,12 @@ def write_results(metrics: Mapping[str, Any], folder: RunFolder, command: str = 
     folder.write_json(METRICS, metrics)
 
 
-def show_results(metrics: Mapping[str, Any], folder: RunFolder, terminal: Terminal) -> None:
-    """The final tables, warnings, and where everything lies."""
+def show_results(metrics: Mapping[str, Any], context: RunContext) -> None:
+    """The final tables and warnings."""
+    terminal = context.terminal
     terminal.layers(metrics["groups"])
     terminal.totals(total_rows(metrics))
     for sentence in remarks(metrics):
         terminal.console.print(sentence, markup=False)
     if text := bound_sentence(metrics):
         terminal.warn(text)
-    terminal.console.print(f"Run folder: {folder.path}", markup=False)
