@@ -172,7 +172,8 @@ def typed() -> dict[str, Any]:
     """
     if not HydraConfig.initialized():
         return {}
-    parser, found = OverridesParser.create(), {}
+    parser = OverridesParser.create()
+    found: dict[str, Any] = {}
     for text in HydraConfig.get().overrides.task:
         override = parser.parse_override(text)
         found |= dict(_dotted(override.key_or_group, override.value()))

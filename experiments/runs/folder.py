@@ -72,7 +72,7 @@ class RunFolder:
     def config(self) -> DictConfig:
         """The resolved configuration the run began with, under today's names."""
         from omegaconf import DictConfig, OmegaConf
-        from yaml import YAMLError
+        from yaml import YAMLError  # type: ignore[import-untyped]
 
         try:
             loaded = OmegaConf.load(self.path / CONFIG)
