@@ -21,7 +21,7 @@ from ...envs.surgery.macs_target import MacsMeter, Target, keep_best, spread_eve
 from ...envs.task import PruningTask
 from ...errors import UserError
 from ..pruning.decide import observation_tensors
-from ..pruning.network_search import best_of
+from ..pruning.network_search import ERROR_IMAGES, RECONSTRUCTION, best_of
 from ..runs.seeds import derive_seed
 
 Masks = dict[str, Tensor]
@@ -30,7 +30,6 @@ FINALISTS = NetworkAgentSettings().top_k + 1  # of a random search: an agent's g
 MEAN_RANKED = ("l1", "taylor")
 LOWEST_WEIGHT = 0.2  # of a layer in a random allocation; the highest is 1
 AGENT, FOLLOWS = "agent", "-at-agent"
-RECONSTRUCTION = "reconstruction"
 
 
 class Method(Protocol):
@@ -100,7 +99,7 @@ class ReconstructionMethod:
 
     name = RECONSTRUCTION
 
-    def __init__(self, images: int = 1000) -> None:
+    def __init__(self, images: int = ERROR_IMAGES) -> None:
         self.images = images
 
     def choose(self, task: PruningTask, target: Target, seed: int) -> Masks:

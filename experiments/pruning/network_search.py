@@ -18,12 +18,16 @@ from ...envs.filter_pruning import FilterPruningVectorEnv
 from ...envs.observation import STATISTIC_NAMES
 from ...envs.one_shot import OneShotTask
 from ...envs.repair.reconstruction import ReconstructionSettings
+from ...envs.repair.reconstruction_error import reconstruction_scores
 from ...envs.surgery.macs_target import SLACK, MacsMeter, Target, keep_best
 from ...errors import UserError
 from ...rewards.outcome import Outcome, Reward
 from ..runs.seeds import derive_seed
 
 STEP = 0.01  # of the MACs
+RECONSTRUCTION, UNIFORM = "reconstruction", "uniform"
+STARTS = (RECONSTRUCTION, UNIFORM)
+ERROR_IMAGES = 1000  # of the fit split, on which the reconstruction criterion measures errors
 Report = Callable[[NetworkTrainer, Mapping[str, float]], None]
 
 
@@ -42,6 +46,8 @@ class NetworkSearchSettings:
         repair_images, repair_places: what the repair of a searched mask is measured on; coarser than that of the
             final cut, it ranks masks as well at a third of the cost.
         warm_start: the statistic that ranks the filters at the start.
+        start: how much of each layer the untrained agent keeps: what "reconstruction" does, the criterion that needs
+            no search, or the same fraction everywhere ("uniform").
         agent: how the agent learns.
     """
 
@@ -50,11 +56,14 @@ class NetworkSearchSettings:
     repair_images: int = 512
     repair_places: int = 16
     warm_start: str = "l2"
+    start: str = RECONSTRUCTION
     agent: NetworkAgentSettings = field(default_factory=NetworkAgentSettings)
 
     def __post_init__(self) -> None:
         if self.masks < 4 or self.masks % 2:
             raise UserError(f"network_search.masks is {self.masks}; expected an even number of 4 or more.")
+        if self.start not in STARTS:
+            raise UserError(f"network_search.start is {self.start!r}; expected one of {', '.join(STARTS)}.")
 
     def rough(self, repair: ReconstructionSettings | None) -> ReconstructionSettings | None:
         """The repair of searched masks, never finer than that of the final cut."""
@@ -97,9 +106,26 @@ class NetworkAgent:
         policy = NetworkPolicy(len(one_shot.groups), len(STATISTIC_NAMES), settings.warm_start, STATISTIC_NAMES)
         generator = torch.Generator().manual_seed(derive_seed(seed, "policies"))
         trainer = NetworkTrainer(env, policy, projection(one_shot, target), settings.agent, generator)
+        controls = {f"{UNIFORM} {settings.warm_start}": trainer.mask()}
+        controls |= self._reconstruction(one_shot, target, trainer.project)
+        if settings.start in controls:
+            kept = [float(part.double().mean()) for part in one_shot.choices(controls[RECONSTRUCTION]).values()]
+            with torch.no_grad():
+                policy.log_weight.copy_(torch.tensor(kept, dtype=torch.float64).log())
         self._train(trainer, env, seed)
         self.policy = policy
-        return one_shot.named(self._settle(trainer))
+        return one_shot.named(self._settle(trainer, controls))
+
+    def _reconstruction(self, one_shot: OneShotTask, target: Target, project: Project) -> dict[str, Tensor]:
+        """The mask of the criterion that needs no search, under its name; nothing where it cannot read the network."""
+        task = one_shot.task
+        meter = MacsMeter(task.model, task.cost, one_shot.groups, target.of)
+        images, labels = task.fit_images(ERROR_IMAGES)
+        try:
+            scores = reconstruction_scores(task.model, meter, target, images, labels, objective=task.objective)
+        except UserError:
+            return {}
+        return {RECONSTRUCTION: project(torch.cat([scores[group.name] for group in one_shot.groups]))}
 
     def _train(self, trainer: NetworkTrainer, env: FilterPruningVectorEnv, seed: int) -> None:
         if self.state is not None and self.state.is_file():
@@ -113,16 +139,22 @@ class NetworkAgent:
             if self.report is not None:
                 self.report(trainer, metrics)
 
-    def _settle(self, trainer: NetworkTrainer) -> Tensor:
-        """The mean policy's mask or one of the best sampled ones, whichever the whole reward split prefers."""
-        candidates = [trainer.mask(), *(scored.mask for scored in trainer.best.masks)]
+    def _settle(self, trainer: NetworkTrainer, controls: Mapping[str, Tensor]) -> Tensor:
+        """The mean policy's mask, one of the best sampled ones or a control, whichever the whole reward split prefers.
+
+        So the decision is never worse there than a choice that needs no search.
+        """
+        sampled = [scored.mask for scored in trainer.best.masks]
+        candidates = [trainer.mask(), *sampled, *controls.values()]
+        names = ["agent", *["best sampled mask"] * len(sampled), *controls]
         best, accuracies = best_of(self.one_shot, candidates)
         searched = len(trainer.history) * self.settings.masks
         images = self.settings.images or self.one_shot.n_images
         self.facts = {
             "mask_evaluations": searched + len(candidates),
             "mask_images": searched * images + len(candidates) * self.one_shot.n_images,
-            "decided_by": "agent" if best == 0 else "best sampled mask",
+            "decided_by": names[best],
+            "control_accuracy": dict(zip(controls, accuracies[len(candidates) - len(controls) :], strict=True)),
             "greedy_accuracy": accuracies[0],
             "judged_accuracy": accuracies[best],
             "reward_curve": [metrics["reward_mean"] for metrics in trainer.history],

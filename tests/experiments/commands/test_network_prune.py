@@ -44,7 +44,7 @@ def test_a_macs_target_is_met_by_one_agent_and_the_result_loads(keepdrop, checkp
     assert list(replay) == ["agent", "l1", "random"] and {len(each) for each in replay.values()} == {5}
     # Recovery follows the repair as it follows the cut of a layer, and is kept where it helps.
     decided = read(tmp_path / "run/network/decisions.json")
-    assert all(each["recovered_accuracy"] > each["pruned_accuracy"] for each in decided)
+    assert all(each["recovered_accuracy"] >= each["pruned_accuracy"] for each in decided)
     assert metrics["recovery_seconds"] > 0
     model = load_pruned(tmp_path / "run/pruned")
     assert sum(p.numel() for p in model.parameters()) == metrics["pruned_params"]

@@ -1,0 +1,76 @@
+"""Where the agent of a whole network starts, and that its decision is never worse than a choice without a search."""
+
+import pytest
+import torch
+from digits_task import make_task
+from keepdrop.agent.learning.natural_evolution import NetworkAgentSettings
+from keepdrop.envs.networks.cost import count_cost
+from keepdrop.envs.one_shot import OneShotTask
+from keepdrop.envs.repair.reconstruction import ReconstructionSettings
+from keepdrop.envs.surgery.macs_target import MacsMeter, Target, spread_evenly
+from keepdrop.errors import UserError
+from keepdrop.experiments.pruning.network_search import NetworkAgent, NetworkSearchSettings, best_of, projection
+
+REPAIR = ReconstructionSettings(images=100, places=8)
+TARGET = Target(0.5, "network")
+
+
+def search(updates, **how):
+    return NetworkSearchSettings(masks=4, images=60, agent=NetworkAgentSettings(updates=updates), **how)
+
+
+@pytest.fixture
+def one_shot():
+    return OneShotTask(make_task(), REPAIR)
+
+
+@pytest.mark.parametrize("start", ["reconstruction", "uniform"])
+def test_an_untrained_agent_starts_where_it_is_told(one_shot, start):
+    agent = NetworkAgent(search(0, start=start), one_shot)
+    agent.choose(TARGET, seed=0)
+    assert agent.policy is not None
+    weights = agent.policy.log_weight.detach().exp()
+    assert bool((weights == 1).all()) is (start == "uniform")
+    assert (len(weights.unique()) == 1) is (start == "uniform")
+
+
+@pytest.mark.parametrize("updates", [0, 2])
+def test_the_decision_is_never_worse_on_the_reward_split_than_its_controls(one_shot, updates):
+    agent = NetworkAgent(search(updates), one_shot)
+    masks = agent.choose(TARGET, seed=0)
+    facts = agent.facts
+    assert set(facts["control_accuracy"]) == {"uniform l2", "reconstruction"}
+    (_, (accuracy,)) = best_of(one_shot, [one_shot.joined(masks)])
+    assert accuracy == facts["judged_accuracy"] >= max(facts["control_accuracy"].values())
+
+
+def test_a_control_that_wins_is_named(one_shot, monkeypatch):
+    """The agent's own masks are made useless: the decision then is the better control's, and says so."""
+    agent = NetworkAgent(search(0), one_shot)
+    task, worst = one_shot.task, torch.zeros(one_shot.n_filters, dtype=torch.bool)
+    meter = MacsMeter(task.model, count_cost(task.model, task.example), one_shot.groups, TARGET.of)
+    for group, part in one_shot.choices(torch.arange(one_shot.n_filters)).items():
+        worst[part[: 1 + (group.n_filters > 8)]] = True
+    assert meter.removed([int(part.sum()) for part in one_shot.choices(worst).values()]) > 0.9
+    real = best_of
+    monkeypatch.setattr(
+        "keepdrop.experiments.pruning.network_search.best_of",
+        lambda where, candidates: real(where, [worst, *candidates[1:]]),
+    )
+    agent.choose(TARGET, seed=0)
+    controls = agent.facts["control_accuracy"]
+    assert agent.facts["decided_by"] == max(controls, key=lambda name: controls[name])
+
+
+def test_the_controls_are_what_they_are_called(one_shot):
+    agent = NetworkAgent(search(0), one_shot)
+    agent.choose(TARGET, seed=0)
+    norms = [torch.from_numpy(layer.observation.weights).square().sum(1) for layer in one_shot.layers]
+    uniform = projection(one_shot, TARGET)(torch.cat([spread_evenly(each) for each in norms]))
+    _, (accuracy,) = best_of(one_shot, [uniform])
+    assert agent.facts["control_accuracy"]["uniform l2"] == accuracy
+
+
+def test_another_start_is_refused():
+    with pytest.raises(UserError, match=r"network_search.start is 'unifrom'; expected one of reconstruction, uniform"):
+        search(0, start="unifrom")
