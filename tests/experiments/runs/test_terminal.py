@@ -83,7 +83,7 @@ def test_quiet_is_a_flag(keepdrop):
     loud = keepdrop("train-cnn", *TINY_CNN, "run_dir=a")
     quiet = keepdrop("train-cnn", *TINY_CNN, "run_dir=b", "--quiet")
     assert "Training the base network" in loud.out and "Report: a/report.html" in loud.out
-    assert [line.split(":")[0] for line in quiet.out.splitlines()] == ["Accuracy", "Weights"]
+    assert [line.split(":")[0] for line in quiet.out.splitlines()] == ["Accuracy", "Weights", "Run folder"]
     assert keepdrop("inspect", "--quiet").out == keepdrop("inspect").out != ""
 
 
