@@ -69,11 +69,13 @@ def workers(choices: Choices, n_workers: int) -> Iterator[DoAll]:
                 f"continue with resume={path}."
             ) from error
 
+    failed = True
     try:
         yield spread
+        failed = False
     finally:
         # joblib would keep the processes for later calls, and so the networks and images they hold.
-        get_reusable_executor(reuse=True, kill_workers=True).shutdown(kill_workers=True)
+        get_reusable_executor(reuse=True, kill_workers=failed).shutdown(kill_workers=failed)
 
 
 def _done(work: Work, choices: Choices, job: Job) -> Job:
