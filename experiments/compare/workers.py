@@ -17,7 +17,7 @@ import torch
 from joblib import Parallel, delayed
 from joblib.externals.loky import get_reusable_executor
 from joblib.externals.loky.process_executor import TerminatedWorkerError
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from ...errors import UserError
 from ..config.build import load_network
@@ -110,6 +110,7 @@ def _in_worker(work: Work, path: Path, config: str, job: Job) -> Job:
 def _opened(path: Path, yaml: str) -> Choices:
     """The choices of the run in folder `path`, whose baseline is there, with the configuration as YAML."""
     folder, config = RunFolder.open(path), OmegaConf.create(yaml)
+    assert isinstance(config, DictConfig)
     inputs = prepare(config, plain(config.layers))
     dense = inputs.dense or load_network(inputs.construct, str(folder / "base" / WEIGHTS)).to(inputs.device)
     return Choices(inputs.task(dense), config, folder)

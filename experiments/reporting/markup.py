@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 __all__ = ["Markup", "copyable", "fold", "join", "page", "section", "table", "tag"]
 
@@ -41,7 +41,7 @@ def tag(name: str, /, *children: object, **attributes: object) -> Markup:
 
 def join(children: Iterable[object]) -> Markup:
     """Children one after another; None is nothing."""
-    return Markup().join(child for child in children if child is not None)
+    return Markup().join(escape(child) for child in children if child is not None)
 
 
 def section(title: str, text: str | None, *content: Markup | None) -> Markup | None:
