@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from common import make_task
-from keepdrop.envs.evaluation.settings import EvaluationSettings
+from keepdrop.envs.evaluation.evaluation_settings import EvaluationSettings
 from keepdrop.envs.task import LayerTask
 
 RESULTS = Path(__file__).parent / "results" / "precision.json"

@@ -17,7 +17,7 @@ from hydra import compose, initialize_config_module
 from hydra.utils import get_object
 from keepdrop.experiments.config.cli_errors import groups
 from keepdrop.experiments.config.schema import ROOTS, register_schemas
-from keepdrop.experiments.training.settings import TrainSettings
+from keepdrop.experiments.training.train_settings import TrainSettings
 from mkdocs.structure.files import File
 from omegaconf import DictConfig, OmegaConf
 

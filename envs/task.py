@@ -17,8 +17,8 @@ from ..rewards.outcome import Outcome
 from .data.objective import Objective
 from .data.splits import Splits
 from .evaluation.dense_baseline import DenseBaseline, measure_baseline
+from .evaluation.evaluation_settings import EvaluationSettings
 from .evaluation.mask_evaluator import MaskEvaluator, correct_flags
-from .evaluation.settings import EvaluationSettings
 from .groups.finding import find_groups
 from .networks.cost import Cost, count_cost
 from .observation import STATISTIC_NAMES, Observation, observe

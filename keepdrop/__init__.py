@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from .envs.task import EvaluationSettings
     from .errors import UserError
     from .experiments.api.progress import Progress
-    from .experiments.api.prune import apply_agents, prune
+    from .experiments.api.prune_and_apply import apply_agents, prune
     from .experiments.api.result import PruningResult
     from .experiments.api.settings import Settings
-    from .experiments.training.settings import TrainSettings
+    from .experiments.training.train_settings import TrainSettings
     from .rewards.budget import Budget
     from .rewards.outcome import Outcome, Reward
     from .rewards.priced import Priced
@@ -43,14 +43,14 @@ _HOME = {
     "Settings": "experiments.api.settings",
     "Top1": "envs.data.metrics",
     "TopK": "envs.data.metrics",
-    "TrainSettings": "experiments.training.settings",
+    "TrainSettings": "experiments.training.train_settings",
     "TryAndLearn": "rewards.try_and_learn",
     "UserError": "errors",
     "Within": "envs.data.metrics",
-    "apply_agents": "experiments.api.prune",
+    "apply_agents": "experiments.api.prune_and_apply",
     "find_groups": "envs.groups.finding",
     "load_pruned": "envs.files.pruned_network",
-    "prune": "experiments.api.prune",
+    "prune": "experiments.api.prune_and_apply",
 }
 
 __all__ = [
@@ -85,9 +85,7 @@ _RENAMED = {"JudgeSettings": "EvaluationSettings"}
 
 def __getattr__(name: str) -> Any:
     if name in _RENAMED:
-        raise AttributeError(
-            f"module 'keepdrop' has no attribute {name!r}; it is keepdrop.{_RENAMED[name]} now"
-        )
+        raise AttributeError(f"module 'keepdrop' has no attribute {name!r}; it is keepdrop.{_RENAMED[name]} now")
     if name not in _HOME:
         raise AttributeError(f"module 'keepdrop' has no attribute {name!r}; it has {', '.join(__all__)}")
     return getattr(import_module(f".{_HOME[name]}", __name__), name)

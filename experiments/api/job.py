@@ -26,9 +26,9 @@ from ..pruning.schedule import LayerRecord, Recovery, Schedule
 from ..runs.seeds import derive_seed
 from ..training.augment import Augment
 from ..training.loop import check_augment, fit_network
-from ..training.settings import TrainSettings
+from ..training.train_settings import TrainSettings
 from .data import labelled_data, three_splits
-from .folder import open_folder
+from .job_folder import open_folder
 from .own_training_loop import OwnLoop, OwnRecovery, retrained
 from .progress import Callback, Reporter
 from .result import PruningResult

@@ -16,7 +16,7 @@ from ...errors import UserError
 from ...rewards.outcome import RewardFunction
 from ..pruning.layer_agents import PolicyFactory
 from ..pruning.network_search import NetworkSearchSettings
-from ..training.settings import TrainSettings
+from ..training.train_settings import TrainSettings
 
 FINETUNE = TrainSettings(epochs=10, batch_size=64, lr=0.05, distill_weight=0.5)
 POLICY: PolicyFactory = partial(SetPolicy, warm_start="taylor")

@@ -20,8 +20,8 @@ from ...envs.data.objective import TOP1, Objective, objective_of, output_of
 from ...envs.networks.modes import modes_restored
 from ...errors import UserError
 from .augment import Augment
-from .settings import TrainSettings
 from .snapshot import TrainingState, load_snapshot, save_snapshot
+from .train_settings import TrainSettings
 
 __all__ = ["Progress", "TrainProgress", "TrainResult", "TrainSettings", "fit_network", "recalibrate_bn"]
 

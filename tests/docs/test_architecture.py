@@ -109,3 +109,7 @@ def test_names_of_the_package_are_todays(page):
     assert sorted(name for name in named if not exists(name)) == []
     for module, names in re.findall(r"^from (keepdrop[\w.]*) import ([\w, ]+)$", text, re.MULTILINE):
         assert [name for name in names.split(",") if not exists(f"{module}.{name.strip()}")] == []
+
+
+def test_no_file_is_named_twice(structure):
+    assert structure.named_twice() == {}

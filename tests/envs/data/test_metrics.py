@@ -19,7 +19,7 @@ from keepdrop.envs.task import PruningTask
 from keepdrop.errors import UserError
 from keepdrop.experiments.oracle.single_removals import filter_oracle
 from keepdrop.experiments.training.loop import check_augment, fit_network
-from keepdrop.experiments.training.settings import TrainSettings
+from keepdrop.experiments.training.train_settings import TrainSettings
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset

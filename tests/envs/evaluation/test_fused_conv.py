@@ -7,10 +7,10 @@ import pytest
 import torch
 from answered import answered, some_masks
 from digits_task import make_task
+from keepdrop.envs.evaluation.evaluation_settings import EvaluationSettings
 from keepdrop.envs.evaluation.fused_conv import FusedConv, can_fuse, picked
 from keepdrop.envs.evaluation.mask_evaluator import MaskEvaluator
 from keepdrop.envs.evaluation.masked_network import EMULATED, MaskedNetwork, warn_of_emulation
-from keepdrop.envs.evaluation.settings import EvaluationSettings
 from keepdrop.envs.networks.built_in import cifar_resnet, small_cnn, vgg16_bn
 from keepdrop.errors import UserError
 from torch import nn

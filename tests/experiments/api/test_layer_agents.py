@@ -13,7 +13,7 @@ from keepdrop.envs.data.sources import digits
 from keepdrop.envs.networks.built_in import small_cnn
 from keepdrop.envs.networks.checkpoint import hash_state, load_checkpoint
 from keepdrop.experiments.training.loop import fit_network
-from keepdrop.experiments.training.settings import TrainSettings
+from keepdrop.experiments.training.train_settings import TrainSettings
 from quick import CALL, QUICK
 
 ASK = {"finetune": None, "settings": QUICK}

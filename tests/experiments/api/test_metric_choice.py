@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 
 BAD = {
-    "top1": ([], "A target is torch.int64 (8, 8), but top-1 accuracy needs one integer label per image; choose another"),
+    "top1": (
+        [],
+        "A target is torch.int64 (8, 8), but top-1 accuracy needs one integer label per image; choose another",
+    ),
     "shape": (["metric=mean_iou"], "The network returns (2, 10) for targets torch.int64 (2, 8, 8); expected integer"),
     "score": (["metric=custom", "metric._target_=torch.add"], "The metric add fails on outputs torch.float32 (2, 10)"),
     "augment": (

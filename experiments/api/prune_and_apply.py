@@ -26,7 +26,7 @@ from ..pruning.network_schedule import NetworkSchedule
 from ..pruning.schedule import Recovery, Schedule
 from ..pruning.trained_agents import AskAgents, agents_of, check_agents, load_agents
 from ..training.augment import Augment
-from ..training.settings import TrainSettings
+from ..training.train_settings import TrainSettings
 from .job import Job
 from .own_training_loop import OwnLoop
 from .progress import Callback
