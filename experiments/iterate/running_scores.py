@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...envs.data.metrics import as_float64
 from ...envs.surgery.filter_group import Cut, FilterGroup
 from ...envs.surgery.masking import channel_dim
 
@@ -129,4 +130,4 @@ def _samples(value: Tensor, dim: int, cut: Cut) -> Tensor:
     """(B, N, S) float64 of a consumer's input or its gradient."""
     rows = torch.as_tensor(cut.channels, device=value.device)
     picked = value.movedim(dim, 1)[:, rows]  # (B, N, R, ...)
-    return picked.flatten(2).double()
+    return as_float64(picked.flatten(2))

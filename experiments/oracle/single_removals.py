@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ...envs.data.metrics import as_float64
 from ...envs.data.objective import TOP1, Objective, output_of
 from ...envs.evaluation.mask_evaluator import channels_last
 from ...envs.evaluation.masked_network import MaskedNetwork
@@ -65,7 +66,8 @@ def filter_oracle(
         for index in range(len(masks)):
             with network.masked({group.name: masks}, index) as run:
                 outputs = output_of(run(frontier))
-            losses[index] += float(objective.summed_loss(outputs.double(), labels[rows]))
+            precise = as_float64(outputs)
+            losses[index] += float(objective.summed_loss(precise, labels[rows].to(precise.device)))
             correct[index] += int(objective.points(outputs, labels[rows]).sum())
         if progress is not None:
             progress(min(start + batch, len(images)), len(images))
