@@ -7,6 +7,7 @@ for it. So results do not depend on who computes them, and a resumed run does wh
 from __future__ import annotations
 
 import functools
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -49,6 +50,10 @@ def workers(choices: Choices, n_workers: int) -> Iterator[DoAll]:
         return
     path, config = choices.folder.path, OmegaConf.to_yaml(choices.config, resolve=True)
     n_threads = max(1, torch.get_num_threads() // n_workers)
+    # Processes that are killed cannot give their semaphores back; Python's tracker, a process of its own, frees them and
+    # would say so in the terminal, behind our own sentence.
+    quiet = "ignore:resource_tracker:UserWarning"
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, (os.environ.get("PYTHONWARNINGS"), quiet)))
 
     parallel = Parallel(
         n_workers,
