@@ -50,7 +50,7 @@ def workers(choices: Choices, n_workers: int) -> Iterator[DoAll]:
         return
     path, config = choices.folder.path, OmegaConf.to_yaml(choices.config, resolve=True)
     n_threads = max(1, torch.get_num_threads() // n_workers)
-    # Processes that are killed cannot give their semaphores back; Python's tracker, a process of its own, frees them and
+    # Killed processes cannot give their semaphores back; the tracker of Python, a process of its own, frees them and
     # would say so in the terminal, behind our own sentence.
     quiet = "ignore:resource_tracker:UserWarning"
     os.environ["PYTHONWARNINGS"] = ",".join(filter(None, (os.environ.get("PYTHONWARNINGS"), quiet)))
