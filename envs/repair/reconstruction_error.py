@@ -149,13 +149,8 @@ def _readings(model: nn.Module, group: FilterGroup, places: int) -> list[_Readin
     obstacles = {cut.module: obstacle(module, max_inputs=10**9) for cut, module in modules.items()}
     readings = [_Reading(module, cut, places) for cut, module in modules.items() if not obstacles[cut.module]]
     if not readings:
-        what = (
-            "nothing reads its filters"
-            if not obstacles
-            else "{}, which reads its filters, is {}".format(
-                *next((repr(name), why) for name, why in obstacles.items())
-            )
-        )
+        what = "; ".join(f"{name!r}, which reads its filters, is {why}" for name, why in obstacles.items())
+        what = what or "nothing reads its filters"
         raise UserError(
             f"The criterion 'reconstruction' cannot judge {group.name!r}: {what}; leave the layer out or choose "
             "another criterion."

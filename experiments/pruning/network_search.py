@@ -78,9 +78,9 @@ class NetworkAgent:
 
     Args:
         settings: of the search.
-        judge: judges the final cut; searched ones are repaired as `settings.rough` says.
+        one_shot: evaluates the final cut; searched ones are repaired as `settings.rough` says.
         report: told about every update.
-        state: file that keeps the training after every update; an existing one is gone on with.
+        state: file that keeps the training after every update; an existing one is resumed.
 
     After `choose`, `policy` is the trained one and `facts` says, JSON-able, how the search went.
     """

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from keepdrop.experiments.commands.cli import main
+from command_line import run_main
 
 GUIDES = Path(__file__).parents[2] / "docs" / "guides"
 SMALL = {
@@ -62,15 +62,7 @@ def write_files(page, folder):
 def run_command(line, *more):
     """Run one `keepdrop ...` line in this process."""
     words = line.split()[1:]
-    argv, path, environment = list(sys.argv), list(sys.path), dict(os.environ)
-    try:
-        main([*words, *SMALL[words[0]], *more])
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    finally:
-        sys.argv[:], sys.path[:] = argv, path
-        os.environ.clear()
-        os.environ.update(environment)
+    return run_main(*words, *SMALL[words[0]], *more)
 
 
 def test_own_model(folder):
