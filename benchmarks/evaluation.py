@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from common import machine
-from keepdrop.envs.evaluation.mask_evaluator import MaskEvaluator, channels_last
+from keepdrop.envs.evaluation.mask_evaluator import MaskEvaluator
 from keepdrop.envs.groups.finding import find_groups
 from keepdrop.envs.networks.batch_size import wait_for
 from keepdrop.envs.networks.built_in import cifar_resnet, vgg16_bn
@@ -52,7 +52,7 @@ def main() -> None:
     torch.backends.cudnn.allow_tf32 = False
     model = NETWORKS[arguments.network]().eval().to(arguments.device, memory_format=torch.channels_last)
     images, labels = torch.randn(arguments.images, 3, 32, 32), torch.randint(10, (arguments.images,))
-    images, labels = channels_last(images.to(arguments.device)), labels.to(arguments.device)
+    images, labels = images.to(arguments.device, memory_format=torch.channels_last), labels.to(arguments.device)
     groups = [group for group in find_groups(model, images[:1]).groups if group.name != "conv1"]
     known = {} if arguments.json is None or not arguments.json.exists() else json.loads(arguments.json.read_text())
     rows = {row["group"]: row for row in known.get("groups", [])}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..rewards.outcome import Outcome
 from .evaluation.mask_evaluator import correct_flags
-from .networks.graph_passes import order_weights
+from .networks.memory_layout import layout_of, order_weights
 from .observation import Observation
 from .repair.reconstruction import Reconstruction, ReconstructionSettings
 from .surgery.cutting import checked_masks, prune
@@ -108,7 +108,7 @@ class OneShotTask:
 
     def cut(self, keep: Tensor) -> nn.Module:
         """A new, smaller network without the filters that `keep` (N,) bool drops, repaired as `repair` says."""
-        if self.reconstruction is None:
+        if bool(keep.all()) or self.reconstruction is None:
             return prune(self.task.model, self.choices(keep))
         return self.reconstruction.cut(self.choices(keep))
 
@@ -124,11 +124,15 @@ class OneShotTask:
         base = self.task.base.correct
         if image_indices is not None:
             images, labels, base = images[image_indices], labels[image_indices], base[image_indices]
+        layout = layout_of(self.task.model, images)
         outcomes = []
         for keep in masks_MN:
-            model = self.cut(keep)
-            order_weights(model)
-            accuracy = objective.fraction(correct_flags(model, images, labels, objective=objective))
+            if bool(keep.all()):
+                points = self.task.correct if image_indices is None else self.task.correct[image_indices]
+            else:
+                model = self.cut(keep)
+                order_weights(model, layout)
+                points = correct_flags(model, images, labels, objective=objective, layout=layout)
             counts = {group: int(each.sum()) for group, each in self.choices(keep).items()}
-            outcomes.append(self.task.outcome(objective.fraction(base), accuracy, counts))
+            outcomes.append(self.task.outcome(objective.fraction(base), objective.fraction(points), counts))
         return outcomes

@@ -5,7 +5,6 @@ Shapes: B images, C classes.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..networks.graph_passes import fold_batch_norms, functionalise, order_weights, reuse_memory
+from ..networks.copying import copied
+from ..networks.graph_passes import fold_batch_norms, functionalise, reuse_memory
+from ..networks.memory_layout import CHANNELS_LAST, arranged, layout_of, order_weights
 from ..networks.module_kinds import LeafTracer
 from ..surgery.filter_group import FilterGroup
 from .fused_conv import FusedConv, feeders, fuse
@@ -40,9 +41,9 @@ class GraphPartition:
     feeders: Mapping[FusedConv, FusedConv] = field(default_factory=dict)
 
 
-def unpartitioned(model: nn.Module) -> GraphPartition:
-    """The whole network as the suffix, behind a frontier that is the images themselves."""
-    ready = _evaluation_copy(model)
+def unpartitioned(model: nn.Module, example: Tensor) -> GraphPartition:
+    """The whole network as the suffix, behind a frontier that is the images themselves, which are like `example`."""
+    ready = _evaluation_copy(model, layout_of(model, example))
     return GraphPartition(lambda images: (images,), ready, ready)
 
 
@@ -53,12 +54,15 @@ def partition(model: nn.Module, groups: Sequence[FilterGroup], example: Tensor, 
         model: the network, copied and never changed.
         groups: the groups whose masks will vary.
         example: (B, ...) a few images.
-        fusing: whether convolutions run in fused form (`fused_conv`).
+        fusing: whether convolutions run in fused form (`fused_conv`), which makes channels-last maps, so only where
+            the network takes them (`layout_of`).
 
     Raises whatever stands in the way.
     """
-    original = _evaluation_copy(model)
-    ready = copy.deepcopy(original)
+    layout = layout_of(model, example)
+    example = arranged(example, layout)
+    original = _evaluation_copy(model, layout)
+    ready = copied(original)
     traced = fx.GraphModule(ready, LeafTracer().trace(ready))
     if sum(node.op == "placeholder" for node in traced.graph.nodes) != 1:
         raise ValueError("its forward takes several arguments")
@@ -67,15 +71,15 @@ def partition(model: nn.Module, groups: Sequence[FilterGroup], example: Tensor, 
     consumers = {cut.module for group in groups for cut in group.consumers}
     with torch.inference_mode():
         _Shapes(traced).run(example)
-        made = _Partitioner(traced, consumers, len(example)).partition(fusing)
+        made = _Partitioner(traced, consumers, len(example)).partition(fusing and layout == CHANNELS_LAST)
         check_same(original(example), made.suffix(*made.prefix(example)))
     return made
 
 
-def _evaluation_copy(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode without gradients, the weights of 2d convolutions in channels_last order."""
-    ready = copy.deepcopy(model).eval().requires_grad_(False)
-    order_weights(ready)
+def _evaluation_copy(model: nn.Module, layout: torch.memory_format) -> nn.Module:
+    """A copy in evaluation mode without gradients, the weights of 2d convolutions in the order of the images."""
+    ready = copied(model).eval().requires_grad_(False)
+    order_weights(ready, layout)
     return ready
 
 

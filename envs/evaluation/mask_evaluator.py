@@ -21,6 +21,7 @@ from ...errors import UserError
 from ..data.images import LabelledImages
 from ..data.objective import TOP1, Objective, objective_of
 from ..networks.batch_size import chunks, default_batch, fastest_batch
+from ..networks.memory_layout import CHANNELS_LAST, arranged, layout_of
 from ..networks.modes import evaluating
 from ..surgery.filter_group import FilterGroup
 from ..surgery.masking import MixKey
@@ -74,7 +75,7 @@ class MaskEvaluator:
                 f"Expected as many labels as images, at least one, and a batch of 1 or more; got {len(images)} images, "
                 f"{len(labels)} labels, batch={batch}."
             )
-        self._images, self._labels, self._objective = channels_last(images), labels, objective
+        self._images, self._labels, self._objective = arranged(images, layout_of(model, images)), labels, objective
         self.network = MaskedNetwork(
             model, groups, self._images[:3], method=method, dtype=dtype, compile=compile, stack=stack
         )
@@ -272,30 +273,34 @@ def _by_images(
     yield from groups.values()
 
 
-def channels_last(images: Tensor) -> Tensor:
-    """Images in the memory order that suits convolutions on a CPU best; other tensors as they are."""
-    return images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
-
-
 def _room(like: Tensor, rows: int) -> Tensor:
     """An empty tensor of `rows` rows in the memory order of `like`."""
     room = like.new_empty(rows, *like.shape[1:])
-    return channels_last(room) if is_channels_last(like) else room
+    return arranged(room, CHANNELS_LAST) if is_channels_last(like) else room
 
 
 def is_channels_last(value: Tensor) -> bool:
     """Whether a 4d tensor lies in memory as channels_last."""
-    return value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last)
+    return value.dim() == 4 and value.is_contiguous(memory_format=CHANNELS_LAST)
 
 
 @torch.inference_mode()
 def correct_flags(
-    model: nn.Module, images: Tensor, labels: Tensor, batch: int = 256, objective: Objective = TOP1
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    batch: int = 256,
+    objective: Objective = TOP1,
+    layout: torch.memory_format | None = None,
 ) -> Tensor:
-    """Points of the images (B, C, H, W) in evaluation mode, (B,) on the CPU: bool, right or wrong, for top-1."""
+    """Points of the images (B, C, H, W) in evaluation mode, (B,) on the CPU: bool, right or wrong, for top-1.
+
+    `layout` is the network's (`layout_of`); None tries it out.
+    """
+    layout = layout_of(model, images) if layout is None else layout
     with evaluating(model):
         points = [
-            objective.points(model(channels_last(images[start : start + batch])), labels[start : start + batch])
+            objective.points(model(arranged(images[start : start + batch], layout)), labels[start : start + batch])
             for start in range(0, len(images), batch)
         ]
     return torch.cat(points).cpu().clone()

@@ -74,7 +74,7 @@ class MaskedNetwork:
         fusing = not compile and not stack and can_fuse(example, self.dtype)
         found = None if method == "whole" else self._partitioned(model, example, method, fusing)
         self.method = "whole" if found is None else "split"
-        self._partition = found or unpartitioned(model)
+        self._partition = found or unpartitioned(model, example)
         names = {cut.module for group in groups for cut in group.consumers}
         self._weights = {name: _weight(self._partition.masked, name).detach().clone() for name in names}
         self._run = torch.compile(self._partition.suffix, dynamic=False) if compile else self._partition.suffix

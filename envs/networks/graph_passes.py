@@ -23,13 +23,6 @@ _OUT_OF_PLACE: dict[Any, Any] = {
 }
 
 
-def order_weights(model: nn.Module) -> None:
-    """Put the weights of convolutions over images into channels_last order, in place: values stay as they are."""
-    for module in model.modules():
-        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) and "weight" in module._parameters:
-            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
-
-
 def only_user(node: fx.Node) -> fx.Node | None:
     """The one node that reads the value of `node`; None where several do, or none."""
     return next(iter(node.users)) if len(node.users) == 1 else None

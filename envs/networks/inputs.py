@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .module_kinds import Inputs
@@ -46,14 +45,13 @@ def mapped(example_inputs: Inputs, change: Callable[[Tensor], Any]) -> Inputs:
 
 
 def resized(example_inputs: Inputs, size: int) -> Inputs:
-    """Every tensor that has the batch axis, cut or repeated to `size` rows; images channels-last."""
+    """Every tensor that has the batch axis, cut or repeated to `size` rows."""
     given = batch_size(example_inputs)
 
     def resize(value: Tensor) -> Tensor:
         if not is_batch(value, given):
             return value
-        value = value.repeat(-(-size // given), *[1] * (value.dim() - 1))[:size]
-        return value.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else value.contiguous()
+        return value.repeat(-(-size // given), *[1] * (value.dim() - 1))[:size].contiguous()
 
     return mapped(example_inputs, resize)
 

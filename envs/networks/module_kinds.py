@@ -15,6 +15,7 @@ Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _LEAVES = (*_CONVS, nn.Linear, _BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.PReLU)
+_RECURRENT = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -43,10 +44,35 @@ def is_plain_conv2d(module: object) -> TypeGuard[nn.Conv2d]:
 
 
 def is_extended(module: nn.Module) -> bool:
-    """Whether `module` is a layer whose class puts a `forward` of its own around torch's operator."""
-    known = isinstance(module, (*_CONVS, nn.Linear, _BatchNorm, nn.GroupNorm))
+    """Whether `module` is a layer that does more than torch's operator.
+
+    Its class has a `forward` of its own, or, of a convolution, something makes its weight (weight norm).
+    """
+    if isinstance(module, _ConvNd):
+        return not is_leaf(module)
+    known = isinstance(module, (nn.Linear, _BatchNorm, nn.GroupNorm))
     plain = not parametrize.is_parametrized(module) and "weight" in module._parameters
     return known and plain and not is_leaf(module)
+
+
+def is_recurrent(module: nn.Module) -> bool:
+    """An LSTM, GRU or RNN (or the cell of one) that computes exactly what torch's own does, with plain parameters."""
+    base = next((base for base in _RECURRENT if isinstance(module, base)), None)
+    if base is None or parametrize.is_parametrized(module) or type(module).forward is not base.forward:
+        return False
+    return all(name in module._parameters for name in reading_weights(module))
+
+
+def is_attention(module: nn.Module) -> bool:
+    """torch's multi-head attention, which is taken whole: it has a way of its own in evaluation mode."""
+    return isinstance(module, nn.MultiheadAttention)
+
+
+def reading_weights(module: nn.Module) -> tuple[str, ...]:
+    """Names of the parameters that multiply what a layer reads; several in a recurrent layer of two directions."""
+    if isinstance(module, nn.RNNBase):
+        return ("weight_ih_l0", "weight_ih_l0_reverse") if module.bidirectional else ("weight_ih_l0",)
+    return ("weight_ih",) if isinstance(module, nn.RNNCellBase) else ("weight",)
 
 
 def is_conv(module: nn.Module) -> bool:
@@ -71,6 +97,11 @@ def run(model: nn.Module, inputs: Inputs) -> Any:
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*inputs)
+
+
+def n_products(module: nn.Module) -> int:
+    """Weights that a recurrent layer multiplies with in each step; biases are none."""
+    return sum(parameter.numel() for parameter in module.parameters(recurse=False) if parameter.dim() > 1)
 
 
 class LeafTracer(fx.Tracer):

@@ -11,7 +11,6 @@ Shapes: B images, S samples, K weights per filter, O outputs.
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections import Counter
 from collections.abc import Mapping
@@ -23,12 +22,13 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...errors import UserError
-from ..evaluation.mask_evaluator import channels_last
+from ..networks.copying import copied
 from ..networks.graph_passes import functionalise, only_user
+from ..networks.memory_layout import arranged, layout_of
 from ..networks.module_kinds import LeafTracer, is_leaf
-from ..surgery.cutting import KeptRows, cut_channels, kept_rows
+from ..surgery.cutting import KeptRows, cut_channels, find_module, kept_rows
 from ..surgery.filter_group import FilterGroup
-from ..surgery.slicing import Rows
+from ..surgery.slicing import Rows, width
 from .patches import inputs_at, obstacle, outputs_at, regress
 
 _SUMS = {operator.add, operator.iadd, torch.add}
@@ -96,8 +96,8 @@ class Reconstruction:
     def __init__(self, model: nn.Module, images: Tensor, settings: ReconstructionSettings | None = None) -> None:
         self.settings = settings or ReconstructionSettings()
         self.model = model
-        self.images = channels_last(images)
-        traced = _trace(copy.deepcopy(model).eval().requires_grad_(False))
+        self.images = arranged(images, layout_of(model, images))
+        traced = _trace(copied(model).eval().requires_grad_(False))
         self.sites, self.skipped = find_sites(traced, self.settings.max_inputs)
         recorder = _Recorder(traced, self.sites, self.settings.places)
         with torch.no_grad():
@@ -107,16 +107,27 @@ class Reconstruction:
     def cut(self, choices: Mapping[FilterGroup, Tensor]) -> nn.Module:
         """`prune(model, choices)`, repaired; the same choices always give the same network.
 
-        Raises UserError as `prune` does.
+        Layers that see nothing of what was removed keep their weights, bit for bit. Raises UserError as `prune` does.
         """
-        kept = kept_rows(self.model, choices)
+        kept = _narrowed(self.model, kept_rows(self.model, choices))
         pruned = cut_channels(self.model, kept)
-        working = copy.deepcopy(pruned).eval().requires_grad_(False)
+        if not kept:
+            return pruned
+        working = copied(pruned).eval().requires_grad_(False)
         with torch.no_grad():
             # The graph's modules are the working copy's own: what is solved in the graph is solved there.
             _Repair(_trace(working), self, kept).run(self.images)
         pruned.load_state_dict(working.state_dict())
         return pruned
+
+
+def _narrowed(model: nn.Module, kept: KeptRows) -> KeptRows:
+    """Only the modules that lose channels: a group that is kept in full touches none of its own."""
+    return {
+        name: axes
+        for name, axes in kept.items()
+        if any(len(rows) < width(find_module(model, name), axis) for axis, rows in axes.items())
+    }
 
 
 def find_sites(traced: fx.GraphModule, max_inputs: int) -> tuple[dict[str, Site], dict[str, str]]:

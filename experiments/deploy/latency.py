@@ -13,6 +13,7 @@ from torch import nn
 
 from ...envs.networks.batch_size import wait_for
 from ...envs.networks.inputs import as_call, resized, tensors_of
+from ...envs.networks.memory_layout import arranged, common_layout
 from ...envs.networks.modes import evaluating
 from ...envs.networks.module_kinds import Inputs
 from ...errors import UserError
@@ -43,7 +44,9 @@ def measure_latency(
     runtimes: Sequence[str] = ("eager",),
     failed: dict[str, str] | None = None,
 ) -> list[Latency]:
-    """Time a forward pass of every model for every batch size, in eval mode, float32, channels-last, no gradients.
+    """Time a forward pass of every model for every batch size, in eval mode, float32, no gradients.
+
+    Images are channels-last if all networks take them so and contiguous otherwise.
 
     The models (and runtimes) take turns within each repeat, in alternating order, so that a busy moment of the machine
     hits all of them. Example inputs are repeated or cut to each batch size, on the device they lie on. Modes come back
@@ -66,11 +69,12 @@ def measure_latency(
             f"batch_sizes={tuple(batch_sizes)}, repeats={repeats}, warmup={warmup}."
         )
     networks = [model for model in models.values() if isinstance(model, nn.Module)]
+    layout = common_layout(networks, example_inputs)
     records = []
     with evaluating(*networks), torch.inference_mode():
-        runners = _runners(models, runtimes, resized(example_inputs, batch_sizes[0]), failed)
+        runners = _runners(models, runtimes, arranged(resized(example_inputs, batch_sizes[0]), layout), failed)
         for size in batch_sizes:
-            inputs = resized(example_inputs, size)
+            inputs = arranged(resized(example_inputs, size), layout)
             seconds = _interleaved(runners, inputs, repeats, warmup)
             records += [_record(*key, size, seconds[key], inputs) for key in runners]
     return records

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ...envs.data.metrics import as_float64
 from ...envs.data.objective import TOP1, Objective, output_of
-from ...envs.evaluation.mask_evaluator import channels_last
 from ...envs.evaluation.masked_network import MaskedNetwork
+from ...envs.networks.memory_layout import arranged, layout_of
 from ...envs.surgery.filter_group import FilterGroup
 
 
@@ -56,13 +56,14 @@ def filter_oracle(
         batch: images per pass.
         progress: told how many images of all are done.
     """
-    network = MaskedNetwork(model, [group], channels_last(images[:3]), method=method)
+    layout = layout_of(model, images)
+    network = MaskedNetwork(model, [group], arranged(images[:3], layout), method=method)
     # Row 0 keeps everything: its loss is measured in the same arithmetic as the others.
     masks = ~torch.cat([torch.zeros(1, group.n_filters), torch.eye(group.n_filters)]).bool()
     losses, correct = torch.zeros(2, len(masks), dtype=torch.float64)
     for start in range(0, len(images), batch):
         rows = slice(start, start + batch)
-        frontier = network.prefix(channels_last(images[rows]))
+        frontier = network.prefix(arranged(images[rows], layout))
         for index in range(len(masks)):
             with network.masked({group.name: masks}, index) as run:
                 outputs = output_of(run(frontier))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ...envs.data.images import LabelledImages
 from ...envs.data.objective import TOP1, Objective, objective_of, output_of
+from ...envs.networks.memory_layout import CONTIGUOUS, common_layout, layout_of
 from ...envs.networks.modes import modes_restored
 from ...errors import UserError
 from .augment import Augment
@@ -173,8 +174,8 @@ class _Run:
         if self.augment is not None:
             images = self.augment(images, generator)
         # Channels-last inputs alone make the convolutions a quarter faster on a CPU; the weights keep their layout.
-        images = images.to(self.device, memory_format=torch.channels_last)
-        labels = labels.to(self.device)
+        images, labels = images.to(self.device), labels.to(self.device)
+        images = images.to(memory_format=self._layout(images))
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr_at(step, self.n_steps)
         self.optimizer.zero_grad()
@@ -184,6 +185,12 @@ class _Run:
         n_correct = self.objective.points(outputs, labels).sum()
         n_images = n_correct.new_tensor(len(labels))
         self.totals += torch.stack([loss.detach() * len(labels), n_correct, n_images]).cpu().double()
+
+    def _layout(self, images: Tensor) -> torch.memory_format:
+        """Channels-last if the network trains so, backward pass included, and the teacher answers."""
+        teachers = [] if self.teacher is None else [self.teacher]
+        taken = common_layout(teachers, images)
+        return taken if taken == CONTIGUOUS else layout_of(self.model, images, training=True)
 
     def _loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         weight, objective = self.settings.distill_weight, self.objective
@@ -232,7 +239,8 @@ def recalibrate_bn(model: nn.Module, data: LabelledImages, n_images: int, seed: 
             module.momentum = None  # a plain average over the batches
             module.train()
         for batch in batches:
-            model(data.batch(batch)[0].to(device, memory_format=torch.channels_last))
+            images = data.batch(batch)[0].to(device)
+            model(images.to(memory_format=layout_of(model, images)))
     for module, momentum in zip(kinds, momenta, strict=True):
         module.momentum = momentum
     return sum(map(len, batches))
