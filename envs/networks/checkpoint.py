@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
@@ -17,7 +17,12 @@ from ...atomic import write_atomically
 from ...errors import UserError
 
 WRAPPER_KEYS = ("state_dict", "model_state_dict", "model", "net", "weights")
-PREFIXES = ("module.", "_orig_mod.")  # DataParallel and torch.compile
+EMA_KEYS = ("ema", "model_ema", "state_dict_ema", "ema_state_dict")  # taken where nothing else is there
+WRAPPERS = ("module", "_orig_mod")  # DataParallel and torch.compile
+AVERAGED = ("ema_model", "ema", "model_ema")
+COUNTER = "num_batches_tracked"
+FOREIGN = ("n_averaged", "total_ops", "total_params")  # of AveragedModel and of thop
+ValueT = TypeVar("ValueT")
 N_NAMED = 3  # an error names this many keys, then a count
 
 
@@ -25,17 +30,19 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, key: str 
     """Load the weights in `path` into `model`, exactly: every key and every shape must fit.
 
     Reads torch files (`weights_only=True`) and `.safetensors`. `key` names the entry of the file that holds the state
-    dict; without it `state_dict`, `model_state_dict`, `model`, `net` and `weights` are unwrapped. The prefixes
-    `module.` and `_orig_mod.` are stripped; missing `num_batches_tracked` counters keep the model's value.
+    dict; without it `state_dict`, `model_state_dict`, `model`, `net` and `weights` are unwrapped, or else the usual
+    names of averaged weights. Where the names do not agree as they are, `module` and `_orig_mod` are taken out of them
+    on both sides, then the name under which another module holds the network; masks of `torch.nn.utils.prune` are
+    multiplied in. Missing `num_batches_tracked` counters keep the model's value.
 
     Raises UserError, with the model untouched, when the file is missing, damaged, needs unpickling, holds no state
     dict, does not fit the model (the first keys and shapes are named) or holds NaN.
     """
     path = Path(path)
-    state = _strip_prefixes(_state_dict_in(read_tensors(path), key, path))
     expected = model.state_dict()
+    state = _fitted(_state_dict_in(read_tensors(path), key, path), expected, path)
     missing = [name for name in expected if name not in state]
-    state |= {name: expected[name] for name in missing if name.endswith("num_batches_tracked")}
+    state |= {name: expected[name] for name in missing if name.endswith(COUNTER)}
     _check_fit(state, expected, path)
     model.load_state_dict(state)
 
@@ -98,7 +105,7 @@ def _state_dict_in(content: Any, key: str | None, path: Path) -> dict[str, Tenso
             raise UserError(f"Checkpoint '{path}' has no entry '{key}'; it holds: {found[:200]}.")
         content = content[key]
     else:
-        content = next((content[name] for name in WRAPPER_KEYS if _has_mapping(content, name)), content)
+        content = next((content[name] for name in (*WRAPPER_KEYS, *EMA_KEYS) if _has_mapping(content, name)), content)
     if isinstance(content, Mapping):
         tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
         if tensors and len(tensors) == len(content):
@@ -113,12 +120,66 @@ def _has_mapping(content: Any, name: str) -> bool:
     return isinstance(content, Mapping) and isinstance(content.get(name), Mapping)
 
 
-def _strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the wrappers' prefixes, each removed only where every key has it."""
-    prefix = next((prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in state)), None)
-    if prefix is None:
+def _fitted(state: dict[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The tensors under the model's names, wherever wrappers on either side are all that is between them.
+
+    Names that agree are left alone. What cannot be brought together keeps its bare name, for `_check_fit` to say so.
+    """
+    if _fits(state, expected):
         return state
-    return _strip_prefixes({name.removeprefix(prefix): tensor for name, tensor in state.items()})
+    ours = {_bare(name): name for name in expected}
+    theirs = _without_masks({_bare(name): tensor for name, tensor in state.items()}, ours)
+    theirs = {name: tensor for name, tensor in theirs.items() if name in ours or not name.endswith(FOREIGN)}
+    if len(ours) < len(expected) or len(theirs) > len(state):
+        return state
+    if not _fits(theirs, ours):
+        ours, theirs = _without_parents(ours, theirs, path)
+    return {ours.get(name, name): tensor for name, tensor in theirs.items()}
+
+
+def _fits(state: Collection[str], expected: Collection[str]) -> bool:
+    """Whether the names are the same, apart from counters that old files lack."""
+    missing = [name for name in expected if name not in state]
+    return all(name in expected for name in state) and all(name.endswith(COUNTER) for name in missing)
+
+
+def _bare(name: str) -> str:
+    """A name without the parts that wrappers put in it, at the front or between."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def _without_masks(state: dict[str, Tensor], ours: Collection[str]) -> dict[str, Tensor]:
+    """Tensors masked by `torch.nn.utils.prune` made permanent: `weight_orig * weight_mask` becomes `weight`."""
+    found = dict(state)
+    for name in state:
+        whole = name.removesuffix("_orig")
+        if whole != name and f"{whole}_mask" in state and whole in ours:
+            found[whole] = found.pop(name) * found.pop(f"{whole}_mask")
+    return found
+
+
+def _without_parents(
+    ours: dict[str, str], theirs: dict[str, Tensor], path: Path
+) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Both sides without the name under which another module (a LightningModule, an EMA) holds the network."""
+    parents = list(dict.fromkeys(name.partition(".")[0] for name in theirs if "." in name))
+    fitting = {parent: part for parent in parents if _fits(part := _part(theirs, parent), ours)}
+    if len(fitting) > 1 and not any(parent in fitting for parent in AVERAGED):
+        raise UserError(
+            f"Checkpoint '{path}' holds {len(fitting)} networks that fit ({', '.join(fitting)}); save the state dict "
+            "of one alone."
+        )
+    if fitting:
+        return ours, fitting[next((parent for parent in AVERAGED if parent in fitting), next(iter(fitting)))]
+    parent = next(iter(ours), "").partition(".")[0]
+    inner = _part(ours, parent)
+    return (inner, theirs) if len(inner) == len(ours) and _fits(theirs, inner) else (ours, theirs)
+
+
+def _part(names: Mapping[str, ValueT], parent: str) -> dict[str, ValueT]:
+    """What stands under one parent, without its name."""
+    start = f"{parent}."
+    return {name.removeprefix(start): value for name, value in names.items() if name.startswith(start)}
 
 
 def _check_fit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:

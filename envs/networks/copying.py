@@ -1,4 +1,4 @@
-"""Copies of networks: `copy.deepcopy`, also where an attribute refuses it (activations kept on self, modules, locks)."""
+"""Copies of networks: `copy.deepcopy`, also where an attribute refuses (an activation kept on self, a lock, a file)."""
 
 from __future__ import annotations
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from .module_kinds import Inputs
 
@@ -59,3 +61,14 @@ def resized(example_inputs: Inputs, size: int) -> Inputs:
 def is_batch(value: Any, size: int) -> bool:
     """Whether an argument is a tensor with one row per image."""
     return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == size
+
+
+def tensors_in(outputs: Any) -> list[Tensor]:
+    """All tensors that a network returned, in order: of tuples, lists, mappings and objects with attributes."""
+    found: list[Tensor] = []
+    for value in tree_leaves(outputs):
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif hasattr(value, "__dict__") and not isinstance(value, type | torch.nn.Module):
+            found.extend(each for each in tree_leaves(dict(vars(value))) if isinstance(each, Tensor))
+    return found

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
+import torch
 from torch import nn
 
 
@@ -27,3 +30,22 @@ def evaluating(*models: nn.Module | None) -> Iterator[None]:
             if model is not None:
                 model.eval()
         yield
+
+
+@contextmanager
+def randomness_restored(seed: int | None = None) -> Iterator[None]:
+    """Random numbers drawn inside (on the CPU) leave the generators of Python, NumPy and torch as they were.
+
+    With a `seed` all three start from it.
+    """
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            if seed is not None:
+                random.seed(seed)
+                np.random.seed(seed)
+                torch.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

@@ -9,7 +9,6 @@ Shapes: M masks, N filters, S samples (images x positions x channels of one filt
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -18,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UserError
+from ..networks.copying import copied
 from ..networks.modes import evaluating
 from ..surgery.cutting import checked_keep
 from ..surgery.filter_group import Cut, FilterGroup
-from ..surgery.folding import fold, mixing_obstacle
+from ..surgery.folding import fold, mixing_obstacle, reading_weight, set_reading_weight
 from ..surgery.masking import MixKey, channel_dim
-from ..surgery.slicing import slice_module, width
+from ..surgery.slicing import axes_of, slice_module, width
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Compensation:
         cuts, skipped = _usable(model, group)
         targets = _targets(cuts, model, dense, dense_group or group)
         moments = _moments(model, cuts, dense, targets, images, batch) if cuts else {}
-        consumers = {cut.module: copy.deepcopy(model.get_submodule(cut.module)) for cut in cuts}
+        consumers = {cut.module: copied(model.get_submodule(cut.module)) for cut in cuts}
         return Compensation(group, ridge, moments, consumers, skipped)
 
     def matrices(self, masks_MN: Tensor) -> dict[MixKey, Tensor]:
@@ -101,34 +101,38 @@ class Compensation:
             group: that group.
             keep: (N,) bool.
 
-        The result equals the masked network under `matrices(keep[None])`, to rounding. Raises UserError if `pruned`
-        lost anything else.
+        The result equals the masked network under `matrices(keep[None])`, to rounding; where nothing is dropped, not a
+        bit changes. Raises UserError if `pruned` lost anything else.
         """
         if group is not self.group:
             raise UserError(f"This compensation was fitted for group {self.group.name!r}, not for this {group.name!r}.")
-        mixes = self.matrices(checked_keep(group, keep)[None])
+        if bool(checked_keep(group, keep).all()):
+            return
+        mixes = self.matrices(keep[None])
         for cut in (cut for cut in group.consumers if cut.module in self.moments):
-            module = copy.deepcopy(self.consumers[cut.module])
-            weight = _weight(module, "")
-            weight.data = fold(module, weight.data, cut, mixes[group.name, cut.module][0])
+            module = copied(self.consumers[cut.module])
+            mix = mixes[group.name, cut.module][0]
+            set_reading_weight(module, fold(module, reading_weight(module).detach(), cut, mix))
             _cut_like(group, cut.module, module, keep.cpu())
-            place, weight = _weight(pruned, cut.module), _weight(module, "")
+            place, weight = reading_weight(pruned.get_submodule(cut.module)), reading_weight(module)
             if place.shape != weight.shape:
                 raise UserError(
                     f"The pruned network has weights {tuple(place.shape)} at {cut.module!r}, expected "
                     f"{tuple(weight.shape)}: fold right after pruning group {group.name!r} alone."
                 )
-            place.data.copy_(weight.data)
+            set_reading_weight(pruned.get_submodule(cut.module), weight.detach())
 
     def folded(self, model: nn.Module, keep: Tensor) -> nn.Module:
         """A copy of the network that `fit` saw, compensated but not yet pruned: dropped channels have zero weights."""
-        result = copy.deepcopy(model)
-        mixes = self.matrices(checked_keep(self.group, keep)[None])
+        result = copied(model)
+        if bool(checked_keep(self.group, keep).all()):
+            return result
+        mixes = self.matrices(keep[None])
         for cut in self.group.consumers:
             if cut.module in self.moments:
                 module = result.get_submodule(cut.module)
                 mix = mixes[self.group.name, cut.module][0]
-                _weight(result, cut.module).data.copy_(fold(module, _weight(model, cut.module).detach(), cut, mix))
+                set_reading_weight(module, fold(module, reading_weight(module).detach(), cut, mix))
         return result
 
 
@@ -136,7 +140,8 @@ def solve(moments: Moments, masks_MN: Tensor, ridge: float) -> Tensor:
     """Channel mixes (M, N, N) float64 by ridge regression towards plain masking.
 
     With E = diag(mask): P = E + (C - G E)^T G_kept^-1, where G_kept is the Gram matrix of the kept channels plus
-    ridge x mean energy. If the target is the network itself (C = G), kept channels stay exactly what they are.
+    ridge x mean energy. If the target is the network itself (C = G), kept channels stay exactly what they are. A mask
+    that drops nothing gives the identity under any target: who keeps a layer as it is has not asked for other weights.
     """
     gram, cross = moments.gram, moments.cross
     keep = masks_MN.to(gram.dtype)
@@ -145,7 +150,9 @@ def solve(moments: Moments, masks_MN: Tensor, ridge: float) -> Tensor:
     # Dropped channels get a unit row: the system stays regular, and they take no part.
     system = gram * both + torch.diag_embed(keep * strength + (1 - keep))
     rest = (cross - gram * keep[:, None, :]) * keep[:, :, None]
-    return torch.diag_embed(keep) + torch.linalg.solve(system, rest).transpose(1, 2)
+    mixes = torch.diag_embed(keep) + torch.linalg.solve(system, rest).transpose(1, 2)
+    mixes[masks_MN.all(1)] = torch.eye(len(gram), dtype=gram.dtype)
+    return mixes
 
 
 def _usable(model: nn.Module, group: FilterGroup) -> tuple[list[Cut], dict[str, str]]:
@@ -217,14 +224,8 @@ def _inputs(model: nn.Module, cuts: list[Cut], images: Tensor) -> dict[str, list
 
 def _cut_like(group: FilterGroup, name: str, module: nn.Module, keep: Tensor) -> None:
     """Cut one module of the group, in place, as the surgery cuts it."""
-    rows = {axis: np.arange(width(module, axis), dtype=np.int64) for axis in ("out", "in")}
+    rows = {axis: np.arange(width(module, axis), dtype=np.int64) for axis in axes_of(module)}
     for cut in group.cuts:
-        if cut.module == name:
+        if cut.module == name and cut.axis in rows:
             rows[cut.axis] = np.setdiff1d(rows[cut.axis], cut.channels[~keep.numpy()])
-    slice_module(name, module, rows["out"], rows["in"])
-
-
-def _weight(model: nn.Module, name: str) -> Tensor:
-    weight = model.get_submodule(name).weight
-    assert isinstance(weight, Tensor)
-    return weight
+    slice_module(name, module, rows.get("out"), rows.get("in"))

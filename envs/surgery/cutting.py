@@ -5,7 +5,6 @@ Shapes: N filters of a group.
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
 from collections.abc import Mapping
 
@@ -14,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UserError
+from ..networks.copying import copied
 from .filter_group import FilterGroup
-from .slicing import Rows, checked_rows, has_inputs, slice_module, width
+from .slicing import Rows, axes_of, checked_rows, is_tensor_axis, slice_module, slice_tensor, width
 
 KeptRows = Mapping[str, Mapping[str, Rows]]
-"""Module -> axis ("out", "in") -> kept channels, ascending."""
+"""Module -> axis (`filter_group.Axis`) -> kept channels, ascending."""
 
 
 def prune(model: nn.Module, choices: Mapping[FilterGroup, Tensor]) -> nn.Module:
@@ -59,18 +59,22 @@ def kept_rows(model: nn.Module, choices: Mapping[FilterGroup, Tensor]) -> dict[s
 
 def cut_channels(model: nn.Module, kept: KeptRows) -> nn.Module:
     """A copy of `model` with only these channels; every list is checked (`slicing.checked_rows`)."""
-    smaller = copy.deepcopy(model)
+    smaller = copied(model)
     with torch.no_grad():
         for name, axes in kept.items():
             module = find_module(smaller, name)
-            unknown = set(axes) - ({"out", "in"} if has_inputs(module) else {"out"})
+            tensors = [axis for axis in axes if is_tensor_axis(axis)]
+            unknown = set(axes) - {*axes_of(module), *tensors}
             if unknown:
                 raise UserError(f"Module {name!r} ({type(module).__name__}) has no axis {sorted(unknown)[0]!r} to cut.")
-            rows = {
-                axis: checked_rows(name, module, axis, axes.get(axis, np.arange(width(module, axis))))
-                for axis in (("out", "in") if has_inputs(module) else ("out",))
-            }
-            slice_module(name, module, rows["out"], rows.get("in"))
+            for axis in tensors:
+                slice_tensor(module, axis, checked_rows(name, module, axis, axes[axis]))
+            if len(tensors) < len(axes):
+                rows = {
+                    axis: checked_rows(name, module, axis, axes.get(axis, np.arange(width(module, axis))))
+                    for axis in axes_of(module)
+                }
+                slice_module(name, module, rows.get("out"), rows.get("in"))
     return smaller
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from ...envs.networks.copying import copied
 from ...envs.task import PruningTask, replace_model
 
 OwnLoop = Callable[[nn.Module], object]
@@ -21,7 +21,7 @@ def retrained(model: nn.Module, loop: OwnLoop, seed: int) -> nn.Module:
     itself. What `loop` returns is ignored.
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    trained = copy.deepcopy(model).train()
+    trained = copied(model).train()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         loop(trained)

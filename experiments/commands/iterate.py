@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,12 +13,14 @@ from torch import Tensor, nn
 
 from ...envs.data.objective import display_name
 from ...envs.networks.checkpoint import load_checkpoint, save_weights
+from ...envs.networks.copying import copied
 from ...envs.networks.cost import count_cost
 from ...envs.surgery.cutting import prune
 from ...envs.surgery.filter_group import FilterGroup
 from ...envs.surgery.group_matching import regrouped
 from ...envs.surgery.kept_channels import KeptChannels
 from ...envs.task import PruningTask, replace_model
+from ...errors import UserError
 from ..config.build import build_augment
 from ..config.entry_point import plain, run_with_hydra, settings
 from ..config.ignored import BASE_TRAINING, TRAINED_ALREADY, Ignored, refuse_ignored, training
@@ -32,7 +33,7 @@ from ..iterate.steps import Allowed, Goal, IterateSettings, from_lists, removal,
 from ..pruning.schedule import LayerRecord
 from ..runs.console import Terminal
 from ..runs.context import RunContext
-from ..runs.folder import RunFolder
+from ..runs.folder import RunFolder, read_json
 from ..runs.seeds import derive_seed
 from ..training.augment import Augment
 from ..training.loop import TrainSettings
@@ -161,28 +162,27 @@ class Iteration:
 
     def _begin(self) -> State:
         everything = {group.name: list(range(group.n_filters)) for group in self.task.groups}
-        return State(copy.deepcopy(self.task.model), self.task.groups, KeptChannels(), everything)
+        return State(copied(self.task.model), self.task.groups, KeptChannels(), everything)
 
     def _trained(self, state: State, position: int) -> State:
         """Train the freshly cut network of a step, or take it from the folder; its record is appended."""
         stage = self._stage(position)
         if not (self.folder / stage).is_dir():
             started = time.perf_counter()
-            model = copy.deepcopy(state.model)
+            model = copied(state.model)
             scores = self._train(model, state, derive_seed(self.config.seed, "step", str(position)))
             record = self._record(state, model, position, scores, time.perf_counter() - started)
             with self.folder.stage(stage) as working:
                 save_weights(model, working / NETWORK)
                 RunFolder(working).write_json(RECORD, record)
             self._forget(position - 2)
-        record = self.folder.read_json(f"{stage}/{RECORD}")
-        self.records.append(record)
+        self.records.append(self._stored_record(position))
         if not (self.folder / stage / NETWORK).is_file():
             return state  # an old step of a resumed run: only what it cut matters
         return self._loaded(state, position)
 
     def _loaded(self, state: State, position: int) -> State:
-        model = copy.deepcopy(state.model)
+        model = copied(state.model)
         load_checkpoint(model, self.folder / self._stage(position) / NETWORK)
         return State(model.eval(), state.groups, state.kept, state.left)
 
@@ -207,10 +207,33 @@ class Iteration:
             "scores": {name: each.tolist() for name, each in scores.items()},
         }
 
+    def _stored_record(self, position: int) -> dict[str, Any]:
+        """What a step left on disk, checked in form."""
+        file = self.folder / self._stage(position) / RECORD
+        record: dict[str, Any] = read_json(file)
+        if record.get("step") != position or not self._is_record(record):
+            raise UserError(f"{str(file)!r} is damaged (no step of this run); put back what the run wrote.")
+        return record
+
+    def _is_record(self, record: Mapping[str, Any]) -> bool:
+        numbers = ("n_filters", "macs", "params", "accuracy", "seconds")
+        left, scores = record.get("left"), record.get("scores")
+        if not (isinstance(left, dict) and isinstance(scores, dict)):
+            return False
+        return all(type(record.get(name)) in (int, float) for name in numbers) and all(
+            isinstance(left.get(group.name), list)
+            and left[group.name]
+            and set(map(repr, left[group.name])) <= set(map(repr, range(group.n_filters)))
+            and isinstance(scores.get(group.name), list)
+            and len(scores[group.name]) == len(left[group.name])
+            and all(type(each) in (int, float) for each in scores[group.name])
+            for group in self.task.groups
+        )
+
     def _removal(self, state: State) -> dict[FilterGroup, Tensor]:
         """What goes next: as recorded by the next step, if there is one, else by rank."""
-        done = self.folder.read_json(f"{self._stage(len(self.records))}/{RECORD}")
-        if done is not None:
+        if (self.folder / self._stage(len(self.records))).is_dir():
+            done = self._stored_record(len(self.records))
             gone = {
                 name: [i for i, filter_ in enumerate(state.left[name]) if filter_ not in set(kept)]
                 for name, kept in done["left"].items()
@@ -261,6 +284,7 @@ class Iteration:
     def _forget(self, position: int) -> None:
         """Weights of a step that neither a resumed run nor a broken bound needs any more."""
         if position >= 0:
+            self.folder.forget_hash(f"{self._stage(position)}/{NETWORK}")
             (self.folder / self._stage(position) / NETWORK).unlink(missing_ok=True)
 
     def _stage(self, position: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ...envs.evaluation.mask_evaluator import accuracy_on
+from ...envs.networks.copying import copied
 from ...envs.task import PruningTask
 from ..config.build import build_augment
 from ..config.entry_point import settings
@@ -64,7 +64,7 @@ def train_to_stage(
     """
     if stage == "zero":
         return model
-    model = copy.deepcopy(model)
+    model = copied(model)
     if stage == "bn":
         recalibrate_bn(model, task.splits.fit, settings.bn_images, derive_seed(seed, "bn"))
         return model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import warnings
 from collections.abc import Iterable
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ...envs.networks.copying import copied
 from ...envs.surgery.macs_target import SLACK, MacsMeter, Target
 from ...envs.task import PruningTask
 from ...errors import UserError
@@ -57,7 +57,7 @@ class TorchPruning:
         """What torch-pruning keeps at a pruning ratio; groups it does not touch keep everything."""
         import torch_pruning
 
-        model = copy.deepcopy(task.model).requires_grad_(True)  # its graph is found by autograd
+        model = copied(task.model).requires_grad_(True)  # its graph is found by autograd
         masks = {group.name: torch.ones(group.n_filters, dtype=torch.bool) for group in task.groups}
         roots = {cut.module: (group, cut) for group in task.groups for cut in group.producers}
         with warnings.catch_warnings(), torch.enable_grad():

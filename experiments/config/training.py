@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import math
 import time
 from pathlib import Path
 
@@ -11,7 +11,9 @@ from torch import nn
 from ...envs.data.objective import display_name
 from ...envs.data.splits import Splits
 from ...envs.networks.checkpoint import load_checkpoint, save_weights
+from ...envs.networks.copying import copied
 from ...envs.task import PruningTask
+from ...errors import UserError
 from ..pruning.input_checks import resolve_device
 from ..pruning.recover import Recover, RecoverySettings
 from ..pruning.schedule import Recovery
@@ -59,7 +61,7 @@ def train_baseline(model: nn.Module, splits: Splits, context: RunContext, snapsh
 def finetune(dense: nn.Module, pruned: nn.Module, splits: Splits, context: RunContext) -> tuple[nn.Module, float]:
     """A fine-tuned copy of `pruned`, and the seconds it took; a finished one is taken from the run folder."""
     folder, chosen = context.folder, settings(context.config.finetune, TrainSettings)
-    model = copy.deepcopy(pruned)
+    model = copied(pruned)
     if not (folder / "finetune").is_dir():
         started = time.perf_counter()
         context.terminal.say(f"Fine-tuning: {chosen.epochs:g} epochs on {len(splits.fit)} images")
@@ -72,7 +74,17 @@ def finetune(dense: nn.Module, pruned: nn.Module, splits: Splits, context: RunCo
             (working / "seconds.txt").write_text(f"{seconds}\n")
         snapshot.unlink(missing_ok=True)
     load_checkpoint(model, folder / "finetune" / WEIGHTS)
-    return model.eval(), float((folder / "finetune/seconds.txt").read_text())
+    return model.eval(), _seconds(folder / "finetune/seconds.txt")
+
+
+def _seconds(file: Path) -> float:
+    try:
+        seconds = float(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError):
+        seconds = math.nan
+    if not (math.isfinite(seconds) and seconds >= 0):
+        raise UserError(f"{str(file)!r} is damaged (no number of seconds); put back the file that the run wrote.")
+    return seconds
 
 
 def _train(

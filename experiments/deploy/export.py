@@ -6,8 +6,8 @@ compared with the network before they get their name.
 
 from __future__ import annotations
 
-import copy
 import importlib.util
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ...atomic import replacing
+from ...envs.networks.copying import copied
 from ...envs.networks.inputs import as_call, batch_size, is_batch, mapped, resized, tensors_of
 from ...envs.networks.module_kinds import Inputs, run
 from ...errors import UserError, summarised
@@ -139,8 +140,21 @@ def export_onnx(model: nn.Module, example: Inputs, path: str | Path) -> None:
     except Exception as error:
         raise UserError(f"The network cannot be written as ONNX ({summarised(error)}).") from error
     assert converted is not None
+    _name_batch_axis(converted.model.graph)
     with replacing(path) as temporary:
         converted.save(str(temporary), external_data=False)
+
+
+def _name_batch_axis(graph: Any) -> None:
+    """Call the free axis "batch" in every shape of an ONNX graph: the exporter numbers it, as in "s77" or "2*s77"."""
+    symbols = {str(each.shape[0].value) for each in graph.inputs if each.shape and hasattr(each.shape[0], "value")}
+    free = re.compile("|".join(rf"\b{re.escape(symbol)}\b" for symbol in symbols))
+    nodes = (value for node in graph.all_nodes() for value in node.outputs)
+    for value in (*graph.inputs, *nodes) if symbols else ():
+        if value.shape is not None:
+            value.shape = type(value.shape)(
+                [free.sub("batch", dim.value) if hasattr(dim, "value") and dim.value else dim for dim in value.shape]
+            )
 
 
 def onnx_session(path: str | Path) -> Callable[[Inputs], list[Any]]:
@@ -172,7 +186,7 @@ def _exported(model: nn.Module, example: Inputs) -> torch.export.ExportedProgram
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            return torch.export.export(copy.deepcopy(model).cpu().eval(), args, kwargs, dynamic_shapes=shapes)
+            return torch.export.export(copied(model).cpu().eval(), args, kwargs, dynamic_shapes=shapes)
     except Exception as error:
         raise UserError(f"The network cannot be exported ({summarised(error)}).") from error
 
@@ -181,7 +195,7 @@ def _difference(model: nn.Module, inputs: Inputs, path: Path, kind: str) -> floa
     """Largest difference between the file's and the network's answers, relative to the largest answer."""
     inputs = mapped(inputs, lambda value: value.cpu().contiguous())
     with torch.no_grad():
-        expected = tree_leaves(run(copy.deepcopy(model).cpu().eval(), inputs))
+        expected = tree_leaves(run(copied(model).cpu().eval(), inputs))
         if kind == "onnx":
             got = [torch.from_numpy(each) for each in onnx_session(path)(inputs)]
         else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import shutil
 import tempfile
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...envs.networks.copying import copied
 from ...envs.networks.inputs import as_call, mapped
 from ...envs.networks.module_kinds import Inputs, run
 from ...errors import UserError, summarised
@@ -58,7 +58,7 @@ def runner(model: nn.Module, runtime: str, example: Inputs) -> Runner:
 
 def _compiled(model: nn.Module, example: Inputs) -> Runner:
     # Static shapes: every batch size gets the code it would get in use.
-    compiled: Any = torch.compile(copy.deepcopy(model).eval(), dynamic=False)
+    compiled: Any = torch.compile(copied(model).eval(), dynamic=False)
 
     def call(inputs: Inputs) -> Any:
         args, kwargs = as_call(inputs)

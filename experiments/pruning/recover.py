@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
+from ...envs.networks.copying import copied
 from ...envs.task import PruningTask, replace_model
 from ..runs.seeds import derive_seed
 from ..training.augment import Augment
@@ -64,14 +64,14 @@ class Recover:
     def _recalibrated(self, model: nn.Module, task: PruningTask, seed: int) -> nn.Module:
         if self.settings.bn_images < 1:
             return model
-        model = copy.deepcopy(model)
+        model = copied(model)
         recalibrate_bn(model, task.splits.fit, self.settings.bn_images, derive_seed(seed, "bn"))
         return model
 
     def _trained(self, model: nn.Module, task: PruningTask, seed: int) -> nn.Module:
         if self.settings.train.epochs <= 0:
             return model
-        model = copy.deepcopy(model)
+        model = copied(model)
         fit_network(
             model,
             task.splits.fit,

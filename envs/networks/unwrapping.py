@@ -1,0 +1,131 @@
+"""The plain network inside what people bring: DataParallel, torch.compile, EMA copies, pruning masks, lazy modules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.utils import prune
+from torch.optim.swa_utils import AveragedModel
+
+from ...errors import UserError, first_line
+from .copying import copied
+from .modes import evaluating
+from .module_kinds import Inputs, run
+
+_WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel)
+_HOLDERS = ("module", "ema", "ema_model", "model")
+
+
+def plain_network(model: Any, example_inputs: Inputs | None = None) -> tuple[nn.Module, tuple[str, ...]]:
+    """A copy of the network that `model` is, or holds, in the form that is pruned; `model` stays as it is.
+
+    Taken off, at the top and inside: DataParallel, DistributedDataParallel, `torch.compile`, AveragedModel, and holders
+    without a forward of their own (EMA copies). A wrapper that computes something itself is a part of the network, and
+    stays. Masks of `torch.nn.utils.prune` are made permanent, and lazy modules get their sizes from one forward pass.
+
+    Args:
+        model: a network, or an object that holds one as its module, ema, ema_model or model.
+        example_inputs: what the network runs on, where it is; needed for lazy modules alone.
+
+    Returns the copy, on the device it came from and in its mode, and a sentence on everything that was changed.
+    Raises UserError for what is no network, cannot be copied or, being lazy, does not run on the example.
+    """
+    inner, taken = _unwrapped(_module_in(model))
+    network = copied(inner)
+    taken += _unwrap_inside(network)
+    notes = []
+    if taken:
+        kinds = ", ".join(dict.fromkeys(taken))
+        notes.append(f"The network came wrapped ({kinds}); it is pruned and given back plain, without the wrapper.")
+    if masked := _make_permanent(network):
+        notes.append(
+            f"Masks of torch.nn.utils.prune on {', '.join(masked[:3])}{' and others' if len(masked) > 3 else ''} were "
+            "made permanent: what they hide is zero, and training may change it."
+        )
+    if is_lazy(network):
+        _materialise(network, example_inputs)
+        notes.append("Lazy modules got their sizes from one image.")
+    return network, tuple(notes)
+
+
+def is_lazy(model: nn.Module) -> bool:
+    """Whether some sizes are unknown until the first forward pass."""
+    tensors = (*model.parameters(), *model.buffers())
+    return any(isinstance(each, UninitializedTensorMixin) for each in tensors)
+
+
+def _module_in(model: Any) -> nn.Module:
+    if isinstance(model, nn.Module):
+        return model
+    held = next((found for name in _HOLDERS if isinstance(found := getattr(model, name, None), nn.Module)), None)
+    if held is None:
+        raise UserError(f"model is a {type(model).__name__}; expected a network, a torch.nn.Module.")
+    return held
+
+
+def _inside(module: nn.Module) -> tuple[nn.Module, str] | None:
+    """What a wrapper holds, and what the wrapper is called; None for everything else."""
+    if "_orig_mod" in module._modules:
+        return module.get_submodule("_orig_mod"), "torch.compile"
+    if isinstance(module, _WRAPPERS):
+        return module.get_submodule("module"), type(module).__name__
+    if not _has_forward(module):
+        held = next((found for name in _HOLDERS if (found := module._modules.get(name)) is not None), None)
+        return None if held is None else (held, type(module).__name__)
+    return None
+
+
+def _unwrapped(module: nn.Module) -> tuple[nn.Module, list[str]]:
+    taken = []
+    while (found := _inside(module)) is not None:
+        module, kind = found
+        taken.append(kind)
+    return module, taken
+
+
+def _unwrap_inside(network: nn.Module) -> list[str]:
+    """Take wrappers off parts of the network, in place; returns their kinds."""
+    taken: list[str] = []
+    for parent in list(network.modules()):
+        for name, child in list(parent.named_children()):
+            # A part without a forward is a container, as a ModuleList is, and no wrapper.
+            if _has_forward(child):
+                inner, kinds = _unwrapped(child)
+                setattr(parent, name, inner)
+                taken += kinds
+    return taken
+
+
+def _has_forward(module: nn.Module) -> bool:
+    return type(module).forward is not nn.Module.forward or "forward" in vars(module) or "_orig_mod" in module._modules
+
+
+def _make_permanent(network: nn.Module) -> list[str]:
+    """Make the masks of `torch.nn.utils.prune` permanent, in place; returns the names of the masked tensors."""
+    found = []
+    for name, module in network.named_modules():
+        hooks = list(module._forward_pre_hooks.values())
+        for hook in hooks:
+            if isinstance(hook, prune.BasePruningMethod):
+                prune.remove(module, hook._tensor_name)
+                found.append(f"{name}.{hook._tensor_name}".lstrip("."))
+    return found
+
+
+def _materialise(network: nn.Module, example_inputs: Inputs | None) -> None:
+    if example_inputs is None:
+        raise UserError(
+            f"{type(network).__name__} has lazy modules, whose sizes nobody knows yet; run it on one image first."
+        )
+    try:
+        with torch.no_grad(), evaluating(network):
+            run(network, example_inputs)
+    except Exception as error:
+        raise UserError(
+            f"{type(network).__name__} has lazy modules and fails on one image ({type(error).__name__}: "
+            f"{first_line(error)}); give images that it takes."
+        ) from error
