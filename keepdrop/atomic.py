@@ -44,6 +44,8 @@ def replacing(path: Path) -> Iterator[Path]:
         if isinstance(error, OSError):
             raise UserError(
                 f"Could not write {str(path)!r} ({error.strerror or error}); what was there before is intact: free "
-                "some space or choose another folder, then continue (a run: with resume=RUN)."
+                "some space or choose another folder, then",
+                python="call again: with the same folder= a run continues where it was.",
+                typed="continue (a run: with resume=RUN).",
             ) from error
         raise

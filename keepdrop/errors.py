@@ -1,4 +1,4 @@
-"""`UserError`, the one exception that means: the user can fix this."""
+"""`UserError`, the one exception that means: the user can fix this; `Notice`, a warning that stops nothing."""
 
 
 class UserError(ValueError):
@@ -6,7 +6,20 @@ class UserError(ValueError):
 
     Its text is one clear sentence: what came, what was expected, what to do. Commands print it without
     a traceback and exit with code 2.
+
+    Args:
+        text: the sentence, or its beginning where advice is written in two ways.
+        python: its end for a caller from Python, who reads the exception.
+        typed: its end for somebody who typed a command, which prints `typed`.
     """
+
+    def __init__(self, text: str, python: str = "", typed: str = "") -> None:
+        super().__init__(f"{text} {python}".rstrip())
+        self.typed = f"{text} {typed}".rstrip()
+
+
+class Notice(UserWarning):
+    """What the user should know, and what stops nothing, in one sentence; commands print it as a warning."""
 
 
 def first_line(error: BaseException) -> str:

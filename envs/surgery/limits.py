@@ -18,7 +18,11 @@ from ...errors import UserError
 from .filter_group import FilterGroup, GroupPlan, matching
 from .slicing import Rows, width
 
-PROTECT = "expected numbers of filters by layer, as in surgery.protect={conv1:[0,3]}"
+PROTECT = (
+    "expected numbers of filters by layer, as in",
+    'Limits(protect={"conv1": [0, 3]}).',
+    "surgery.protect={conv1:[0,3]}.",
+)
 
 
 @dataclass(frozen=True)
@@ -48,10 +52,10 @@ class Limits:
                 "fraction of those of a group."
             )
         if not isinstance(self.protect or {}, Mapping):
-            raise UserError(f"surgery.protect is {self.protect!r}; {PROTECT}.")
+            raise UserError(f"surgery.protect is {self.protect!r}; {PROTECT[0]}", *PROTECT[1:])
         for pattern, filters in (self.protect or {}).items():
             if not isinstance(filters, list | tuple) or not all(type(each) is int for each in filters):
-                raise UserError(f"surgery.protect has {pattern}: {filters!r}; {PROTECT}.")
+                raise UserError(f"surgery.protect has {pattern}: {filters!r}; {PROTECT[0]}", *PROTECT[1:])
             if len(set(filters)) != len(filters):
                 raise UserError(f"surgery.protect names a filter of {pattern!r} twice; name each one once.")
 

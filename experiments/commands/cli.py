@@ -5,14 +5,19 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from ...errors import UserError
+from ...errors import Notice, UserError
 from ..config.cli_errors import DISK_ERRORS, check_flags, explain, groups, nearest
 from . import completion
 from . import help as command_help
@@ -33,13 +38,35 @@ LOUD = {"inspect"}  # commands whose only output is the answer: --quiet changes 
 USER_MISTAKE = 2
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which a batch system sends before it kills; everything else treats it like Ctrl-C."""
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM inside raises `Terminated`; left as it is where somebody handles or ignores it already."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Console entry point; exits with 0, with 2 after a user's mistake, with 130 after Ctrl-C."""
+    """Console entry point; exits with 0, with 2 after a user's mistake, with 130 after Ctrl-C and 143 after SIGTERM."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        sys.exit(run(arguments))
+        with terminable(), notices_on_stderr():
+            sys.exit(run(arguments))
     except BrokenPipeError:  # `keepdrop prune --help | head` is no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
@@ -50,7 +77,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(USER_MISTAKE)
     except KeyboardInterrupt as stop:
         print(f"\nkeepdrop: stopped. {stop}".rstrip(), file=sys.stderr)
-        sys.exit(130)
+        sys.exit(143 if isinstance(stop, Terminated) else 130)
+
+
+@contextmanager
+def notices_on_stderr() -> Iterator[None]:
+    """Shows each `Notice` as one line; other warnings stay as they are."""
+    shown: set[str] = set()
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if not issubclass(category, Notice):
+            usual(message, category, *where, **more)
+        elif str(message) not in shown:
+            shown.add(str(message))
+            print(f"warning: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+        warnings.simplefilter("always", Notice)
+        warnings.showwarning = show
+        yield
 
 
 def run(arguments: list[str]) -> int:
@@ -132,5 +178,5 @@ def _is_mistake(error: Exception) -> bool:
 
 def _sentence(error: BaseException, arguments: Sequence[str]) -> str:
     if isinstance(error, UserError):
-        return str(error).strip()
+        return error.typed.strip()
     return explain(error, arguments[0].replace("-", "_"), arguments[1:])

@@ -19,10 +19,11 @@ from ...envs.networks.cost import count_cost
 from ...envs.surgery.kept_channels import KeptChannels
 from ..config.entry_point import plain
 from ..deploy.export import export_all
-from ..deploy.latency import measure_latency, speed_advice
+from ..deploy.latency import measure_latency, paired, speed_advice, speed_change
 from ..pruning.input_checks import resolve_device
 from ..pruning.schedule import LayerRecord
 from ..reporting.cards import bound_sentence
+from ..runs.console import signed
 from ..runs.context import RunContext
 from ..runs.folder import METRICS, RunFolder
 
@@ -74,25 +75,8 @@ def latency_metrics(
     failed: dict[str, str] = {}
     models = {"base": networks.dense, "pruned": networks.finetuned}
     latency = [asdict(each) for each in measure_latency(models, example, **plain(config.latency), failed=failed)]
-    found = advice(latency, macs_fraction, config.surgery.round_to)
-    return {"latency": latency, "latency_failed": failed, "advice": found}
-
-
-def advice(latency: Sequence[Mapping[str, Any]], macs_fraction: float, round_to: int) -> list[str]:
-    """Where MACs fell and time did not, one sentence per runtime and batch size."""
-    found = []
-    for (runtime, batch), (base, pruned) in _pairs(latency).items():
-        sentence = speed_advice(macs_fraction, pruned["median_seconds"] / base["median_seconds"], round_to)
-        if sentence is not None:
-            found.append(f"Batch {batch}, {runtime}: {sentence}")
-    return found
-
-
-def _pairs(latency: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    """Records of base and pruned network, by runtime and batch size."""
-    by_key = {(each.get("runtime", "eager"), each["batch_size"], each["model"]): each for each in latency}
-    keys = dict.fromkeys((runtime, batch) for runtime, batch, _ in by_key)
-    return {key: (by_key[*key, "base"], by_key[*key, "pruned"]) for key in keys}
+    advice = speed_advice(macs_fraction, latency, config.surgery.round_to)
+    return {"latency": latency, "latency_failed": failed, "advice": [advice] if advice else []}
 
 
 def group_facts(record: LayerRecord) -> dict[str, Any]:
@@ -135,11 +119,11 @@ def total_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     """The table of the whole network, as text."""
 
     def points(name: str) -> str:
-        return f"{100 * (metrics[name] - metrics['base_accuracy']):+.2f} points"
+        return f"{signed(100 * (metrics[name] - metrics['base_accuracy']))} points"
 
     def amount(label: str, name: str) -> tuple[str, str, str, str]:
         before, after = metrics[f"base_{name}"], metrics[f"pruned_{name}"]
-        return label, f"{before:,}", f"{after:,}", f"{100 * (after / before - 1):+.1f} %"
+        return label, f"{before:,}", f"{after:,}", f"{signed(100 * (after / before - 1), 1)} %"
 
     base, metric = f"{100 * metrics['base_accuracy']:.2f} %", display_name(metrics.get("metric"))
     rows = [
@@ -154,13 +138,10 @@ def total_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
 def latency_rows(latency: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, str]]:
     """Measured latency, one row per runtime and batch size: median and quartiles."""
     rows = []
-    for (runtime, batch), (base, pruned) in _pairs(latency).items():
+    for (runtime, batch), (base, pruned) in paired(latency).items():
         threads = f"{base['n_threads']} thread{'s' if base['n_threads'] > 1 else ''}"
-        ratio = base["median_seconds"] / pruned["median_seconds"]
-        change = f"{ratio:.2f} x faster" if ratio >= 1 else f"{1 / ratio:.2f} x slower"
-        rows.append(
-            (f"latency, batch {batch}, {runtime}, {threads}", _milliseconds(base), _milliseconds(pruned), change)
-        )
+        times = _milliseconds(base), _milliseconds(pruned)
+        rows.append((f"latency, batch {batch}, {runtime}, {threads}", *times, speed_change(base, pruned)))
     return rows
 
 

@@ -19,6 +19,8 @@ from ...envs.networks.module_kinds import Inputs
 from ...errors import UserError
 from .runtimes import Runner, runner
 
+OVERHEAD = 1e-3  # seconds: of a pass shorter than this, calling the layers takes a good part
+
 
 @dataclass(frozen=True)
 class Latency:
@@ -106,26 +108,73 @@ def _one(model: Callable[..., Any], runtime: str, inputs: Inputs) -> Runner:
     return call
 
 
-def speed_advice(macs_fraction: float, seconds_fraction: float, round_to: int = 1) -> str | None:
-    """A sentence for a pruned network that has less to do and is no faster, else None.
+def speed_change(base: Mapping[str, Any], pruned: Mapping[str, Any]) -> str:
+    """How much faster or slower `pruned` is than `base`, two records of the same batch: "1.25 x faster".
+
+    Args:
+        base, pruned: `Latency` as mappings; without quartiles their spread is taken for none.
+
+    "about" is put before it where the quartiles overlap; medians equal to two digits are "no change".
+    """
+    before, after = base["median_seconds"], pruned["median_seconds"]
+    ratio = f"{max(before, after) / min(before, after):.2f}"
+    if ratio == "1.00":
+        return "no change"
+    (_, fast), (slow, _) = sorted((_quartiles(base), _quartiles(pruned)), key=lambda each: each[1])
+    about = "about " if fast >= slow else ""
+    return f"{about}{ratio} x {'faster' if after < before else 'slower'}"
+
+
+def speed_advice(macs_fraction: float, latency: Sequence[Mapping[str, Any]], round_to: int = 1) -> str | None:
+    """A sentence for a pruned network that has less to do and is hardly faster, else None.
 
     Args:
         macs_fraction: MACs, pruned / dense.
-        seconds_fraction: median time, pruned / dense.
+        latency: `Latency` as mappings, of the models "base" and "pruned".
         round_to: the channel multiple it was pruned with.
 
     Said where at least a tenth of the MACs went and less than a quarter of that share of the time did.
     """
-    if not (macs_fraction > 0 and seconds_fraction > 0):
-        raise ValueError(f"fractions must be positive, got {macs_fraction} (MACs) and {seconds_fraction} (seconds).")
-    removed, saved = 1 - macs_fraction, 1 - seconds_fraction
-    if removed < 0.1 or saved >= removed / 4:
+    if not macs_fraction > 0:
+        raise ValueError(f"macs_fraction must be positive, got {macs_fraction}.")
+    removed, slow = 1 - macs_fraction, {}
+    for key, (base, pruned) in paired(latency).items():
+        saved = 1 - pruned["median_seconds"] / base["median_seconds"]
+        if removed >= 0.1 and saved < removed / 4:
+            slow[key] = (saved, base["median_seconds"])
+    if not slow:
         return None
-    multiple = next((each for each in (8, 16, 32) if each > round_to), 2 * round_to)
-    return (
-        f"MACs fell by {removed:.0%} but time did not ({seconds_fraction:.2f} x what it was): processors like round "
-        f"channel counts, try surgery.round_to={multiple}."
+    times = ", ".join(
+        f"{_percent(-saved)} at batch {batch} ({runtime})" for (runtime, batch), (saved, _) in slow.items()
     )
+    if all(seconds < OVERHEAD for _, seconds in slow.values()):
+        why = "Passes of less than a millisecond are mostly overhead, which pruning does not remove."
+    else:
+        multiple = next((each for each in (8, 16, 32) if each > round_to), 2 * round_to)
+        why = f"Processors are fastest with round channel counts: try surgery.round_to={multiple}."
+    return f"MACs changed by {_percent(-removed)}, but the time of a pass by {times}. {why}"
+
+
+def paired(
+    latency: Sequence[Mapping[str, Any]],
+) -> dict[tuple[str, int], tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """Records of "base" and "pruned", by runtime and batch size (a run of an earlier version knew one runtime)."""
+    by_key = {(each.get("runtime", "eager"), each["batch_size"], each["model"]): each for each in latency}
+    keys = dict.fromkeys((runtime, batch) for runtime, batch, _ in by_key)
+    return {
+        key: (by_key[*key, "base"], by_key[*key, "pruned"])
+        for key in keys
+        if (*key, "base") in by_key and (*key, "pruned") in by_key
+    }
+
+
+def _percent(fraction: float) -> str:
+    return f"{round(100 * fraction) + 0:+d} %" if round(100 * fraction) else "0 %"
+
+
+def _quartiles(record: Mapping[str, Any]) -> tuple[float, float]:
+    median = record["median_seconds"]
+    return record.get("low_seconds", median), record.get("high_seconds", median)
 
 
 def _interleaved(

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from ...envs.data.objective import output_of
 from ...envs.data.splits import Splits
 from ...envs.networks.modes import evaluating
 from ...errors import UserError, first_line
@@ -22,19 +23,41 @@ def try_network(model: nn.Module, splits: Splits) -> None:
             outputs = model(images.to(device))
     except Exception as error:
         raise UserError(
-            f"The network fails on images of shape {shape} ({type(error).__name__}: {first_line(error)}); give one "
-            "that takes them: network=NAME, or its arguments."
+            f"The network fails on images of shape {shape} ({type(error).__name__}: {first_line(error)});",
+            python="give images as the network takes them, or another network.",
+            typed="give one that takes them: network=NAME, or its arguments.",
         ) from error
+    if splits.objective.answers_yes_or_no(outputs, targets):
+        _refuse_probabilities(model, splits)
     if not splits.objective.is_top1:
         splits.objective.try_out(outputs, targets.to(device))
         return
     expected = (len(images), splits.fit.n_classes)
     logits = outputs.get("out") if isinstance(outputs, Mapping) else outputs
     got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(outputs).__name__
+    if splits.fit.n_classes <= 2 and isinstance(logits, torch.Tensor) and logits.numel() == len(images):
+        return  # one logit for two classes
     if not isinstance(got, tuple) or len(got) != 2 or got[0] != expected[0] or got[1] < expected[1]:
         raise UserError(
             f"The network returns {got} for images of shape {shape}; expected logits of shape {expected}: one row "
             "per image, one column per class."
+        )
+
+
+@torch.no_grad()
+def _refuse_probabilities(model: nn.Module, splits: Splits) -> None:
+    """Refuse a network that ends in a sigmoid where logits are expected: everything would be a yes."""
+    images, _ = splits.fit.batch(torch.arange(min(64, len(splits.fit))))
+    device = next((parameter.device for parameter in model.parameters()), None)
+    with evaluating(model):
+        found = output_of(model(images.to(device)))
+    low, high = float(found.min()), float(found.max())
+    if 0 <= low <= high <= 1 and not getattr(splits.objective.metric, "probabilities", False):
+        raise UserError(
+            f"The network returns one number from {low:.3g} to {high:.3g} for each target, which are probabilities, not "
+            "logits; say so with",
+            python="Settings(metric=keepdrop.BinaryAccuracy(probabilities=True)), or keepdrop.Dice for masks.",
+            typed="metric=binary metric.probabilities=true, or metric=dice for masks.",
         )
 
 

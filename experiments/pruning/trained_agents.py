@@ -79,6 +79,10 @@ def trained_further(saved: SavedAgent, layer: LayerTask) -> Policy:
     return module.train()
 
 
+FOLDER = "the folder= of an earlier keepdrop.prune, or a run folder of the command."
+RUN = "a run folder of keepdrop prune or train-agent."
+
+
 def load_agents(run: str | Path, policies: Mapping[str, Callable[..., Policy]] | None = None) -> dict[str, SavedAgent]:
     """All agents below a run folder (of `prune`, `train-agent`, or a sweep), by layer, in the order of the run.
 
@@ -88,12 +92,11 @@ def load_agents(run: str | Path, policies: Mapping[str, Callable[..., Policy]] |
     """
     path, run = Path(run), str(run)
     if not path.is_dir():
-        raise UserError(f"{run!r} is not a folder; expected a run folder of keepdrop prune or train-agent.")
+        raise UserError(f"{run!r} is not a folder; expected", FOLDER, RUN)
     folders = [facts.parent for facts in sorted(path.glob(f"**/{AGENT}/{WEIGHTS}")) if ".partial" not in str(facts)]
     agents = {str(agent.facts.get("group")): agent for agent in (load_agent(each, policies) for each in folders)}
     if not agents:
         raise UserError(
-            f"No trained agent in {run!r}; expected a run folder of keepdrop prune or train-agent: look for one "
-            f"with layers/*/{AGENT}."
+            f"No trained agent in {run!r}; expected", FOLDER, f"{RUN.rstrip('.')}: look for one with layers/*/{AGENT}."
         )
     return agents

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from ...envs.data.objective import display_name
+from ..deploy.latency import paired, speed_change
+from ..runs.console import signed
 from .markup import Markup, tag
 from .run_data import Run
 
@@ -19,12 +22,12 @@ def percent(fraction: float, digits: int = 2) -> str:
 
 def points(difference: float) -> str:
     """A difference of two fractions, signed, in percentage points."""
-    return f"{100 * difference:+.2f} points".replace("-", MINUS)
+    return f"{signed(100 * difference)} points".replace("-", MINUS)
 
 
 def change(before: float, after: float) -> str:
     """Relative change, signed."""
-    return f"{100 * (after / before - 1):+.1f} %".replace("-", MINUS) if before else "-"
+    return f"{signed(100 * (after / before - 1), 1)} %".replace("-", MINUS) if before else "-"
 
 
 def bound_sentence(metrics: Mapping[str, Any]) -> str | None:
@@ -43,17 +46,28 @@ def size(n_bytes: float) -> str:
     return f"{n_bytes / 1e6:.2f} MB" if n_bytes >= 1e6 else f"{n_bytes / 1e3:.1f} kB"
 
 
-def speed(before: float, after: float) -> str:
-    """How much faster or slower `after` seconds are than `before` seconds."""
-    if after <= before:
-        return f"{before / after:.2f} {TIMES} faster"
-    return f"{after / before:.2f} {TIMES} slower"
+def speed(base: Mapping[str, Any], pruned: Mapping[str, Any]) -> str:
+    """How much faster or slower one measured latency is than another."""
+    return speed_change(base, pruned).replace(" x ", f" {TIMES} ")
+
+
+def standard_error(fraction: float, n_images: int) -> float:
+    """How far an accuracy on `n_images` images may be off by chance (one standard error), a fraction.
+
+    Binomial; for a metric that scores images between 0 and 1 it is an upper bound.
+    """
+    return math.sqrt(max(fraction * (1 - fraction), 0.0) / n_images)
 
 
 def final_accuracy(metrics: Mapping[str, Any]) -> float | None:
     """Accuracy on the report split of the best finished state of the network, a fraction."""
     keys = ("finetuned_accuracy", "pruned_accuracy", "report_accuracy")
     return next((metrics[key] for key in keys if metrics.get(key) is not None), None)
+
+
+def report_images(run: Run) -> int:
+    """Images of the report split; 0 where the run does not say."""
+    return int(((run.facts.get("splits") or {}).get("report") or {}).get("n_images") or 0)
 
 
 def cards(run: Run) -> Markup | None:
@@ -78,10 +92,12 @@ def _accuracy(run: Run) -> Markup | None:
         return None if known is None else card("Base accuracy", percent(known), "on the reward split")
     if base is None:
         return card(name, percent(last), "on the report split")
-    tuned = metrics.get("finetuned_accuracy") is not None
+    tuned, n_images = metrics.get("finetuned_accuracy") is not None, report_images(run)
+    error = 100 * standard_error(last, n_images) if n_images else 0.0
+    chance = f"{n_images:,} images, standard error {error:.2f} points" if n_images else ""
     states = f"base {percent(base)}" + (f", pruned {percent(metrics['pruned_accuracy'])}" if tuned else "")
     title = f"{name}, fine-tuned" if tuned else f"{name}, pruned"
-    return card(title, percent(last), f"{points(last - base)} to the base", states)
+    return card(title, percent(last), f"{points(last - base)} from the base", states, chance)
 
 
 def _amounts(metrics: Mapping[str, Any]) -> list[Markup]:
@@ -105,24 +121,17 @@ def _size(run: Run) -> Markup | None:
 
 
 def _latencies(metrics: Mapping[str, Any]) -> list[Markup]:
-    """One card per batch size and runtime (a run of an earlier version knew one runtime)."""
-    kinds: dict[tuple[Any, ...], dict[str, Mapping[str, Any]]] = {}
-    for record in metrics.get("latency") or []:
-        kind = (record["batch_size"], record.get("runtime", "eager"), record.get("device"), record.get("n_threads"))
-        kinds.setdefault(kind, {})[record["model"]] = record
-    return [
-        _latency(kind, both["base"], both["pruned"]) for kind, both in kinds.items() if {"base", "pruned"} <= set(both)
-    ]
+    """One card per batch size and runtime."""
+    return [_latency(*key, *both) for key, both in paired(metrics.get("latency") or []).items()]
 
 
-def _latency(kind: tuple[Any, ...], base: Mapping[str, Any], pruned: Mapping[str, Any]) -> Markup:
-    batch, runtime, device, threads = kind
+def _latency(runtime: str, batch: int, base: Mapping[str, Any], pruned: Mapping[str, Any]) -> Markup:
     before, after = base["median_seconds"], pruned["median_seconds"]
     times = f"{1e3 * before:.2f} {ARROW} {1e3 * after:.2f} ms"
-    where = [str(each) for each in (runtime, device) if each]
+    where, threads = [str(each) for each in (runtime, base.get("device")) if each], base.get("n_threads")
     if threads:
         where.append(f"{threads} thread" + "s" * (threads != 1))
-    return card(f"Latency, batch {batch}", speed(before, after), times, _quartiles(base, pruned), ", ".join(where))
+    return card(f"Latency, batch {batch}", speed(base, pruned), times, _quartiles(base, pruned), ", ".join(where))
 
 
 def _quartiles(base: Mapping[str, Any], pruned: Mapping[str, Any]) -> str:

@@ -32,12 +32,16 @@ class Series:
 
 @dataclass(frozen=True)
 class Axis:
-    """What an axis is called (with its unit) and how its numbers are written; `ends` fixes where it ends."""
+    """What an axis is called (with its unit) and how its numbers are written.
+
+    `ends` fixes where it ends; without it the axis reaches a little beyond the values, but not beyond `most`.
+    """
 
     label: str
     write: Callable[[float], str]
     ends: tuple[float, float] | None = None
     falling: bool = False
+    most: float | None = None
 
 
 def image(title: str, description: str, size: tuple[float, float], *content: object, **attributes: object) -> Markup:
@@ -145,12 +149,12 @@ def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     return [round(each, 12) for each in found]
 
 
-def span(values: Iterable[float], pad: float = 0.06) -> tuple[float, float]:
-    """Lowest and highest value with a little room around them; never empty."""
+def span(values: Iterable[float], pad: float = 0.06, most: float | None = None) -> tuple[float, float]:
+    """Lowest and highest value with a little room around them, none of it above `most`; never empty."""
     known = list(values) or [0.0]
     low, high = min(known), max(known)
     room = (high - low) * pad or abs(high) * pad or 1.0
-    return low - room, high + room
+    return low - room, high + room if most is None else max(min(high + room, most), low)
 
 
 def _cells(indices: Iterable[int]) -> str:
@@ -163,7 +167,7 @@ def _plot(series: Sequence[Series], x: Axis, y: Axis, size: tuple[int, int], sma
     """Grid, numbers, lines and points in a frame of `size`."""
     left, bottom = (44, 20) if small else (LEFT, BOTTOM)
     x_low, x_high = x.ends or span((point[0] for each in series for point in each.points), 0.04)
-    y_low, y_high = y.ends or span(heights(series))
+    y_low, y_high = y.ends or span(heights(series), most=y.most)
     right, floor = size[0] - RIGHT, size[1] - bottom
 
     def across(value: float) -> float:
@@ -226,7 +230,7 @@ def _series(series: Series, points: Points, small: bool, middle: float) -> Marku
 def _whiskers(series: Series, across: Callable[[float], float], up: Callable[[float], float]) -> Markup | None:
     """How far values spread around each point."""
     known = [(point, spread) for point, spread in zip(series.points, series.spread, strict=False) if spread]
-    ends = [(across(x), up(y + spread), up(y - spread)) for (x, y), spread in known]
+    ends = [(across(x), max(up(y + spread), TOP), up(y - spread)) for (x, y), spread in known]
     lines = [tag("line", x1=x, x2=x, y1=top, y2=end, class_=f"line {series.style}") for x, top, end in ends]
     return join(lines) if lines else None
 
@@ -235,9 +239,11 @@ def _name(name: str, x: float, y: float, before: bool) -> Markup:
     return tag("text", name, x=x - 9 if before else x + 9, y=y + 4, class_="label end" if before else "label")
 
 
-def _marker(style: str, x: float, y: float) -> Markup:
-    """A shape beside the colour: circle, square, triangle or diamond, by style."""
+def _marker(style: str, x: float, y: float) -> Markup | None:
+    """A shape beside the colour: circle, square, triangle or diamond, by style; a bound has none."""
     shape = f"dot {style}"
+    if style == "bound":
+        return None
     if style in ("l1", "second"):
         return tag("rect", x=round(x - 3.5, 1), y=round(y - 3.5, 1), width=7, height=7, class_=shape)
     if style in ("random", "third"):

@@ -58,7 +58,8 @@ def table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> Markup:
         tag("tr", *(tag("th", row[0], scope="row") if i == 0 else tag("td", cell) for i, cell in enumerate(row)))
         for row in rows
     ]
-    return tag("div", tag("table", tag("thead", top), tag("tbody", *body)), class_="scroll", tabindex="0")
+    whole = tag("table", tag("thead", top), tag("tbody", *body))
+    return tag("div", whole, class_="scroll", tabindex="0", role="region", aria_label="Table")
 
 
 def fold(summary: str, *children: object) -> Markup:

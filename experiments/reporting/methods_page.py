@@ -10,6 +10,7 @@ from typing import Any
 from ...envs.data.objective import display_name
 from ..compare.methods import AGENT, FOLLOWS
 from ..compare.tables import STAGE_TITLES, Grid, grids, headline
+from ..runs.console import signed
 from .cards import card, percent, points
 from .charts import Axis, Series, bar, gauge, heights, line_chart, span
 from .markup import Markup, fold, join, page, section, table, tag
@@ -146,7 +147,7 @@ def _lines(metrics: Mapping[str, Any], rows: Sequence[Row], stage: str) -> Marku
     ends = "; ".join(f"{each.name} ends at {each.points[-1][1]:.2f} %" for each in series)
     # Methods that break the network would leave no room to tell the others apart: they are in the table.
     low, high = span(heights(series[: len(front)]))
-    high = max(high, max(heights(series)) + 0.03 * (high - low))
+    high = min(max(high, max(heights(series)) + 0.03 * (high - low)), max(100.0, max(heights(series))))
     x = Axis("MACs left, % of the base", "{:g}".format, falling=True)
     y = Axis(f"{display_name(metrics.get('metric'))}, %", "{:g}".format, (low, high))
     title = f"{display_name(metrics.get('metric'), opens=True)} against MACs, {STAGE_TITLES[stage]}"
@@ -167,7 +168,7 @@ def _ranking(rows: Sequence[Row], stage: str) -> Markup:
     spreads = [100 * (row["stages"][stage]["report"]["std"] or 0.0) for row in ordered]
     low = min(a - b for a, b in zip(means, spreads, strict=True))
     high = max(a + b for a, b in zip(means, spreads, strict=True))
-    ends = (low - 0.05 * (high - low), high + 0.05 * (high - low))
+    ends = (low - 0.05 * (high - low), max(min(high + 0.05 * (high - low), 100.0), high))
     lines = []
     for row, value, spread in zip(ordered, means, spreads, strict=True):
         name = row["method"]
@@ -213,7 +214,7 @@ def _against(metrics: Mapping[str, Any], row: Row | None, stage: str) -> list[st
     if gap is None:
         return None
     spread = gap["difference"]["std"]
-    text = f"{100 * gap['difference']['mean']:+.2f}" + ("" if spread is None else f" ± {100 * spread:.2f}")
+    text = signed(100 * gap["difference"]["mean"]) + ("" if spread is None else f" ± {100 * spread:.2f}")
     p_value = gap["p_value"]
     return [gap["method"], text.replace("-", "\N{MINUS SIGN}"), "-" if p_value is None else f"{p_value:.3f}"]
 

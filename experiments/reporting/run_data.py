@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from ...errors import UserError, first_line
-from ..runs.folder import CONFIG, FACTS, METRICS, RunFolder
+from ...errors import UserError
+from ..runs.folder import CONFIG, FACTS, METRICS, RunFolder, read_config
+from ..runs.folder import read_json as stored_json
 
 CURVES = "curves.json"
 STEPS = "curve.json"  # of `keepdrop iterate`
@@ -95,7 +93,7 @@ def read_run(path: Path) -> Run:
             f"There is no run folder {str(path)!r}; expected the folder of an earlier run: look under runs/."
         )
     RunFolder.open(path)
-    config, facts = _config(path / CONFIG), read_json(path / FACTS) or {}
+    config, facts = read_config(path / CONFIG), read_json(path / FACTS) or {}
     architecture = read_json(path / "pruned/architecture.json") or {}
     metrics, kept = read_json(path / METRICS), architecture.get("kept", {})
     agent = read_json(path / "network/agent/facts.json") or {}
@@ -119,19 +117,7 @@ def read_run(path: Path) -> Run:
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """A JSON object of a run folder, None where the file is not there; a damaged one is a `UserError`."""
-    return _read(path, dict, "an object") if path.is_file() else None
-
-
-def _read(path: Path, kind: type, called: str) -> Any:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as error:
-        raise UserError(
-            f"{str(path)!r} is damaged ({str(error)[:100]}); restore it or run the command anew."
-        ) from error
-    if not isinstance(content, kind):
-        raise UserError(f"{str(path)!r} holds a {type(content).__name__}, expected {called}; restore it.")
-    return content
+    return stored_json(path) if path.is_file() else None
 
 
 def _curve(choice: Mapping[str, Any]) -> tuple[float, ...]:
@@ -161,17 +147,6 @@ def _composed(first: Sequence[bool], then: Sequence[bool]) -> tuple[bool, ...]:
     return tuple(next(left, True) if one else False for one in first)
 
 
-def _config(path: Path) -> dict[str, Any]:
-    try:
-        content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except Exception as error:  # YAML has its own zoo of errors, and a file that is none is a user's affair
-        reason = first_line(error)[:100]
-        raise UserError(f"{str(path)!r} is damaged ({reason}); restore it or run the command anew.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{str(path)!r} holds no settings; restore it or run the command anew.")
-    return {str(key): value for key, value in content.items()}
-
-
 def _command(config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     typed = facts.get("command") or []
     if len(typed) > 1 and isinstance(typed[1], str) and "=" not in typed[1] and not typed[1].startswith("-"):
@@ -182,7 +157,7 @@ def _command(config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
 def _methods(path: Path) -> dict[str, tuple[Layer, ...]]:
     """Layers by decider: of `layers/`, and of `methods/NAME/layers/` in the order agent first."""
     if (path / JOINT).is_file():
-        return {"agent": tuple(_layer(path / JOINT, content) for content in _read(path / JOINT, list, "a list"))}
+        return {"agent": tuple(_layer(path / JOINT, content) for content in stored_json(path / JOINT, list, "a list"))}
     found = {"agent": _layers(path / "layers")} if (path / "layers").is_dir() else {}
     names = sorted((folder.name for folder in path.glob("methods/*")), key=lambda name: (name != "agent", name))
     found |= {name: _layers(path / "methods" / name / "layers") for name in names}
@@ -190,8 +165,9 @@ def _methods(path: Path) -> dict[str, tuple[Layer, ...]]:
 
 
 def _layers(folder: Path) -> tuple[Layer, ...]:
-    files = sorted(folder.glob("*/decision.json"))
-    whole = (file for file in files if not file.parent.name.endswith(".partial"))
+    # A layer's name may hold a slash, which makes a folder in a folder of it.
+    files = sorted(folder.rglob("decision.json"))
+    whole = (file for file in files if not any(part.endswith(".partial") for part in file.relative_to(folder).parts))
     return tuple(_layer(file, read_json(file), read_json(file.parent / "agent/facts.json")) for file in whole)
 
 

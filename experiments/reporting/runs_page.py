@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ...envs.data.objective import display_name
+from ..deploy.latency import paired
 from .cards import change, final_accuracy, percent, points, speed
 from .charts import Axis, Series, line_chart
 from .markup import Markup, fold, page, section, table, tag
@@ -51,7 +52,7 @@ def _comparable(runs: Sequence[Run], names: Sequence[str]) -> Markup | None:
     hashes = {((run.facts.get("splits") or {}).get("report") or {}).get("sha256") for run in runs}
     if len(hashes - {None}) <= 1:
         return None
-    text = "These runs have different report splits: their accuracies were not measured on the same images."
+    text = "These runs have different report splits, so their accuracies were measured on different images."
     return tag("p", text, class_="note")
 
 
@@ -70,13 +71,13 @@ def _trade_off(runs: Sequence[Run], names: Sequence[str]) -> Markup | None:
         f"{each.name}: {each.points[0][1]:.2f} % at {each.points[0][0]:.1f} % of the MACs" for each in series
     )
     name = _metric(runs)
-    x, y = Axis("MACs left, % of the base", "{:g}".format, falling=True), Axis(f"{name}, %", "{:g}".format)
+    x, y = Axis("MACs left, % of the base", "{:g}".format, falling=True), Axis(f"{name}, %", "{:g}".format, most=100)
     plot = line_chart(f"{name} against MACs", f"{name} on the report split. {words}.", series, x, y)
     return section(f"{name} against MACs", "After fine-tuning, on the report split.", tag("figure", plot))
 
 
 def _totals(runs: Sequence[Run], names: Sequence[str]) -> Markup | None:
-    head = ["run", "command", "base", "pruned", "fine-tuned", "to the base", "MACs", "parameters", "latency"]
+    head = ["run", "command", "base", "pruned", "fine-tuned", "from the base", "MACs", "parameters", "latency"]
     rows = [[name, run.command, *_figures(run.metrics or {})] for run, name in zip(runs, names, strict=True)]
     text = f"{_metric(runs)} on the report split; latency at the largest batch measured."
     return section("Figures", text, table(head, rows))
@@ -103,13 +104,12 @@ def _figures(metrics: Mapping[str, Any]) -> list[str]:
 
 def _latency(records: Sequence[Mapping[str, Any]]) -> str:
     """Of the largest batch, in the runtime that was measured first."""
-    if not records:
+    measured = paired(records)
+    if not measured:
         return "-"
-    largest = max(record["batch_size"] for record in records)
-    runtime = records[0].get("runtime")
-    chosen = [each for each in records if each["batch_size"] == largest and each.get("runtime") == runtime]
-    median = {record["model"]: record["median_seconds"] for record in chosen}
-    return speed(median["base"], median["pruned"]) if {"base", "pruned"} <= median.keys() else "-"
+    first, largest = next(iter(measured))[0], max(batch for _, batch in measured)
+    both = measured.get((first, largest))
+    return speed(*both) if both else "-"
 
 
 def _layers(runs: Sequence[Run], names: Sequence[str]) -> Markup | None:

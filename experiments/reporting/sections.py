@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from ...envs.data.objective import display_name
-from .cards import percent
+from .cards import percent, standard_error
 from .charts import Axis, Series, bar, line_chart, mini_chart, ranges, strip
 from .markup import Markup, copyable, fold, join, section, table, tag
 from .run_data import Layer, Run, original_masks
@@ -33,13 +33,14 @@ def trade_off(run: Run) -> Markup | None:
         return None
     x, steps = _steps(run)
     series = [
-        Series(name, [(a, 100 * b) for a, b in zip(steps, accuracies, strict=False)], style)
+        Series(name, _drawn(steps, accuracies), style, spread=_chance(run, accuracies) if style == AGENT else ())
         for name, style, accuracies in lines
     ]
     ends = "; ".join(f"{each.name} ends at {each.points[-1][1]:.2f} %" for each in series)
     name = display_name(run.metric, opens=True)
     words = f"{name} on the reward split as one layer after the other is cut: {ends}."
-    plot = line_chart(f"{name} against MACs", words, series, x, Axis(f"{display_name(run.metric)}, %", "{:g}".format))
+    shown = [*series, *_bound(run, series[0].points)]
+    plot = line_chart(f"{name} against MACs", words, shown, x, _percent_axis(run))
     rows = [
         [name, f"{steps[i]:.1f}", *(f"{each.points[i][1]:.2f}" if i < len(each.points) else "-" for each in series)]
         for i, name in enumerate(["base", *(layer.name for layer in run.layers)])
@@ -56,15 +57,53 @@ def _steps_of(run: Run) -> Markup | None:
         return None
     drawn = [(100 * point["macs"] / base["macs"], 100 * point["accuracy"]) for point in points]
     name = display_name(run.metric, opens=True)
-    x = Axis("MACs left, % of the base", "{:g}".format, falling=True)
-    y = Axis(f"{display_name(run.metric)}, %", "{:g}".format)
+    x, y = Axis("MACs left, % of the base", "{:g}".format, falling=True), _percent_axis(run)
     words = f"From {drawn[0][1]:.2f} % to {drawn[-1][1]:.2f} % over {len(drawn) - 1} steps."
-    series = Series(label(str(run.steps.get("criterion", "criterion"))), drawn, "agent")
-    plot = line_chart(f"{name} against MACs", words, [series], x, y)
+    spread = _chance(run, [point["accuracy"] for point in points])
+    series = Series(label(str(run.steps.get("criterion", "criterion"))), drawn, AGENT, spread=spread)
+    plot = line_chart(f"{name} against MACs", words, [series, *_bound(run, drawn)], x, y)
     rows = [[p["step"], p["n_filters"], f"{a:.1f}", f"{b:.2f}"] for p, (a, b) in zip(points, drawn, strict=True)]
     values = fold("As a table", table(["step", "filters", x.label, y.label], rows))
     text = f"One point per step: the least important filters go, a little training follows. {name} on the reward split."
-    return section(f"{name} against MACs", text, tag("figure", plot, values))
+    return section(f"{name} against MACs", text + _chance_text(run), tag("figure", plot, values))
+
+
+def _drawn(steps: Sequence[float], accuracies: Sequence[float]) -> list[tuple[float, float]]:
+    return [(step, 100 * accuracy) for step, accuracy in zip(steps, accuracies, strict=False)]
+
+
+def _percent_axis(run: Run) -> Axis:
+    return Axis(f"{display_name(run.metric)}, %", "{:g}".format, most=100)
+
+
+def _reward_images(run: Run) -> int:
+    return int(((run.facts.get("splits") or {}).get("reward") or {}).get("n_images") or 0)
+
+
+def _chance(run: Run, accuracies: Sequence[float]) -> list[float]:
+    """One standard error of each accuracy on the reward split, in percentage points."""
+    n_images = _reward_images(run)
+    return [100 * standard_error(each, n_images) for each in accuracies] if n_images else []
+
+
+def _chance_text(run: Run) -> str:
+    n_images = _reward_images(run)
+    if not n_images:
+        return ""
+    one = f"one image of {n_images:,} is {100 / n_images:.2f} points"
+    return f" Whiskers show one standard error ({one})."
+
+
+def _bound(run: Run, points: Sequence[tuple[float, float]]) -> list[Series]:
+    """The accuracy below which the drop bound is broken, where the run has one."""
+    base, bound = (run.facts.get("base") or {}).get("reward_split_accuracy"), run.config.get("drop_bound")
+    target = run.config.get("target") or {}
+    unused = run.steps and target.get("removed") is not None and not target.get("hold_bound")
+    if base is None or bound is None or unused:
+        return []
+    places, height = [x for x, _ in points], 100 * (base - bound)
+    name = f"drop bound, {100 * bound:g} points below the base"
+    return [Series(name, [(max(places), height), (min(places), height)], "bound")]
 
 
 def _accuracies(run: Run) -> list[tuple[str, str, list[float]]]:
@@ -99,6 +138,7 @@ def _trade_off_text(run: Run) -> str:
         "One point per layer, from the base on the left to all layers cut on the right. "
         f"{display_name(run.metric, opens=True)} on the reward split."
     )
+    text += _chance_text(run)
     if run.one_shot:
         text += " The agent decided all layers at once: only the last point is what it aimed at."
     controls = run.curves.get("controls")

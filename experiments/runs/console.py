@@ -15,6 +15,12 @@ from rich.table import Table
 PLAIN_WIDTH = 160  # of a table that goes into a file or a pipe, where nobody can widen the window
 
 
+def signed(value: float, digits: int = 2) -> str:
+    """A difference with its sign; one that rounds to zero has none ("-0.00" is a rounding error, not a loss)."""
+    text = f"{value:+.{digits}f}"
+    return text if text.strip("+-0.") else text[1:]
+
+
 class Terminal:
     """Progress bars on a terminal, one line a stage elsewhere, nothing but the result when quiet.
 

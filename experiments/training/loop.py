@@ -9,18 +9,19 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ...envs.data.images import LabelledImages
-from ...envs.data.objective import TOP1, Objective, objective_of, output_of
+from ...envs.data.objective import TOP1, Objective, objective_of
 from ...envs.networks.memory_layout import CONTIGUOUS, common_layout, layout_of
 from ...envs.networks.modes import modes_restored
 from ...errors import UserError
 from .augment import Augment
+from .heads import Heads
 from .snapshot import TrainingState, load_snapshot, save_snapshot
 from .train_settings import TrainSettings
 
@@ -61,24 +62,27 @@ def fit_network(
     progress: Progress | None = None,
     snapshot: Path | None = None,
     device: torch.device | str | None = None,
+    epoch_ends: Callable[[TrainProgress], None] | None = None,
 ) -> TrainResult:
     """Train `model` in place with the loss that `data` brings; mode and frozen parameters come back as they were.
 
     Same seed, same weights, bitwise, on a CPU with the same number of threads. `teacher` (untouched) is needed when
     `distill_weight` > 0. `progress` is called after every epoch. With `snapshot`, weights and momentum are written
     there after every epoch, and a later call with the same arguments resumes from it, to the same final weights; the
-    file stays, so that a finished training is not repeated. The model is moved to `device`, which defaults to its own.
+    file stays, so that a finished training is not repeated. `epoch_ends` is told about an epoch before its snapshot is
+    written. The model is moved to `device`, which defaults to its own. A network that is frozen as a whole is trained
+    as a whole. Where it answers with several outputs in training mode, `heads` says which is which.
 
-    Raises UserError when the loss stops being finite, nothing is trainable, the data holds fewer than 2 images, the
+    Raises UserError when the loss stops being finite (`Diverged`), there are no parameters, the data holds fewer than 2 images, the
     teacher is missing, `augment` would move images away from their target maps, or the snapshot belongs to another
     training.
     """
-    run = _Run.build(model, data, settings, seed, augment, teacher, device)
-    state = TrainingState(model, run.optimizer, run.identity() if snapshot is not None else "")
-    if snapshot is not None and snapshot.exists():
-        state.step = load_snapshot(state, snapshot)
-    history = []
-    with modes_restored(model, teacher):
+    with modes_restored(model, teacher), _thawed(model):
+        run = _Run.build(model, data, replace(settings, lr=settings.rate), seed, augment, teacher, device)
+        state = TrainingState(model, run.optimizer, run.identity() if snapshot is not None else "")
+        if snapshot is not None and snapshot.exists():
+            state.step = load_snapshot(state, snapshot)
+        history = []
         model.train()
         if teacher is not None:
             teacher.eval()
@@ -86,6 +90,8 @@ def fit_network(
             record = run.epoch(state.step)
             state.step = record.step
             history.append(record)
+            if epoch_ends is not None:
+                epoch_ends(record)
             if snapshot is not None:
                 save_snapshot(state, snapshot)
             if progress is not None:
@@ -108,7 +114,11 @@ class _Run:
     steps_per_epoch: int
     n_steps: int
     objective: Objective = TOP1
-    totals: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
+    losses: list[float] = field(default_factory=list)
+    points: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.heads = Heads(self.model)
 
     @classmethod
     def build(
@@ -150,24 +160,24 @@ class _Run:
         """The steps from `first_step` to the end of its epoch."""
         epoch = first_step // self.steps_per_epoch
         last_step = min(self.n_steps, (epoch + 1) * self.steps_per_epoch)
-        self.totals.zero_()
+        self.losses, self.points = [], []
         with _global_rng_seeded(_mix(self.seed, 2 * epoch), self.device):
             # A generator an epoch: an epoch is the same whether or not the ones before ran in this process.
             generator = torch.Generator().manual_seed(_mix(self.seed, 2 * epoch + 1))
             order = torch.randperm(len(self.data), generator=generator).split(self.settings.batch_size)
             for step, indices in zip(range(first_step, last_step), order, strict=False):
                 self._step(step, indices, generator)
-        loss, correct, total = self.totals.tolist()
+        loss, points = sum(self.losses), torch.cat(self.points)
         self._refuse_divergence(epoch, loss)
         lr = self.settings.lr_at(last_step - 1, self.n_steps)
-        accuracy = correct / (self.objective.unit * total)
-        return TrainProgress(last_step, self.n_steps, epoch + 1, lr, loss / total, accuracy)
+        accuracy = self.objective.fraction(points)
+        return TrainProgress(last_step, self.n_steps, epoch + 1, lr, loss / len(points), accuracy)
 
     def _refuse_divergence(self, epoch: int, loss: float) -> None:
         finite = all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters())
         if not (math.isfinite(loss) and finite):
             what = "the weights are no longer finite" if math.isfinite(loss) else f"the loss is {loss}"
-            raise UserError(f"Training diverged in epoch {epoch + 1}: {what}; lower lr (it is {self.settings.lr}).")
+            raise Diverged(f"Training diverged in epoch {epoch + 1}: {what}; lower lr (it is {self.settings.lr}).")
 
     def _step(self, step: int, indices: Tensor, generator: torch.Generator) -> None:
         images, labels = self.data.batch(indices)
@@ -182,9 +192,8 @@ class _Run:
         loss, outputs = self._loss(images, labels)
         loss.backward()
         self.optimizer.step()
-        n_correct = self.objective.points(outputs, labels).sum()
-        n_images = n_correct.new_tensor(len(labels))
-        self.totals += torch.stack([loss.detach() * len(labels), n_correct, n_images]).cpu().double()
+        self.losses.append(float(loss.detach() * len(labels)))
+        self.points.append(self.objective.points(outputs, labels).cpu())
 
     def _layout(self, images: Tensor) -> torch.memory_format:
         """Channels-last if the network trains so, backward pass included, and the teacher answers."""
@@ -195,14 +204,20 @@ class _Run:
     def _loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         weight, objective = self.settings.distill_weight, self.objective
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.bf16):
-            outputs = output_of(self.model(images))
+            answers = self.heads(self.model(images), images)
             with torch.no_grad():
                 dense = self.teacher(images) if self.teacher is not None and weight > 0 else None
-        outputs = outputs.float()
+        outputs = answers.main.float()
         loss = objective.mean_loss(outputs, labels, self.settings.label_smoothing)
+        for head in answers.auxiliary if self.settings.auxiliary > 0 else ():
+            loss = loss + self.settings.auxiliary * objective.mean_loss(head.float(), labels)
         if dense is not None:
             loss = objective.distilled(loss, outputs, dense, labels, weight, self.settings.temperature)
         return loss, outputs.detach()
+
+
+class Diverged(UserError):
+    """Training whose loss or weights are no longer finite."""
 
 
 def check_augment(augment: Augment | None, data: LabelledImages) -> None:
@@ -213,7 +228,9 @@ def check_augment(augment: Augment | None, data: LabelledImages) -> None:
     if targets.shape[-2:] == data.image_shape[-2:]:
         raise UserError(
             f"Targets of shape {tuple(targets.shape[1:])} are maps of the images, and augmentation moves the images "
-            "only; leave it out (augment=null) and augment in your own data set."
+            "only; leave it out",
+            python="(augment=None) and augment in your own data set.",
+            typed="(augment=null) and augment in your own data set.",
         )
 
 
@@ -246,17 +263,31 @@ def recalibrate_bn(model: nn.Module, data: LabelledImages, n_images: int, seed: 
     return sum(map(len, batches))
 
 
+@contextmanager
+def _thawed(model: nn.Module) -> Iterator[None]:
+    """Every parameter trainable inside where none is; what was frozen is frozen again afterwards."""
+    frozen = [] if any(each.requires_grad for each in model.parameters()) else list(model.parameters())
+    for parameter in frozen:
+        parameter.requires_grad_(parameter.is_floating_point())
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+
+
 def _optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.SGD:
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trainable:
-        raise UserError("The network has no trainable parameters; unfreeze some with requires_grad_(True).")
+        raise UserError("The network has no parameters, and there is nothing to train; train for 0 epochs.")
     groups = [
         {"params": [p for p in trainable if p.dim() > 1], "weight_decay": settings.weight_decay},
         {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
     ]
     return torch.optim.SGD(
         [group for group in groups if group["params"]],
-        lr=settings.lr,
+        lr=settings.rate,
         momentum=settings.momentum,
         nesterov=settings.momentum > 0,
     )

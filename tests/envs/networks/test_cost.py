@@ -11,7 +11,7 @@ from keepdrop.envs.networks.checkpoint import hash_state
 from keepdrop.envs.networks.cost import count_cost
 from keepdrop.errors import UserError
 from keepdrop.experiments.deploy import runtimes
-from keepdrop.experiments.deploy.latency import measure_latency, speed_advice
+from keepdrop.experiments.deploy.latency import measure_latency, speed_advice, speed_change
 from keepdrop.experiments.deploy.runtimes import check_runtimes
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -175,20 +175,53 @@ def test_latency_refuses_what_measures_nothing():
         measure_latency({"a": small_cnn()}, torch.zeros(1, 1, 8, 8), batch_sizes=(0,))
 
 
-@pytest.mark.parametrize(("macs", "seconds"), [(0.5, 0.5), (0.5, 0.8), (0.95, 1.2), (1.0, 1.0), (0.8, 0.94)])
-def test_no_advice_where_time_fell_or_hardly_any_macs_went(macs, seconds):
-    assert speed_advice(macs, seconds) is None
+def _timed(before, after, batch=1, spread=0.01, runtime="eager"):
+    """Latency records of the base and the pruned network, in milliseconds."""
+    return [
+        {
+            "model": model,
+            "batch_size": batch,
+            "runtime": runtime,
+            **{
+                f"{name}_seconds": (1 + sign * spread) * ms / 1000
+                for name, sign in (("median", 0), ("low", -1), ("high", 1))
+            },
+        }
+        for model, ms in (("base", before), ("pruned", after))
+    ]
+
+
+@pytest.mark.parametrize(("macs", "after"), [(0.5, 5.0), (0.5, 8.0), (0.95, 12.0), (1.0, 10.0), (0.8, 9.4)])
+def test_no_advice_where_time_fell_or_hardly_any_macs_went(macs, after):
+    assert speed_advice(macs, _timed(10.0, after)) is None
 
 
 def test_advice_where_macs_fell_and_time_did_not():
-    assert speed_advice(0.6, 0.97) == (
-        "MACs fell by 40% but time did not (0.97 x what it was): processors like round channel counts, "
-        "try surgery.round_to=8."
+    both = [*_timed(10.0, 9.7), *_timed(20.0, 22.0, batch=64), *_timed(30.0, 15.0, batch=64, runtime="compile")]
+    assert speed_advice(0.6, both) == (
+        "MACs changed by -40 %, but the time of a pass by -3 % at batch 1 (eager), +10 % at batch 64 (eager). "
+        "Processors are fastest with round channel counts: try surgery.round_to=8."
     )
-    assert speed_advice(0.6, 0.97, round_to=8).endswith("try surgery.round_to=16.")
-    assert "(1.10 x what it was)" in speed_advice(0.5, 1.1)
+    assert speed_advice(0.6, both, round_to=8).endswith("try surgery.round_to=16.")
+    short = speed_advice(0.5, _timed(0.2, 0.2))
+    assert "0 % at batch 1" in short and "overhead" in short and "round_to" not in short
     with pytest.raises(ValueError, match="must be positive"):
-        speed_advice(0.5, 0.0)
+        speed_advice(0.0, both)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "spread", "said"),
+    [
+        (10.0, 8.0, 0.01, "1.25 x faster"),
+        (8.0, 10.0, 0.01, "1.25 x slower"),
+        (10.0, 8.0, 0.2, "about 1.25 x faster"),
+        (8.0, 10.0, 0.2, "about 1.25 x slower"),
+        (10.0, 10.04, 0.0001, "no change"),
+    ],
+)
+def test_speed_is_said_with_its_spread(before, after, spread, said):
+    """The table and the advice speak of the same medians: neither says faster where the other says slower."""
+    assert speed_change(*_timed(before, after, spread=spread)) == said
 
 
 def test_macs_agree_with_a_peers_counter():

@@ -61,10 +61,30 @@ def test_onnx_equals_the_network_for_any_batch(pruned, tmp_path):
     assert [each.name for each in tmp_path.iterdir()] == ["net.onnx"]
 
 
+@needs_onnx
+@pytest.mark.parametrize("shape", [(16,), (8, 8), (6, 6, 6)])
+def test_onnx_names_its_batch_axis_whatever_the_images(shape, tmp_path):
+    """Signals (B, C, L), images and volumes; the exporter alone would call the axis s77."""
+    import onnxruntime
+
+    kinds = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+    model = nn.Sequential(kinds[len(shape)](3, 4, 3), nn.ReLU(), nn.Flatten(2), Mean())
+    export.export_verified(model, torch.randn(2, 3, *shape), tmp_path, "onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    assert session.get_inputs()[0].shape == ["batch", 3, *shape] and session.get_outputs()[0].shape == ["batch", 4]
+
+
 def test_onnx_says_what_is_missing(pruned, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "EXTRA", ("onnx_of_another_world",))
     with pytest.raises(UserError, match=r"needs onnx_of_another_world; .* pip install 'keepdrop\[onnx\]'"):
         export_onnx(*pruned, tmp_path / "net.onnx")
+
+
+class Mean(nn.Module):
+    """Over the last axis."""
+
+    def forward(self, x):
+        return x.mean(-1)
 
 
 class Pair(nn.Module):
