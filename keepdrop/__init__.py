@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .agent.learning.trainer import AgentSettings
-    from .envs.data.metrics import Closeness, MeanIoU, PixelAccuracy, Top1, TopK, Within
+    from .envs.data.datasets import from_datasets
+    from .envs.data.metrics import BinaryAccuracy, Closeness, Dice, MeanIoU, PixelAccuracy, Top1, TopK, Within
+    from .envs.data.splits import split
     from .envs.files.pruned_network import load_pruned
     from .envs.groups.finding import find_groups
     from .envs.surgery.limits import Limits
@@ -29,8 +31,10 @@ if TYPE_CHECKING:
 
 _HOME = {
     "AgentSettings": "agent.learning.trainer",
+    "BinaryAccuracy": "envs.data.metrics",
     "Budget": "rewards.budget",
     "Closeness": "envs.data.metrics",
+    "Dice": "envs.data.metrics",
     "EvaluationSettings": "envs.task",
     "Limits": "envs.surgery.limits",
     "MeanIoU": "envs.data.metrics",
@@ -49,14 +53,18 @@ _HOME = {
     "Within": "envs.data.metrics",
     "apply_agents": "experiments.api.prune_and_apply",
     "find_groups": "envs.groups.finding",
+    "from_datasets": "envs.data.datasets",
     "load_pruned": "envs.files.pruned_network",
     "prune": "experiments.api.prune_and_apply",
+    "split": "envs.data.splits",
 }
 
 __all__ = [
     "AgentSettings",
+    "BinaryAccuracy",
     "Budget",
     "Closeness",
+    "Dice",
     "EvaluationSettings",
     "Limits",
     "MeanIoU",
@@ -75,8 +83,10 @@ __all__ = [
     "Within",
     "apply_agents",
     "find_groups",
+    "from_datasets",
     "load_pruned",
     "prune",
+    "split",
 ]
 
 
@@ -84,6 +94,8 @@ _RENAMED = {"JudgeSettings": "EvaluationSettings"}
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module("importlib.metadata").version("keepdrop")
     if name in _RENAMED:
         raise AttributeError(f"module 'keepdrop' has no attribute {name!r}; it is keepdrop.{_RENAMED[name]} now")
     if name not in _HOME:

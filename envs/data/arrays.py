@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from .images import ArrayImages, LabelledData
 
 Arrays = Mapping[str, np.ndarray]
 KEYS = ("x_train", "y_train", "x_test", "y_test")
-MAX_COPIES = 0.01  # fraction of test images that may also be training images; CIFAR-10 itself is far below
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
@@ -52,7 +50,6 @@ def from_arrays(
     if images["train"].dtype != images["test"].dtype:
         kinds = f"{images['train'].dtype} and {images['test'].dtype}"
         raise UserError(f"'{name}': x_train and x_test must have one type, got {kinds}.")
-    refuse_copies(arrays["x_train"], arrays["x_test"], name)
     if mean is None or std is None:
         found_mean, found_std = _channel_statistics(images["train"])
         mean, std = mean or found_mean, std or found_std
@@ -65,6 +62,8 @@ def _targets(
 ) -> tuple[int, dict[str, Tensor]]:
     """The number of classes and the checked labels of both parts; 0 and the targets where they are not labels."""
     given = {part: arrays[f"y_{part}"] for part in n_images}
+    if n_classes != 0:
+        given = {part: as_labels(array) for part, array in given.items()}
     if n_classes == 0 or not holds_labels(given["train"]):
         if given["train"].dtype != given["test"].dtype:
             kinds = f"{given['train'].dtype} and {given['test'].dtype}"
@@ -77,25 +76,37 @@ def _targets(
 
 
 def checked_images(array: np.ndarray, key: str, name: str) -> Tensor:
-    """An image array as a tensor (n, C, H, W), uint8 or float32; UserError for any other shape, type or NaN."""
+    """An image array as a tensor (n, C, ...), uint8 or float32; UserError for any other shape, type or NaN.
+
+    Channels come last in uint8, first in floating arrays. Signals (n, C, L) are floating; volumes and videos have one
+    side more than images.
+    """
     form = "uint8 (n, height, width, channels) or floating (n, channels, height, width)"
     is_bytes = array.dtype == np.uint8
     if not is_bytes and array.dtype.kind != "f":
         raise UserError(f"'{name}': {key} has type {array.dtype}; expected {form}.")
-    if array.ndim != 4 or 0 in array.shape:
+    if array.ndim not in ((4, 5) if is_bytes else (3, 4, 5)) or 0 in array.shape:
         raise UserError(f"'{name}': {key} has shape {array.shape}; expected {form}, all of them above 0.")
-    channels, sides = (array.shape[3], array.shape[1:3]) if is_bytes else (array.shape[1], array.shape[2:])
-    if channels > min(sides):
-        raise UserError(
-            f"'{name}': {key} is {array.dtype} of shape {array.shape}, which reads as {channels} channels of "
-            f"{sides[0]}x{sides[1]} pixels; expected {form}."
-        )
+    if array.ndim == 4:
+        _refuse_other_order(array, is_bytes, f"'{name}': {key} is {array.dtype} of shape {array.shape}", form)
     if is_bytes:
-        return torch.from_numpy(np.ascontiguousarray(array)).permute(0, 3, 1, 2)
-    broken = int((~np.isfinite(array).all(axis=(1, 2, 3))).sum())
+        return torch.from_numpy(np.ascontiguousarray(array)).movedim(-1, 1)
+    broken = int((~np.isfinite(array).all(axis=tuple(range(1, array.ndim)))).sum())
     if broken:
         raise UserError(f"'{name}': {key} has NaN or infinite values in {broken} of {len(array)} images; remove them.")
     return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+
+
+def _refuse_other_order(array: np.ndarray, channels_come_last: bool, what: str, form: str) -> None:
+    """UserError where one of the sides looks like grey, colour or colour and alpha, and the channels do not.
+
+    More channels than pixels a side are no sign of it: boards of a game, maps of features.
+    """
+    axes = array.shape[1:]
+    channels, sides = (axes[2], axes[:2]) if channels_come_last else (axes[0], axes[1:])
+    claimed, other = (sides[0], sides[1]) if channels_come_last else (sides[1], sides[0])
+    if claimed in (1, 3, 4) and claimed < min(channels, other):
+        raise UserError(f"{what}, which reads as {channels} channels of {sides[0]}x{sides[1]} pixels; expected {form}.")
 
 
 def checked_labels(array: np.ndarray, key: str, n_images: int, n_classes: int, name: str) -> Tensor:
@@ -118,6 +129,11 @@ def holds_labels(array: np.ndarray) -> bool:
     return array.ndim == 1 and array.dtype.kind in "iu"
 
 
+def as_labels(array: np.ndarray) -> np.ndarray:
+    """Integers (n, 1) as (n,): a column of labels; other arrays as they are."""
+    return array[:, 0] if array.ndim == 2 and array.shape[1] == 1 and array.dtype.kind in "iu" else array
+
+
 def checked_targets(array: np.ndarray, key: str, n_images: int, name: str) -> Tensor:
     """An array of targets other than labels, (n, ...), in its own type; UserError for other types, lengths and NaN."""
     if array.dtype.kind not in "iufb":
@@ -131,21 +147,6 @@ def checked_targets(array: np.ndarray, key: str, n_images: int, name: str) -> Te
     # torch has no arithmetic for the wider unsigned types.
     kept = array if array.dtype.kind == "f" or array.dtype == np.uint8 else array.astype(np.int64)
     return torch.from_numpy(np.ascontiguousarray(kept))
-
-
-def refuse_copies(x_train: np.ndarray, x_test: np.ndarray, name: str) -> None:
-    """UserError where more than 1 % of the test images are training images too, byte for byte."""
-    seen = {_fingerprint(image) for image in x_train}
-    copies = [index for index, image in enumerate(x_test) if _fingerprint(image) in seen]
-    if len(copies) > MAX_COPIES * len(x_test):
-        raise UserError(
-            f"'{name}': {len(copies)} of {len(x_test)} test images are training images too (first: {copies[0]}); "
-            "the splits overlap, so no accuracy on them would mean anything."
-        )
-
-
-def _fingerprint(image: np.ndarray) -> bytes:
-    return hashlib.blake2b(image.tobytes(), digest_size=16).digest()
 
 
 def _channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:

@@ -1,4 +1,7 @@
-"""Where labelled images come from: digits, an .npz of arrays, torchvision datasets, image folders, the user's own."""
+"""Where labelled images come from: digits, an .npz of arrays, torchvision datasets, image folders.
+
+What the user has in Python goes through `datasets.from_datasets`.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ from torch import Tensor
 
 from ...errors import UserError
 from .arrays import from_arrays, read_npz
-from .images import ArrayImages, DatasetImages, LabelledData, LabelledImages
+from .datasets import DatasetImages, from_datasets
+from .images import ArrayImages, LabelledData, LabelledImages
 
 __all__ = [
     "ArrayImages",
@@ -57,24 +61,15 @@ def npz(
     """Arrays `x_train, y_train, x_test, y_test` of an .npz file.
 
     Images are uint8 (n, height, width, channels), scaled to [0, 1], or floating (n, channels, height, width), taken as
-    they are; then normalised with `mean` and `std` per channel (default: those of the training images). Labels are
-    integers (n,) in [0, n_classes); `n_classes` defaults to the number of labels in y_train. Anything else, (n, ...),
+    they are; then normalised with `mean` and `std` per channel (default: those of the training images). Signals are
+    floating (n, channels, length), volumes and videos have one side more than images. Labels are integers (n,) or
+    (n, 1) in [0, n_classes); `n_classes` defaults to the number of labels in y_train. Anything else, (n, ...),
     and with `n_classes` 0 integers too, are targets for another metric than top-1. Nothing is unpickled.
 
-    Raises UserError for a missing, damaged or pickled file, missing arrays, wrong shapes or types, NaN, labels out of
-    range, and test images that are copies of training images.
+    Raises UserError for a missing, damaged or pickled file, missing arrays, wrong shapes or types, NaN and labels out
+    of range.
     """
     return from_arrays(read_npz(Path(path)), mean, std, n_classes, name=str(path))
-
-
-def from_datasets(train: Any, test: Any, n_classes: int | None = None) -> LabelledData:
-    """Two map-style datasets of (floating image tensor (C, H, W), integer label or target), e.g. torch Datasets.
-
-    `n_classes` is read from the training labels when not given, and 0 for targets that are not labels. Raises UserError
-    for items of another form.
-    """
-    ours = DatasetImages(train, n_classes)
-    return LabelledData(ours, DatasetImages(test, ours.n_classes))
 
 
 def torchvision_dataset(
@@ -104,8 +99,9 @@ def torchvision_dataset(
 def image_folder(root: str, size: int, mean: Sequence[float], std: Sequence[float]) -> LabelledData:
     """Images in `root/train/CLASS/*` and `root/test/CLASS/*` (or `val`): short side to `size`, centre `size` x `size`.
 
-    Images are read when needed, in RGB, scaled to [0, 1] and normalised. Needs the extra `vision` (only Pillow of it).
-    Raises UserError for a missing folder, no images, or classes that differ between train and test.
+    Images are read when needed, in RGB, scaled to [0, 1] and normalised; 16 bits of grey are scaled to 8 first. Needs
+    the extra `vision` (only Pillow of it). Raises UserError for a missing folder, no images, classes that differ
+    between train and test, and images of floating or 32-bit values, whose white nobody knows.
     """
     base = Path(root)
     test = next((base / name for name in ("test", "val") if (base / name).is_dir()), base / "test")
@@ -144,9 +140,26 @@ class ImageFolder:
         path, label = self.files[index]
         try:
             with Image.open(path) as image:
-                return self._transform(image.convert("RGB")), label
+                return self._transform(_rgb(image, path)), label
         except (UnidentifiedImageError, OSError) as error:
             raise UserError(f"'{path}' is not a readable image; fix or remove it.") from error
+
+
+def _rgb(image: Any, path: Path) -> Any:
+    """A Pillow image in RGB. Pillow itself would clip grey of 16 bits at 255: nearly all of it white."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        from PIL import Image
+
+        values = np.asarray(image)
+        # Files of 16 bits open as "I;16", with older versions of Pillow as "I".
+        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+            raise UserError(
+                f"'{path}' holds {'floating' if image.mode == 'F' else '32-bit'} values from {values.min()} to "
+                f"{values.max()}, whose white is unknown; save it with 8 or 16 bits a channel."
+            )
+        image = Image.fromarray((values.astype(np.float64) / 257).round().astype(np.uint8))
+    # A palette with transparency goes through RGBA, as Pillow asks for.
+    return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
 
 
 def _centre_crop(size: int, mean: Sequence[float], std: Sequence[float]) -> Callable[[Any], Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
@@ -11,8 +12,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from ...errors import UserError
+from ...errors import Notice, UserError
 from .images import LabelledData, LabelledImages
+from .leakage import check_leakage
 from .objective import TOP1, Objective, objective_of, with_objective
 
 Source = Literal["train", "test"]
@@ -52,11 +54,14 @@ def split(
 ) -> Splits:
     """Draw the three splits at random with a generator of their own, so that sorted data is shuffled first.
 
+    `data` comes from `keepdrop.from_datasets` or one of keepdrop's own sources.
+
     `reward_from="train"` (base trained here): the reward split is held out of the training images, report is the whole
     test set. `reward_from="test"` (checkpoint trained elsewhere on all training images, on which any reward would
     mislead): fit is all training images, reward `reward_size` of the test images and report the rest of them.
-    `objective` goes with all three. Raises UserError when a split would be empty, or the targets are not what the
-    objective needs.
+    `objective` goes with all three. A `reward_size` of all images or more takes half of them, with a `Notice`; so do
+    images that two splits share (`leakage`). Raises UserError when a split would be empty, the test images are training
+    images, or the targets are not what the objective needs.
     """
     if reward_from not in ("train", "test"):
         raise UserError(f"reward_from must be 'train' or 'test', got '{reward_from}'.")
@@ -64,18 +69,30 @@ def split(
     if reward_size < 1:
         raise UserError(f"The reward split would be empty: reward_size={reward_size}; give 1 or more images.")
     if reward_size >= n_images:
-        left = "fit" if reward_from == "train" else "report"
-        raise UserError(
-            f"The {left} split would be empty: reward_size={reward_size} takes all {n_images} {reward_from} images; "
-            "give a smaller reward_size."
-        )
+        reward_size = _half(n_images, reward_size, reward_from)
     order = np.random.default_rng(seed).permutation(n_images).astype(np.int64)
     reward, rest = order[:reward_size], order[reward_size:]
     if reward_from == "train":
         indices = {"fit": rest, "reward": reward, "report": np.arange(len(data.test))}
-        return splits_at(data, indices, {"fit": "train", "reward": "train", "report": "test"}, objective)
-    indices = {"fit": np.arange(len(data.train)), "reward": reward, "report": rest}
-    return splits_at(data, indices, {"fit": "train", "reward": "test", "report": "test"}, objective)
+    else:
+        indices = {"fit": np.arange(len(data.train)), "reward": reward, "report": rest}
+    sources = {"fit": "train", "reward": reward_from, "report": "test"}
+    check_leakage(data, indices, sources)
+    return splits_at(data, indices, sources, objective)
+
+
+def _half(n_images: int, reward_size: int, reward_from: Source) -> int:
+    """Half of the images, said aloud, where more are wanted than there are; UserError for a single image."""
+    left = "fit" if reward_from == "train" else "report"
+    if n_images < 2:
+        raise UserError(f"The {left} split would be empty: there is 1 {reward_from} image; give at least 2.")
+    warnings.warn(
+        f"reward_size={reward_size} would take all {n_images} {reward_from} images and leave none for the {left} split;"
+        f" {n_images // 2} are taken, half of them.",
+        Notice,
+        stacklevel=3,
+    )
+    return n_images // 2
 
 
 def splits_at(

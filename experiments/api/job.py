@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -13,9 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...envs.data.datasets import from_datasets
 from ...envs.data.objective import Objective
 from ...envs.evaluation.mask_evaluator import accuracy_on
+from ...envs.networks.copying import copied
 from ...envs.networks.cost import count_cost
+from ...envs.networks.unwrapping import plain_network
 from ...envs.surgery.kept_channels import KeptChannels
 from ...envs.surgery.limits import check_limits
 from ...envs.task import PruningTask
@@ -27,7 +29,7 @@ from ..runs.seeds import derive_seed
 from ..training.augment import Augment
 from ..training.loop import check_augment, fit_network
 from ..training.train_settings import TrainSettings
-from .data import labelled_data, three_splits
+from .data import three_splits
 from .job_folder import open_folder
 from .own_training_loop import OwnLoop, OwnRecovery, retrained
 from .progress import Callback, Reporter
@@ -57,10 +59,11 @@ class Job:
     ) -> None:
         self.settings, self.augment, self.seed = settings or Settings(), augment, seed
         chosen, where = self.settings, resolve_device(device)
-        data, objective = labelled_data(train, test), Objective(chosen.metric, chosen.loss)
+        data, objective = from_datasets(train, test), Objective(chosen.metric, chosen.loss)
         self.splits = three_splits(data, chosen.reward_from, chosen.reward_size, chosen.split_seed, objective)
         check_augment(augment, self.splits.fit)
-        self.dense = copy.deepcopy(model).eval().to(where)
+        plain, self.notes = plain_network(model, self.splits.reward.batch(torch.arange(1))[0])
+        self.dense = plain.eval().to(where)
         try_network(self.dense, self.splits)
         self.task = PruningTask(
             self.dense,
@@ -93,6 +96,7 @@ class Job:
         with ExitStack() as stack:
             path = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
             place = open_folder(path, self.task, {"seed": self.seed, "settings": self.settings, **asked})
+            stack.callback(place.close)
             pruned, kept, records = schedule.run(self.task, place, self.reporter)
         return self._result(pruned.model, self._finetuned(pruned.model, finetune), kept, records)
 
@@ -100,7 +104,7 @@ class Job:
         seed = derive_seed(self.seed, "finetune")
         if callable(chosen):
             return retrained(pruned, chosen, seed)
-        model = copy.deepcopy(pruned)
+        model = copied(pruned)
         if chosen is not None:
             teacher = self.dense if chosen.distill_weight > 0 else None
             report = partial(self.reporter.epoch, "finetune", chosen.epochs)
@@ -130,4 +134,5 @@ class Job:
             kept=kept,
             example=example,
             metric=self.task.objective.name,
+            notes=self.notes,
         )

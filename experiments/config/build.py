@@ -6,6 +6,7 @@ import importlib.util
 import pydoc
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from ...envs.data.datasets import from_datasets
 from ...envs.data.images import LabelledData
 from ...envs.data.objective import TOP1, Objective
-from ...envs.data.sources import from_datasets
 from ...envs.data.splits import Splits, split
 from ...envs.files.renamed import current_config, current_target
 from ...envs.networks.checkpoint import load_checkpoint
+from ...envs.networks.module_kinds import Inputs
+from ...envs.networks.unwrapping import plain_network
 from ...errors import UserError
 from ...rewards.outcome import RewardFunction
 from ..pruning.layer_agents import PolicyFactory
@@ -78,8 +81,8 @@ def build_data(node: DictConfig) -> LabelledData:
     if isinstance(source, tuple | list) and len(source) == 2:
         return from_datasets(*source)
     raise UserError(
-        f"data._target_={node['_target_']} returned {type(source).__name__}; expected LabelledData or a pair of "
-        "datasets (train, test)."
+        f"data._target_={node['_target_']} returned {type(source).__name__}; expected LabelledData or a pair (train, "
+        "test) of datasets, DataLoaders or arrays (images, labels)."
     )
 
 
@@ -129,20 +132,34 @@ def _is_function(path: str) -> bool:
     return callable(found) and not isinstance(found, type)
 
 
-def network_constructor(node: DictConfig, seed: int = 0) -> Constructor:
-    """A function that builds the dense network anew, with the same initial weights each time."""
+@dataclass
+class NetworkConstructor:
+    """Builds the dense network anew, plain (`plain_network`), with the same initial weights each time.
 
-    def construct() -> nn.Module:
+    Args:
+        node: `network` of a root configuration.
+        seed: of the initial weights.
+        example_inputs: what the network runs on; needed for lazy modules alone.
+
+    `notes` says what was changed in what the user's function returned, once it was called.
+    """
+
+    node: DictConfig
+    seed: int = 0
+    example_inputs: Inputs | None = None
+    notes: tuple[str, ...] = ()
+
+    def __call__(self) -> nn.Module:
+        """Raises UserError where it cannot be built."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = build(node, "network")
-        if not isinstance(model, nn.Module):
-            raise UserError(
-                f"network._target_={node['_target_']} returned {type(model).__name__}; expected a nn.Module."
-            )
-        return model
-
-    return construct
+            torch.manual_seed(self.seed)
+            model = build(self.node, "network")
+            if not isinstance(model, nn.Module):
+                raise UserError(
+                    f"network._target_={self.node['_target_']} returned {type(model).__name__}; expected a nn.Module."
+                )
+            plain, self.notes = plain_network(model, self.example_inputs)
+        return plain
 
 
 def load_network(construct: Constructor, checkpoint: str | None) -> nn.Module:

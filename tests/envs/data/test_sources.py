@@ -23,7 +23,7 @@ from keepdrop.envs.data.sources import (
 from keepdrop.envs.data.splits import split, splits_at
 from keepdrop.envs.networks.built_in import cifar_resnet
 from keepdrop.envs.networks.checkpoint import load_checkpoint
-from keepdrop.errors import UserError
+from keepdrop.errors import Notice, UserError
 from keepdrop.experiments.training.augment import RandomCropFlip
 
 ROOT = Path(__file__).parents[3].parent
@@ -42,7 +42,7 @@ def arrays(n_train=12, n_test=6, kind="uint8"):
 
 
 def array_images(n_images=10, n_classes=3):
-    images = torch.arange(n_images * 3 * 4 * 4, dtype=torch.float32).reshape(n_images, 3, 4, 4)
+    images = torch.randn(n_images, 3, 4, 4, generator=torch.Generator().manual_seed(n_images))
     return ArrayImages(images, torch.arange(n_images) % n_classes, (0,) * 3, (1,) * 3, n_classes)
 
 
@@ -135,7 +135,7 @@ BAD_ARRAYS = {
         lambda a: a.transpose(0, 3, 1, 2) / 255,
         "x_train and x_test must have one type, got torch.uint8 and torch.float32.",
     ),
-    "copies": ("x_test", lambda _: arrays()["x_train"][:6], "6 of 6 test images are training images too (first: 0)"),
+    "volumes_of_bytes": ("x_train", lambda a: a[:, None, None], "x_train has shape (12, 1, 1, 5, 6, 3); expected"),
 }
 
 
@@ -188,7 +188,6 @@ def test_datasets_of_the_user():
 def test_datasets_of_another_form_are_refused():
     images = torch.randn(4, 3, 4, 4)
     cases = [
-        (Pairs(images.numpy(), [0] * 4), "A dataset must give (image tensor, label), got tuple; add a transform."),
         (Pairs((images * 9).byte(), [0] * 4), "floating tensors (channels, height, width), got torch.uint8 of shape"),
         (Pairs([], []), "The dataset is empty; give at least one image."),
     ]
@@ -224,6 +223,29 @@ def test_image_folder_reads_crops_and_numbers_classes(tmp_path):
         image_folder(str(tmp_path), 8, (0.5,) * 3, (0.5,) * 3)
     with pytest.raises(UserError, match="There is no image folder"):
         image_folder(str(tmp_path / "gone"), 8, (0.5,) * 3, (0.5,) * 3)
+
+
+def test_image_folder_scales_16_bits_and_reads_palettes(tmp_path):
+    image = pytest.importorskip("PIL.Image", reason="Pillow (extra vision) is not installed")
+    folder = tmp_path / "train" / "cat"
+    folder.mkdir(parents=True)
+    ramp = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1040
+    image.fromarray(ramp).save(folder / "a16.png")
+    image.fromarray((ramp // 257).astype(np.uint8)).save(folder / "b8.png")
+    palette = image.new("P", (8, 8), 1)
+    palette.putpalette([0, 0, 0, 255, 0, 51, *[9] * 762])
+    palette.save(folder / "c.png", transparency=bytes([0, 128]))
+    (tmp_path / "test").symlink_to(tmp_path / "train")
+    data = image_folder(str(tmp_path), size=8, mean=(0,) * 3, std=(1,) * 3)
+    images, _ = data.train.batch(torch.arange(3))
+    assert (images[0] - images[1]).abs().max() <= 1 / 255 and images[0].max() > 0.9 and images[0].mean() < 0.6
+    assert images[2, :, 3, 3].tolist() == pytest.approx([1, 0, 0.2])
+    image.fromarray(np.full((8, 8), 0.5, np.float32)).save(folder / "d.tiff")
+    data = image_folder(str(tmp_path), size=8, mean=(0,) * 3, std=(1,) * 3)
+    with pytest.raises(
+        UserError, match=r"d\.tiff' holds floating values from 0\.5 to 0\.5, whose white is unknown; save"
+    ):
+        data.train.batch(torch.tensor([3]))
 
 
 def test_torchvision_datasets_become_arrays(monkeypatch):
@@ -292,8 +314,6 @@ def test_hash_sees_a_changed_pixel_and_a_changed_label():
     ("reward_from", "size", "text"),
     [
         ("train", 0, "The reward split would be empty: reward_size=0; give 1 or more images."),
-        ("train", 40, "The fit split would be empty: reward_size=40 takes all 40 train images; give a smaller"),
-        ("test", 25, "The report split would be empty: reward_size=25 takes all 20 test images"),
         ("report", 5, "reward_from must be 'train' or 'test', got 'report'."),
     ],
 )
@@ -301,6 +321,37 @@ def test_empty_splits_are_refused(reward_from, size, text):
     data = LabelledData(array_images(40), array_images(20))
     with pytest.raises(UserError, match=re.escape(text)):
         split(data, reward_from=reward_from, reward_size=size, seed=0)
+
+
+@pytest.mark.parametrize(("reward_from", "size", "left"), [("train", 40, "fit"), ("test", 2000, "report")])
+def test_a_reward_split_of_all_images_becomes_half_of_them(reward_from, size, left):
+    """The README's reward_size on a small data set."""
+    data = LabelledData(array_images(40), array_images(20))
+    n_images = {"train": 40, "test": 20}[reward_from]
+    said = f"reward_size={size} would take all {n_images} {reward_from} images and leave none for the {left} split;"
+    with pytest.warns(Notice, match=said):
+        drawn = split(data, reward_from=reward_from, reward_size=size, seed=0)
+    assert len(drawn.reward) == len(getattr(drawn, left)) == n_images // 2
+    with pytest.raises(UserError, match=f"The {left} split would be empty: there is 1 {reward_from} image; give at"):
+        split(LabelledData(array_images(1), array_images(1)), reward_from=reward_from, reward_size=size, seed=0)
+
+
+def test_boards_signals_and_volumes_are_images_too():
+    """More channels than pixels a side (planes of a chess board), one side, three sides; labels in a column."""
+    rng, labels = np.random.default_rng(0), {"y_train": np.arange(9)[:, None] % 3, "y_test": np.arange(6)[:, None] % 3}
+    for shape in ((12, 8, 8), (64, 4, 4), (2, 50), (1, 4, 9, 8)):
+        pixels = {f"x_{part}": rng.random((count, *shape), np.float32) for part, count in (("train", 9), ("test", 6))}
+        data = from_arrays(pixels | labels)
+        assert (data.train.image_shape, data.train.n_classes) == (shape, 3)
+        images, found = data.train.batch(torch.arange(9))
+        sides = tuple(range(2, images.dim()))
+        torch.testing.assert_close(images.mean((0, *sides)), torch.zeros(shape[0]), atol=1e-4, rtol=0)
+        assert found.tolist() == [0, 1, 2] * 3 and len(data.test.digest()) == 64
+    frames = {part: rng.integers(0, 255, (6, 4, 9, 8, 3), dtype=np.uint8) for part in ("x_train", "x_test")}
+    video = from_arrays(frames | {"y_train": np.arange(6) % 2, "y_test": np.arange(6) % 2})
+    assert video.train.image_shape == (3, 4, 9, 8)
+    boards = {part: rng.integers(0, 2, (6, 8, 8, 12), dtype=np.uint8) for part in ("x_train", "x_test")}
+    assert from_arrays(boards | {"y_train": np.arange(6), "y_test": np.arange(6)}).train.image_shape == (12, 8, 8)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,358 @@
+"""Data as a user has it: map-style datasets, DataLoaders, pairs of tensors or numpy arrays, read item by item.
+
+What an item holds counts, not what its dataset says of itself: `targets` may hold names, or labels before a
+`target_transform`, and `classes` may disagree with both.
+
+Shape suffixes: B images of a batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset, default_collate
+
+from ...errors import UserError
+from .images import ArrayImages, LabelledData, LabelledImages, as_targets
+
+IMAGE_KEYS = ("image", "images", "img", "pixel_values", "x", "input", "inputs", "data")
+TARGET_KEYS = ("label", "labels", "target", "targets", "y", "class", "mask")
+PROBES = 32  # items by which labels that a dataset lists are compared with those it gives
+HASHED_ITEMS = 512  # of a split, whose pixels go into its digest
+
+
+def from_datasets(train: Any, test: Any, n_classes: int | None = None) -> LabelledData:
+    """Training and test images from what you have; `keepdrop.from_datasets`.
+
+    Args:
+        train, test: each one of: a map-style dataset of (image, target), a `DataLoader` of one (its dataset, its
+            transforms, its `collate_fn` and its subset are kept, its shuffling is not), or a pair (images, targets) of
+            tensors or numpy arrays. An image is floating and normalised as the network takes it: (channels, height,
+            width), (channels, length) of a signal, (channels, depth, height, width) of a volume or video. A target is
+            an integer label from 0, or, for another metric than accuracy, anything of one shape.
+        n_classes: labels lie in [0, n_classes). None: as many as the labels of both parts need. 0: targets are not
+            labels, integers neither.
+
+    Raises:
+        UserError: items of another form, NaN in pairs, no items, or two parts that do not fit together.
+    """
+    if n_classes is None:
+        n_classes = next((each.n_classes for each in (train, test) if _is_labelled_images(each)), None)
+    ours, theirs = labelled_images(train, "train", n_classes), labelled_images(test, "test", n_classes)
+    counted = n_classes is None and min(ours.n_classes, theirs.n_classes) > 0
+    if counted and isinstance(ours, _OURS) and isinstance(theirs, _OURS):
+        ours.n_classes = theirs.n_classes = max(ours.n_classes, theirs.n_classes)
+    return LabelledData(ours, theirs)
+
+
+def labelled_images(source: Any, name: str, n_classes: int | None = None) -> LabelledImages:
+    """One part of `from_datasets`; a `LabelledImages` stays as it is. `name` stands in errors."""
+    if isinstance(source, tuple | list) and len(source) == 2 and all(isinstance(part, _ARRAYS) for part in source):
+        return images_in_memory(_target(source[0]), _target(source[1]), name, n_classes)
+    if _is_labelled_images(source):
+        return source
+    if isinstance(source, DataLoader):
+        source = loaded(source, name)
+    if hasattr(source, "__getitem__") and hasattr(source, "__len__") and not isinstance(source, Mapping | str):
+        return DatasetImages(source, n_classes)
+    raise UserError(
+        f"{name} is a {type(source).__name__}; expected a map-style dataset of (image tensor, integer label), a "
+        "DataLoader of one, or a pair (images, labels) of tensors or numpy arrays."
+    )
+
+
+def _is_labelled_images(source: Any) -> bool:
+    return all(hasattr(source, wanted) for wanted in ("batch", "select", "digest"))
+
+
+def images_in_memory(images: Tensor, targets: Tensor, name: str, n_classes: int | None = None) -> ArrayImages:
+    """Images as the network takes them, floating (n, C, ...), with labels (n,) or (n, 1), or other targets (n, ...)."""
+    if images.dim() < 3 or not images.is_floating_point() or targets.shape[:1] != images.shape[:1] or not len(images):
+        raise UserError(
+            f"{name} is images {images.dtype} {tuple(images.shape)} and labels {tuple(targets.shape)}; expected "
+            "floating images (n, channels, height, width), normalised as the network takes them, and labels (n,)."
+        )
+    for what, values in (("images", images), ("targets", targets)):
+        if not bool(torch.isfinite(values).all()):
+            raise UserError(f"The {what} of {name} hold NaN or infinite values; fix or remove them.")
+    if n_classes != 0 and targets.shape[1:].numel() == 1 and not targets.is_floating_point():
+        targets = targets.reshape(-1)
+    n_classes = _count_classes(targets, name, n_classes)
+    zeros, ones = [0.0] * images.shape[1], [1.0] * images.shape[1]
+    return ArrayImages(images.detach().cpu().float(), targets.detach().cpu(), zeros, ones, n_classes)
+
+
+def _count_classes(labels: Tensor, name: str, n_classes: int | None) -> int:
+    """How many classes labels (n,) have, at least `n_classes`; 0 for targets that are no labels."""
+    if n_classes == 0 or labels.dim() != 1 or labels.is_floating_point():
+        return 0
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0:
+        raise UserError(f"The labels of {name} are {labels.dtype} from {low}; expected integers from 0.")
+    if n_classes and high >= n_classes:
+        raise UserError(f"The labels of {name} must lie in 0..{n_classes - 1}, got {high}.")
+    return n_classes or high + 1
+
+
+class DatasetImages:
+    """Any map-style dataset of (image, target): images are floating (C, ...), tensors or arrays; targets see below.
+
+    Where the first target is a single integer, and `n_classes` is not 0, targets are labels; else they are numbers or
+    arrays of one shape. Items may be mappings (`image`, `label`), and may hold more behind image and label. Labels that
+    the dataset lists (`targets`) are taken where they are those of its items, else every item is read once; without
+    `n_classes` there are as many classes as labels need. Raises UserError for items of another form.
+    """
+
+    def __init__(self, dataset: Any, n_classes: int | None = None, indices: Tensor | None = None) -> None:
+        self._dataset = dataset
+        self._indices = torch.arange(len(dataset)) if indices is None else indices
+        if len(self._indices) == 0:
+            raise UserError("The dataset is empty; give at least one image.")
+        image, first = self._item(0)
+        self.image_shape: tuple[int, ...] = tuple(image.shape)
+        self._labels: Tensor | None = None
+        self._digest: str | None = None
+        whole = not first.is_floating_point() or bool(n_classes)  # a number of classes means labels
+        self._classified = n_classes != 0 and first.numel() == 1 and whole
+        self.target_shape = () if self._classified else tuple(first.shape)
+        self.n_classes = n_classes or 0 if self._classified else 0
+        if self._classified and not n_classes:
+            self.n_classes = max(1, int(self.labels.max()) + 1)
+
+    def _item(self, position: int) -> tuple[Tensor, Tensor]:
+        image, target = pair_of(self._dataset[int(self._indices[position])])
+        return _image(image), _target(target)
+
+    @property
+    def labels(self) -> Tensor:
+        """All labels, int64 (len,), or targets (len, ...); labels are read once."""
+        if not self._classified:
+            return self._stacked([self._item(position)[1] for position in range(len(self))])
+        if self._labels is None:
+            with undisturbed():
+                self._labels = self._listed_labels()
+                if self._labels is None:
+                    self._labels = torch.tensor([self._label(each) for each in range(len(self))])
+        return self._labels
+
+    def _label(self, position: int) -> int:
+        return _as_label(pair_of(self._dataset[int(self._indices[position])])[1])
+
+    def _listed_labels(self) -> Tensor | None:
+        """Labels that the dataset lists, (len,), where an even sample of its items has the same ones; else None."""
+        listed = _listed(self._dataset)
+        if listed is None or len(listed) != len(self._dataset):
+            return None
+        chosen = listed[self._indices]
+        return chosen if all(self._label(each) == int(chosen[each]) for each in evenly(len(self), PROBES)) else None
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Indices int64 (B,) -> images float32 (B, C, ...) and labels int64 (B,), or targets (B, ...).
+
+        UserError for NaN, bad labels and targets that differ in shape.
+        """
+        items = [self._item(int(index)) for index in indices]
+        shapes = {tuple(image.shape) for image, _ in items}
+        if shapes != {self.image_shape}:
+            raise UserError(f"Dataset images differ in shape: {sorted(shapes)}, the first was {self.image_shape}.")
+        images = torch.stack([image.to(torch.float32) for image, _ in items])
+        if not torch.isfinite(images).all():
+            raise UserError("The dataset gave images with NaN or infinite values; fix or remove them.")
+        if not self._classified:
+            return images, self._stacked([target for _, target in items])
+        labels = torch.tensor([_as_label(target) for _, target in items])
+        if labels.min() < 0 or labels.max() >= self.n_classes:
+            raise UserError(
+                f"Dataset labels must lie in 0..{self.n_classes - 1}, got {int(labels.min())}..{int(labels.max())}."
+            )
+        return images, labels
+
+    def _stacked(self, targets: Sequence[Tensor]) -> Tensor:
+        shapes = {tuple(each.shape) for each in targets}
+        if shapes != {self.target_shape}:
+            raise UserError(
+                f"Dataset targets differ in shape: {sorted(shapes)}, the first was {self.target_shape}; give all of "
+                "them one shape."
+            )
+        stacked = as_targets(torch.stack(list(targets)))
+        if not torch.isfinite(stacked).all():
+            raise UserError("The dataset gave targets with NaN or infinite values; fix or remove them.")
+        return stacked
+
+    def select(self, indices: Tensor) -> Self:
+        """Only the images at `indices` int64, in that order (a view)."""
+        selected = type(self)(self._dataset, self.n_classes, self._indices[indices])
+        selected._labels = None if self._labels is None else self._labels[indices]
+        return selected
+
+    def digest(self) -> str:
+        """sha256 over all labels or targets and the pixels of 512 images, evenly spread; without the pixels of a
+        dataset that augments, which differ from one reading to the next.
+        """
+        if self._digest is None:
+            with undisturbed():
+                self._digest = self._computed_digest()
+        return self._digest
+
+    def _computed_digest(self) -> str:
+        digest = hashlib.sha256()
+        if self._classified:
+            digest.update(self.labels.numpy().tobytes())
+        else:
+            for position in range(len(self)):  # one by one: maps of all images may not fit into memory
+                digest.update(self._item(position)[1].contiguous().numpy().tobytes())
+        if self._repeats_itself():
+            for position in evenly(len(self), HASHED_ITEMS):
+                digest.update(self._item(position)[0].to(torch.float32).contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def _repeats_itself(self) -> bool:
+        """Whether images are the same when they are read again: no random augmentation."""
+        some = evenly(len(self), 4)
+        return all(torch.equal(self._item(each)[0], self._item(each)[0]) for each in some)
+
+
+class CollatedItems:
+    """The items of a dataset as a DataLoader's own `collate_fn` makes them of one item at a time."""
+
+    def __init__(self, dataset: Any, collate: Any) -> None:
+        self._dataset, self._collate = dataset, collate
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        images, targets = pair_of(self._collate([self._dataset[index]]))
+        return images[0], targets[0]
+
+
+def loaded(loader: DataLoader[Any], name: str) -> Any:
+    """What a DataLoader loads, as a map-style dataset: its dataset, of it the subset that a sampler names."""
+    dataset: Any = loader.dataset
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
+        raise UserError(
+            f"{name} is a DataLoader of an iterable dataset, whose images have no numbers; give a map-style dataset, "
+            "or a pair (images, labels) of tensors."
+        )
+    if loader.collate_fn not in (default_collate, None):
+        dataset = CollatedItems(dataset, loader.collate_fn)
+    sampler = loader.sampler
+    chosen = sampler if isinstance(sampler, list | tuple | range) else getattr(sampler, "indices", None)
+    if chosen is None:
+        return dataset
+    return Subset(dataset, list(dict.fromkeys(int(index) for index in chosen)))
+
+
+def pair_of(item: Any) -> tuple[Any, Any]:
+    """Image and target of a dataset's item: of a mapping by their names, else the first two; more may follow labels."""
+    if isinstance(item, Mapping):
+        keys = [next((key for key in known if key in item), None) for known in (IMAGE_KEYS, TARGET_KEYS)]
+        if None in keys:
+            raise UserError(
+                f"A dataset's item is a mapping of {', '.join(map(str, item))}; expected an image under one of "
+                f"{', '.join(IMAGE_KEYS)} and a target under one of {', '.join(TARGET_KEYS)}."
+            )
+        return item[keys[0]], item[keys[1]]
+    if not isinstance(item, tuple | list) or len(item) < 2:
+        raise UserError(f"A dataset must give (image tensor, label), got {_shown(item)}.")
+    second = item[1] if isinstance(item[1], _ARRAYS) else None
+    if len(item) > 2 and second is not None and math.prod(second.shape) > 1 and _target(second).is_floating_point():
+        raise UserError(
+            f"A dataset's item is {_shown(item)}, of which the second could be an input or a target; give (image, "
+            "target)."
+        )
+    return item[0], item[1]
+
+
+def evenly(count: int, most: int) -> list[int]:
+    """At most `most` positions of `count`, evenly spread, the first and the last among them."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)).tolist()
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Items read in here draw from the global generators, which get their states back."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+_ARRAYS = (Tensor, np.ndarray)
+_OURS = (ArrayImages, DatasetImages)
+
+
+def _image(value: Any) -> Tensor:
+    if not isinstance(value, _ARRAYS):
+        hint = "give one tensor" if isinstance(value, tuple | list | Mapping) else "add a transform that makes one"
+        raise UserError(f"A dataset must give (image tensor, label), got as an image {_shown(value)}; {hint}.")
+    image = _target(value)
+    if image.ndim < 2 or not image.is_floating_point():
+        raise UserError(
+            "Dataset images must be floating tensors (channels, height, width), "
+            f"got {image.dtype} of shape {tuple(image.shape)}; convert them in the dataset's transform."
+        )
+    return image
+
+
+def _target(value: Any) -> Tensor:
+    if isinstance(value, np.ndarray) and not (value.flags.writeable and value.flags.c_contiguous):
+        value = value.copy()  # torch takes neither negative strides nor, without a warning, read-only memory
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"A dataset must give an integer label, or a target that is a number, an array or a tensor; got "
+            f"{type(value).__name__}: convert it in the dataset."
+        ) from error
+
+
+def _as_label(value: Any) -> int:
+    """One integer of a label, be it a number, a tensor or an array of one element."""
+    label = _target(value)
+    if label.numel() != 1:
+        raise UserError(
+            f"Dataset targets differ in shape: {_shown(value)} came after a single integer label; give all of them one "
+            "shape."
+        )
+    return int(label.reshape(()))
+
+
+def _listed(dataset: Any) -> Tensor | None:
+    """The labels that a dataset lists, where they are integers, one per item; they may be anything."""
+    if isinstance(dataset, Subset):
+        whole = _listed(dataset.dataset)
+        return None if whole is None else whole[torch.as_tensor(list(dataset.indices), dtype=torch.int64)]
+    if isinstance(dataset, TensorDataset):
+        listed: Any = dataset.tensors[1] if len(dataset.tensors) > 1 else None
+    else:
+        listed = getattr(dataset, "targets", None)
+    try:
+        labels = torch.as_tensor(listed)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    if labels.is_floating_point() or labels.dim() == 0 or labels.shape[1:].numel() != 1:
+        return None
+    return labels.reshape(-1).long()
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, _ARRAYS):
+        return f"{value.dtype} {tuple(value.shape)}"
+    if isinstance(value, tuple | list):
+        return f"a {type(value).__name__} of {', '.join(map(_shown, value[:4])) or 'nothing'}"
+    return f"{type(value).__name__}" + (f" (mode {value.mode})" if hasattr(value, "getbands") else "")
