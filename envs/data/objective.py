@@ -21,12 +21,13 @@ from torch.nn import functional
 
 from ...errors import UserError, first_line
 from .images import LabelledImages
-from .metrics import Metric, Top1, as_float64
+from .metrics import BinaryAccuracy, Metric, Top1, as_classes, as_float64, same_sides
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Outputs (B, ...) and targets (B, ...) -> a scalar, the mean over the batch."""
 
 GRID = 2**24
+SEEN = 256  # targets that tell classes 0 and 1 from numbers
 SLACK = 1e-6  # by which rounding may carry a score out of [0, 1]
 
 
@@ -36,8 +37,11 @@ class Objective:
 
     Args:
         metric: (outputs, targets) -> one score per image, (B,), in [0, 1], higher is better.
-        loss: (outputs, targets) -> their mean loss. None: cross-entropy for integer targets, without the pixels that
-            the metric ignores (its `ignore_index`), and the mean squared error for floating ones.
+        loss: (outputs, targets) -> their mean loss. None: cross-entropy for classes, without the pixels that the
+            metric ignores (its `ignore_index`), binary cross-entropy for one logit per target, the mean squared error
+            for numbers.
+        binary: whether floating targets are all 0 and 1, so that a metric of one's own has classes; None: not looked
+            at yet (`suited`).
 
     Both get the network's output, of a dictionary its entry `out` (torchvision's segmentation networks). An output that
     differs from floating targets by sides of 1 only, such as (B, 1) and (B,), is given their shape.
@@ -45,11 +49,17 @@ class Objective:
 
     metric: Metric = Top1()  # noqa: RUF009 - frozen
     loss: Loss | None = None
+    binary: bool | None = None
 
     @property
     def is_top1(self) -> bool:
         """Whether scores are right or wrong by the largest logit, and targets labels."""
         return isinstance(self.metric, Top1)
+
+    @property
+    def is_of_set(self) -> bool:
+        """Whether the metric scores a set of images (`ClassCounts`): points are answers then, which do not add up."""
+        return bool(getattr(self.metric, "is_of_set", False))
 
     @property
     def name(self) -> str:
@@ -58,7 +68,7 @@ class Objective:
 
     @property
     def unit(self) -> int:
-        """Points of a perfect answer."""
+        """Points of a perfect answer, where points add up (`is_of_set`)."""
         return 1 if self.is_top1 else GRID
 
     @property
@@ -68,29 +78,34 @@ class Objective:
 
     def points(self, outputs: Any, targets: Tensor) -> Tensor:
         """Each image's score in points, (B,) bool for `Top1`, else int32; UserError for what is not a score."""
-        if self.is_top1:
+        if self.is_top1 or self.is_of_set:
             return self.metric(output_of(outputs), targets)
-        scores = self.metric(_fitted(output_of(outputs).float(), targets), targets)
+        scores = self.metric(self._fitted(output_of(outputs).float(), targets), targets)
         points = (self._checked(scores, len(targets)).clamp(0, 1) * GRID).round().to(torch.int32)
         return points.to(targets.device)
 
     def fraction(self, points: Tensor) -> float:
-        """Mean score of the images with these points (B,)."""
+        """Mean score of the images with these points (B,), or the score of their set."""
+        if self.is_of_set:
+            return float(self.metric.of_set(points))  # type: ignore[attr-defined]
         return int(points.sum()) / (self.unit * len(points))
 
     def mean_loss(self, outputs: Any, targets: Tensor, smoothing: float = 0.0) -> Tensor:
         """The loss, averaged over the batch."""
-        outputs = _fitted(output_of(outputs), targets)
+        outputs = self._fitted(output_of(outputs), targets)
         if self.loss is not None:
             return self.loss(outputs, targets.to(outputs.dtype) if targets.is_floating_point() else targets)
-        if targets.is_floating_point():
+        if self._has_numbers(targets):
+            _check_one_each(outputs, targets)
             return functional.mse_loss(outputs, targets.to(outputs.dtype))
+        outputs, targets = self._as_classes(outputs, targets)
         return functional.cross_entropy(outputs, targets, ignore_index=self._ignored, label_smoothing=smoothing)
 
     def summed_loss(self, outputs: Any, targets: Tensor) -> Tensor:
         """The loss summed over images, so that an image's share does not depend on how many there are."""
         outputs = output_of(outputs)
-        if self.loss is None and targets.dim() == 1 and not targets.is_floating_point():
+        if self.loss is None and targets.dim() == 1 and not self._has_numbers(targets):
+            outputs, targets = self._as_classes(outputs, targets)
             return functional.cross_entropy(outputs, targets, reduction="sum")
         return self.mean_loss(outputs, targets) * len(targets)
 
@@ -99,19 +114,29 @@ class Objective:
     ) -> Tensor:
         """(1 - weight) * loss + weight * the distance from a teacher's outputs, averaged over the batch.
 
-        For integer targets it is temperature^2 * KL(teacher || network) over classes, averaged over images and pixels
-        (Hinton et al. 2015, arXiv 1503.02531, section 2); for floating ones the mean squared difference of the outputs.
+        For classes it is temperature^2 * KL(teacher || network) over them, averaged over images and pixels (Hinton et
+        al. 2015, arXiv 1503.02531, section 2), with one logit per target over yes and no; for numbers, and for outputs
+        that are not logits of the targets' classes (CTC), the mean squared difference of the outputs. A loss with a
+        method `distance(outputs, dense_outputs)` brings its own.
         """
         ours, theirs = output_of(outputs).float(), output_of(dense).float()
-        if targets.is_floating_point():
+        if (own := getattr(self.loss, "distance", None)) is not None:
+            return (1 - weight) * loss + weight * own(ours, theirs)
+        if self._has_numbers(targets):
+            return (1 - weight) * loss + weight * functional.mse_loss(ours, theirs)
+        try:
+            (ours, classes), (theirs, _) = (self._as_classes(each, targets) for each in (ours, theirs))
+        except UserError:  # one number per target, and targets are no classes: the loss knows what they are
+            classes = targets
+        if ours.dim() < 2 or ours.shape[:1] + ours.shape[2:] != classes.shape:
             return (1 - weight) * loss + weight * functional.mse_loss(ours, theirs)
         ours, theirs = (functional.log_softmax(values / temperature, dim=1) for values in (ours, theirs))
-        divergence = functional.kl_div(ours, theirs, reduction="batchmean", log_target=True) / targets[0].numel()
+        divergence = functional.kl_div(ours, theirs, reduction="batchmean", log_target=True) / classes[0].numel()
         return (1 - weight) * loss + weight * temperature**2 * divergence
 
     def check_smoothing(self, smoothing: float, targets: Tensor) -> None:
         """UserError for label smoothing with a loss that has none."""
-        if smoothing > 0 and (self.loss is not None or targets.is_floating_point()):
+        if smoothing > 0 and (self.loss is not None or self._has_numbers(targets)):
             raise UserError(
                 f"label_smoothing is {smoothing:g}, which goes with cross-entropy only; set it to 0, or put it into "
                 "your own loss."
@@ -119,7 +144,7 @@ class Objective:
 
     def try_out(self, outputs: Any, targets: Tensor) -> None:
         """UserError where the metric or the loss cannot work with such outputs and targets."""
-        shapes = f"outputs {_shown(output_of(outputs))} and targets {_shown(targets)}"
+        shapes = f"outputs {_shown(self._fitted(output_of(outputs), targets))} and targets {_shown(targets)}"
         loss = "loss" if self.loss is None else f"loss {_name(self.loss)}"
         _tried(lambda: self.points(outputs, targets), f"metric {self.name}", shapes)
         value = _tried(lambda: self.mean_loss(outputs, targets), loss, shapes)
@@ -131,7 +156,39 @@ class Objective:
     @property
     def identity(self) -> str:
         """What distinguishes this objective from others in the digest of a training; "" for the default."""
-        return "" if self == TOP1 else f" {self.name} {_name(self.loss)}"
+        return "" if self == TOP1 else f" {self.name} {_name(self.loss)}" + " binary" * bool(self.binary)
+
+    def suited(self, targets: Tensor) -> Objective:
+        """The objective for such targets: floating ones that are all 0 and 1 are classes, not numbers.
+
+        Where they are one per image, top-1 accuracy becomes `BinaryAccuracy`.
+        """
+        if self.binary is not None or not targets.is_floating_point() or getattr(self.metric, "needs_numbers", False):
+            return self
+        binary = bool(((targets == 0) | (targets == 1)).all())
+        single = self.is_top1 and targets[0].numel() == 1
+        return dataclasses.replace(self, metric=BinaryAccuracy() if single and binary else self.metric, binary=binary)
+
+    def _has_numbers(self, targets: Tensor) -> bool:
+        """Whether targets are numbers to be met; a metric for classes or for numbers says so, else their type does."""
+        if hasattr(self.metric, "needs_classes"):
+            return False
+        floating = targets.is_floating_point() and not self.binary
+        return floating or hasattr(self.metric, "needs_numbers")
+
+    def _fitted(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Outputs in the shape of numbers where the two differ by sides of 1 only: (B, 1) against (B,)."""
+        numbers = targets.is_floating_point() or self._has_numbers(targets)
+        differ = numbers and outputs.shape != targets.shape
+        return outputs.reshape(targets.shape) if differ and same_sides(outputs, targets) else outputs
+
+    def answers_yes_or_no(self, outputs: Any, targets: Tensor) -> bool:
+        """Whether one logit stands for each target, which is 0 or 1, in a metric that looks at classes."""
+        given = output_of(outputs)
+        return hasattr(self.metric, "needs_classes") and given.dim() > 0 and same_sides(given, targets)
+
+    def _as_classes(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return as_classes(outputs, targets, getattr(self.metric, "probabilities", False), self._ignored)
 
     @property
     def _ignored(self) -> int:
@@ -204,10 +261,15 @@ class ImagesWithObjective:
 
 def with_objective(images: LabelledImages, objective: Objective) -> LabelledImages:
     """The images with `objective` for their answers. UserError for `Top1` where the targets are not labels."""
+    if images.n_classes < 1:
+        objective = objective.suited(images.batch(torch.arange(min(SEEN, len(images))))[1])
     if objective.is_top1 and images.n_classes < 1:
         raise UserError(
             f"A target is {_shown(images.batch(torch.arange(1))[1][0])}, but top-1 accuracy needs one integer label "
-            "per image; choose another metric, e.g. metric=mean_iou for class maps or metric=within for numbers."
+            "per image; choose another metric, e.g.",
+            python="MeanIoU for class maps, BinaryAccuracy for several yes-or-no labels, Within for numbers, as in "
+            "Settings(metric=keepdrop.Within(0.1)).",
+            typed="metric=mean_iou for class maps, metric=binary for several yes-or-no labels, metric=within for numbers.",
         )
     bare = images.images if isinstance(images, ImagesWithObjective) else images
     return bare if objective == TOP1 else ImagesWithObjective(bare, objective)
@@ -243,17 +305,12 @@ def _tried(call: Callable[[], Any], what: str, shapes: str) -> Any:
         ) from error
 
 
-def _fitted(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Outputs in the shape of floating targets where the two differ by sides of 1 only: (B, 1) against (B,)."""
-    if not targets.is_floating_point() or outputs.shape == targets.shape:
-        return outputs
-    ours, theirs = ([side for side in value.shape[1:] if side != 1] for value in (outputs, targets))
-    if len(outputs) != len(targets) or ours != theirs:
+def _check_one_each(outputs: Tensor, targets: Tensor) -> None:
+    if outputs.shape != targets.shape:
         raise UserError(
             f"The network returns {tuple(outputs.shape)} for targets of shape {tuple(targets.shape)}; expected one "
             "number per target."
         )
-    return outputs.reshape(targets.shape)
 
 
 def _name(function: Any) -> str:

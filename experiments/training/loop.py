@@ -73,9 +73,9 @@ def fit_network(
     written. The model is moved to `device`, which defaults to its own. A network that is frozen as a whole is trained
     as a whole. Where it answers with several outputs in training mode, `heads` says which is which.
 
-    Raises UserError when the loss stops being finite (`Diverged`), there are no parameters, the data holds fewer than 2 images, the
-    teacher is missing, `augment` would move images away from their target maps, or the snapshot belongs to another
-    training.
+    Raises UserError when the loss stops being finite (`Diverged`), there are no parameters, the data holds fewer than 2
+    images, the teacher is missing, `augment` would move images away from their target maps, or the snapshot belongs to
+    another training.
     """
     with modes_restored(model, teacher), _thawed(model):
         run = _Run.build(model, data, replace(settings, lr=settings.rate), seed, augment, teacher, device)
@@ -141,11 +141,10 @@ class _Run:
         check_augment(augment, data)
         objective = objective_of(data)
         objective.check_smoothing(settings.label_smoothing, data.batch(torch.arange(1))[1])
-        # Batch normalisation cannot train on one image, so only a ragged last batch of one is dropped.
-        steps_per_epoch = math.ceil(len(data) / settings.batch_size) - (len(data) % settings.batch_size == 1)
+        steps_per_epoch = _steps_per_epoch(data, settings)
         where = torch.device(device) if device is not None else next(model.parameters()).device
         optimizer = _optimizer(model.to(where), settings)
-        n_steps = round(settings.epochs * steps_per_epoch)
+        n_steps = steps_of(data, settings)
         return cls(
             model, data, settings, seed, augment, teacher, where, optimizer, max(1, steps_per_epoch), n_steps, objective
         )
@@ -193,6 +192,8 @@ class _Run:
         loss.backward()
         self.optimizer.step()
         self.losses.append(float(loss.detach() * len(labels)))
+        if not math.isfinite(self.losses[-1]):  # before the metric meets what is no number
+            self._refuse_divergence(step // self.steps_per_epoch, self.losses[-1])
         self.points.append(self.objective.points(outputs, labels).cpu())
 
     def _layout(self, images: Tensor) -> torch.memory_format:
@@ -214,6 +215,16 @@ class _Run:
         if dense is not None:
             loss = objective.distilled(loss, outputs, dense, labels, weight, self.settings.temperature)
         return loss, outputs.detach()
+
+
+def steps_of(data: LabelledImages, settings: TrainSettings) -> int:
+    """How many steps a training takes."""
+    return round(settings.epochs * _steps_per_epoch(data, settings))
+
+
+def _steps_per_epoch(data: LabelledImages, settings: TrainSettings) -> int:
+    # Batch normalisation cannot train on one image, so only a ragged last batch of one is dropped.
+    return math.ceil(len(data) / settings.batch_size) - (len(data) % settings.batch_size == 1)
 
 
 class Diverged(UserError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ...errors import UserError
 
@@ -20,7 +20,8 @@ class TrainSettings:
     Args:
         epochs: passes over the fit images, fractions allowed; 0 trains nothing.
         batch_size: images per step.
-        lr: highest learning rate.
+        lr: highest learning rate. None: `top_lr`, which fine-tuning and recovery lower to what the network bears
+            (`bearable_rate`).
         momentum: of SGD, Nesterov's.
         weight_decay: spares biases and normalisation (parameters of one dimension).
         schedule: "cosine", "linear" or "constant", from `lr` down to `final_lr` times `lr`.
@@ -31,11 +32,14 @@ class TrainSettings:
         temperature: of the distillation.
         bf16: compute in bfloat16 where that is safe (autocast): 1.5 times faster on processors that have it, not
             bitwise equal to fp32.
+        top_lr: highest learning rate where `lr` is None.
+        auxiliary: weight of the loss of every further head of a network that answers with several in training mode
+            (GoogLeNet, Inception, deep supervision).
     """
 
     epochs: float = 5.0
     batch_size: int = 128
-    lr: float = 0.05
+    lr: float | None = None
     momentum: float = 0.9
     weight_decay: float = 5e-4
     schedule: str = "cosine"
@@ -45,23 +49,32 @@ class TrainSettings:
     distill_weight: float = 0.0
     temperature: float = 4.0
     bf16: bool = False
+    # Kept out of the text that identifies a training: with `lr` None it names the rate in use, as it always did.
+    top_lr: float = field(default=0.05, repr=False)
+    auxiliary: float = field(default=0.3, repr=False)
 
     def __post_init__(self) -> None:
         if self.schedule not in ("cosine", "linear", "constant"):
             raise UserError(f"schedule must be 'cosine', 'linear' or 'constant', got '{self.schedule}'.")
-        for name, low in (("epochs", 0), ("lr", 0), ("weight_decay", 0), ("temperature", 1e-6), ("batch_size", 2)):
+        lows = {"epochs": 0, "lr": 0, "top_lr": 0, "weight_decay": 0, "temperature": 1e-6, "batch_size": 2}
+        for name, low in (lows | {"auxiliary": 0}).items():
             value = getattr(self, name)
-            if not (math.isfinite(value) and value >= low):
+            if value is not None and not (math.isfinite(value) and value >= low):
                 raise UserError(f"{name} must be {low} or more, got {value}.")
         for name in ("momentum", "warmup", "final_lr", "label_smoothing", "distill_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} must lie in [0, 1], got {getattr(self, name)}.")
 
+    @property
+    def rate(self) -> float:
+        """The highest learning rate: `lr`, or `top_lr` where that is None."""
+        return self.top_lr if self.lr is None else self.lr
+
     def lr_at(self, step: int, n_steps: int) -> float:
         """The learning rate of step 0..n_steps-1."""
         n_warmup = self.warmup * n_steps
         if step + 1 < n_warmup:
-            return self.lr * (step + 1) / n_warmup
+            return self.rate * (step + 1) / n_warmup
         progress = (step + 1 - n_warmup) / (n_steps + 1 - n_warmup)
         shape = {"cosine": (1 + math.cos(math.pi * progress)) / 2, "linear": 1 - progress, "constant": 1.0}
-        return self.lr * (self.final_lr + (1 - self.final_lr) * shape[self.schedule])
+        return self.rate * (self.final_lr + (1 - self.final_lr) * shape[self.schedule])

@@ -260,8 +260,20 @@ def test_what_cannot_be_trained_is_refused():
         fit_network(network(), images(), TrainSettings(distill_weight=0.5), seed=0)
     with pytest.raises(UserError, match=re.escape("Training needs at least 2 images, got 1.")):
         fit_network(network(), images(1), TrainSettings(), seed=0)
-    with pytest.raises(UserError, match="The network has no trainable parameters; unfreeze some"):
-        fit_network(network().requires_grad_(False), images(), TrainSettings(), seed=0)
+    with pytest.raises(UserError, match="The network has no parameters, and there is nothing to train"):
+        fit_network(nn.Flatten(), images(), TrainSettings(), seed=0, device="cpu")
+
+
+def test_a_frozen_network_is_trained_as_a_whole_and_frozen_again():
+    frozen, free = network().requires_grad_(False), network()
+    for model in (frozen, free):
+        fit_network(model, images(), TrainSettings(epochs=1, batch_size=16), seed=0)
+    assert hash_state(frozen) == hash_state(free) != hash_state(network())
+    assert not any(each.requires_grad or each.grad is not None for each in frozen.parameters())
+    head = network().requires_grad_(False)
+    head.linear.requires_grad_(True)
+    fit_network(head, images(), TrainSettings(epochs=1, batch_size=16), seed=0)
+    assert torch.equal(head.conv1.weight, network().conv1.weight)
 
 
 @pytest.mark.parametrize(
