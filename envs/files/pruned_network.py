@@ -7,7 +7,6 @@ probe, the network's answer to one fixed input of shape (1, ...), tells apart wh
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import math
@@ -27,6 +26,8 @@ from torch.utils._pytree import tree_leaves
 from ...atomic import write_atomically
 from ...errors import UserError, first_line
 from ..networks import built_in as networks
+from ..networks.copying import copied
+from ..networks.unwrapping import is_lazy, plain_network
 from ..surgery.cutting import cut_channels, find_module
 from ..surgery.kept_channels import KeptChannels
 from ..surgery.slicing import width
@@ -109,7 +110,7 @@ def load_pruned(folder: str | Path, constructor: Callable[[], nn.Module] | None 
         tensors = load_tensors(weights)
     except Exception as error:
         raise UserError(f"{Path(folder) / WEIGHTS} is not a safetensors file ({error}).") from error
-    dense = _dense(core["constructor"], constructor, len(tensors))
+    dense = _dense(core["constructor"], constructor, len(tensors), core["probe"])
     _check_widths(dense, core["kept"], core["widths"])
     model = cut_channels(dense, core["kept"])
     _fill(model, tensors, core["tensors"])
@@ -157,8 +158,11 @@ def _check_form(path: Path, core: Mapping[str, Any]) -> None:
         raise UserError(f"{path} is damaged: 'kept', 'widths' or 'tensors' is not sorted by module; restore it.")
 
 
-def _dense(stored: Any, constructor: Callable[[], nn.Module] | None, n_tensors: int) -> nn.Module:
-    """The dense network; one of keepdrop's own has no storage yet, so that no number in a file can ask for too much."""
+def _dense(stored: Any, constructor: Callable[[], nn.Module] | None, n_tensors: int, probe: Any) -> nn.Module:
+    """The dense network, without wrappers (`plain_network`).
+
+    One of keepdrop's own has no storage yet, so that no number in a file can ask for too much.
+    """
     device: AbstractContextManager[Any] = nullcontext()
     if constructor is None:
         target = stored.get("_target_") if isinstance(stored, dict) else None
@@ -179,7 +183,8 @@ def _dense(stored: Any, constructor: Callable[[], nn.Module] | None, n_tensors: 
         raise UserError(f"The constructor of the dense network fails ({type(error).__name__}: {error}).") from error
     if not isinstance(dense, nn.Module):
         raise UserError(f"The constructor of the dense network returned a {type(dense).__name__}, expected a module.")
-    return dense
+    example = _probe_input(_checked_probe(probe)[0]) if probe is not None and is_lazy(dense) else None
+    return plain_network(dense, example)[0]
 
 
 def _numbers(value: Any) -> list[float]:
@@ -221,7 +226,7 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor], described: Mapping[st
 
 def _probe_of(model: nn.Module, shape: Sequence[int]) -> dict[str, Any] | None:
     """Shape and outputs, as JSON; None for a network that does not answer in finite numbers."""
-    outputs = _answer(copy.deepcopy(model).cpu().eval(), shape)
+    outputs = _answer(copied(model).cpu().eval(), shape)
     return {"shape": list(shape), "outputs": outputs} if all(map(math.isfinite, outputs)) else None
 
 
@@ -258,11 +263,14 @@ def _checked_probe(probe: Any) -> tuple[list[int], list[float]]:
 
 @torch.no_grad()
 def _answer(model: nn.Module, shape: Sequence[int]) -> list[float]:
-    # No random numbers: their generator may change from version to version.
-    values = torch.sin(0.37 * torch.arange(math.prod(shape), dtype=torch.float64)).reshape(list(shape))
     dtype = next((each.dtype for each in model.parameters() if each.is_floating_point()), torch.float32)
-    outputs = [each for each in tree_leaves(model(values.to(dtype))) if isinstance(each, Tensor)]
+    outputs = [each for each in tree_leaves(model(_probe_input(shape, dtype))) if isinstance(each, Tensor)]
     return [number for each in outputs for number in each.double().flatten().tolist()]
+
+
+def _probe_input(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    # No random numbers: their generator may change from version to version.
+    return torch.sin(0.37 * torch.arange(math.prod(shape), dtype=torch.float64)).reshape(list(shape)).to(dtype)
 
 
 def _described(value: Tensor) -> dict[str, Any]:

@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .inputs import as_call, batch_size
 from .modes import evaluating
-from .module_kinds import Inputs
+from .module_kinds import Inputs, n_products
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,14 @@ class Cost:
 def count_cost(model: nn.Module, example_inputs: Inputs) -> Cost:
     """MACs per image (batch 1) and parameters of `model`, from one forward pass on `example_inputs`.
 
-    Counted are convolutions (1d to 3d, grouped, transposed) and linear layers; a bias, normalisation, activations and
-    products outside such modules are not. A module called twice counts twice, its parameters once. `example_inputs` is
+    Counted are convolutions (1d to 3d, grouped, transposed), linear layers and recurrent ones (each weight once a step,
+    without the products of their gates); a bias, normalisation, activations and products outside such modules are not. A module called twice counts twice, its parameters once. `example_inputs` is
     a tensor, a tuple of positional or a mapping of keyword arguments; the first tensor's first axis is the batch.
     The model is left as it was: weights, train/eval modes, hooks.
     """
     args, kwargs = as_call(example_inputs)
     calls: dict[nn.Module, list[int]] = defaultdict(list)
-    leaves = [m for m in model.modules() if isinstance(m, (*CONVS, *TRANSPOSED, nn.Linear))]
+    leaves = [m for m in model.modules() if isinstance(m, (*CONVS, *TRANSPOSED, nn.Linear, *RECURRENT))]
     handles = [leaf.register_forward_hook(_recorder(calls)) for leaf in leaves]
     try:
         with evaluating(model), torch.no_grad():
@@ -63,6 +64,11 @@ def count_cost(model: nn.Module, example_inputs: Inputs) -> Cost:
 
 def _recorder(calls: dict[nn.Module, list[int]]) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
     def record(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if isinstance(module, RECURRENT):
+            states = output if isinstance(output, Tensor) else output[0]
+            values = states.data  # also of a packed sequence
+            calls[module].append(values.numel() // values.shape[-1] * n_products(module))
+            return
         # Each output element costs one product per weight of its filter; a transposed convolution spreads each input
         # element over the filter instead.
         elements = inputs[0].numel() if isinstance(module, TRANSPOSED) and inputs else output.numel()

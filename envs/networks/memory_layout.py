@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .copying import copied
-from .inputs import mapped, tensors_of
+from .inputs import batch_size, is_batch, mapped, tensors_of
 from .module_kinds import Inputs, run
 
 CHANNELS_LAST, CONTIGUOUS = torch.channels_last, torch.contiguous_format
@@ -25,8 +25,8 @@ _known: WeakKeyDictionary[nn.Module, dict[Any, torch.memory_format]] = WeakKeyDi
 def layout_of(model: nn.Module, inputs: Inputs, *, training: bool = False) -> torch.memory_format:
     """The memory format that `model` takes its images in: `torch.channels_last`, or `torch.contiguous_format`.
 
-    Channels-last wherever the network runs with images and weights in that order and answers as it does otherwise, to
-    rounding. Tried on copies, without a trace on the network or on random streams, and remembered.
+    Channels-last wherever the network runs with images (and in evaluation mode weights) in that order and answers as it
+    does otherwise, to rounding. Tried on copies, without a trace on the network or on random streams, and remembered.
 
     Args:
         model: the network.
@@ -40,7 +40,8 @@ def layout_of(model: nn.Module, inputs: Inputs, *, training: bool = False) -> to
     known = _known.setdefault(model, {})
     key = (training, *((tuple(value.shape[1:]), value.device) for value in tensors))
     if key not in known:
-        some = mapped(inputs, lambda value: value[:2] if value.dim() else value)
+        given = batch_size(inputs)
+        some = mapped(inputs, lambda value: value[:2] if is_batch(value, given) else value)
         known[key] = _tried(model, some, training)
     return known[key]
 
@@ -87,7 +88,8 @@ class _Trial:
 
     def answers(self, inputs: Inputs, layout: torch.memory_format) -> list[Tensor] | None:
         """All output tensors; None where the network fails."""
-        order_weights(self.model, layout)
+        if not self.training:  # there the weights keep their order
+            order_weights(self.model, layout)
         try:
             # `to` also gives single-channel images the strides of the layout, `contiguous` does not.
             images = mapped(inputs, lambda x: x.clone().to(memory_format=layout) if x.dim() == 4 else x.clone())

@@ -32,6 +32,12 @@ def evaluating(*models: nn.Module | None) -> Iterator[None]:
         yield
 
 
+def random_states() -> dict[str, object]:
+    """Where the generators of Python, NumPy and torch are: another state means that numbers were drawn."""
+    torchs = torch.random.get_rng_state().numpy().tobytes()
+    return {"Python's random": random.getstate(), "numpy.random": np.random.get_state()[2:], "torch": torchs}
+
+
 @contextmanager
 def randomness_restored(seed: int | None = None) -> Iterator[None]:
     """Random numbers drawn inside (on the CPU) leave the generators of Python, NumPy and torch as they were.

@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from ...errors import UserError, first_line
 from .copying import copied
+from .inputs import mapped
 from .modes import evaluating
 from .module_kinds import Inputs, run
 
@@ -29,7 +30,7 @@ def plain_network(model: Any, example_inputs: Inputs | None = None) -> tuple[nn.
 
     Args:
         model: a network, or an object that holds one as its module, ema, ema_model or model.
-        example_inputs: what the network runs on, where it is; needed for lazy modules alone.
+        example_inputs: what the network runs on; needed for lazy modules alone.
 
     Returns the copy, on the device it came from and in its mode, and a sentence on everything that was changed.
     Raises UserError for what is no network, cannot be copied or, being lazy, does not run on the example.
@@ -121,9 +122,10 @@ def _materialise(network: nn.Module, example_inputs: Inputs | None) -> None:
         raise UserError(
             f"{type(network).__name__} has lazy modules, whose sizes nobody knows yet; run it on one image first."
         )
+    device = next(network.parameters()).device
     try:
         with torch.no_grad(), evaluating(network):
-            run(network, example_inputs)
+            run(network, mapped(example_inputs, lambda value: value.to(device)))
     except Exception as error:
         raise UserError(
             f"{type(network).__name__} has lazy modules and fails on one image ({type(error).__name__}: "

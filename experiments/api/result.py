@@ -22,7 +22,8 @@ class PruningResult:
     """What pruning did; accuracies are fractions on the report images, which nothing was chosen on.
 
     Attributes:
-        model: the smaller network, fine-tuned, in evaluation mode.
+        model: the smaller network, fine-tuned, in evaluation mode; always plain, without DataParallel,
+            `torch.compile` or another wrapper that the network came in.
         dense: a copy of what came in.
         layers: what happened to each layer.
         base_accuracy, pruned_accuracy, accuracy: before, after the last cut, after fine-tuning.
@@ -32,6 +33,7 @@ class PruningResult:
         kept: which channels of the dense network are left.
         example: one image (1, C, H, W).
         metric: what the accuracies are.
+        notes: what was changed in the network before it was pruned (wrappers taken off, masks made permanent).
     """
 
     model: nn.Module
@@ -48,6 +50,7 @@ class PruningResult:
     kept: KeptChannels
     example: torch.Tensor
     metric: str = TOP1.name
+    notes: tuple[str, ...] = ()
 
     def facts(self) -> dict[str, Any]:
         """Every number of the result; JSON types only."""
@@ -58,7 +61,8 @@ class PruningResult:
 
     def save(self, folder: str | Path, constructor: Mapping[str, Any] | None = None) -> None:
         """Write `model.safetensors` and `architecture.json`, which `keepdrop.load_pruned(folder, make_dense)` reads."""
-        save_pruned(self.model, folder, kept=self.kept, constructor=constructor, facts=self.facts())
+        shape = tuple(self.example.shape)
+        save_pruned(self.model, folder, kept=self.kept, constructor=constructor, facts=self.facts(), input_shape=shape)
 
     def latency(self, batch_sizes: Sequence[int] = (1, 64), repeats: int = 20) -> tuple[Latency, ...]:
         """Seconds of both networks, measured side by side here and now."""
@@ -66,8 +70,10 @@ class PruningResult:
         return tuple(measure_latency(models, self.example, batch_sizes=batch_sizes, repeats=repeats))
 
     def __str__(self) -> str:
-        return (
+        lines = (
             f"{display_name(self.metric)} {self.base_accuracy:.2%} -> {self.accuracy:.2%}, "
             f"MACs {self.base_macs:,} -> {self.macs:,} ({self.macs / self.base_macs - 1:+.1%}), "
-            f"parameters {self.base_params:,} -> {self.params:,} ({self.params / self.base_params - 1:+.1%})"
+            f"parameters {self.base_params:,} -> {self.params:,} ({self.params / self.base_params - 1:+.1%})",
+            *self.notes,
         )
+        return "\n".join(lines)

@@ -20,7 +20,7 @@ from ...envs.networks.module_kinds import Inputs
 from ...envs.surgery.filter_group import FilterGroup, GroupPlan
 from ...envs.surgery.group_cost import pruned_cost
 from ...errors import UserError, first_line
-from ..config.build import build, network_constructor
+from ..config.build import NetworkConstructor, build
 from ..config.entry_point import plain, run_with_hydra
 from ..config.ignored import Ignored, refuse_ignored
 from ..runs.console import Terminal
@@ -34,10 +34,13 @@ def main() -> None:
 def run(config: DictConfig) -> dict[str, Any]:
     """Print one row per filter group, or JSON; nothing is written."""
     refuse_ignored(config, IGNORED)
-    model = network_constructor(config.network, config.seed)().eval()
+    example = example_of(config)
+    construct = NetworkConstructor(config.network, config.seed, example)
+    model = construct().eval()
     if config.checkpoint is not None:
         load_checkpoint(model, Path(config.checkpoint))
-    described = describe(model, example_of(config))
+    described = describe(model, example)
+    described["notes"] += construct.notes
     if config.json:
         print(json.dumps(described, indent=2))
         return described

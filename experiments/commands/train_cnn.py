@@ -13,7 +13,7 @@ from ...envs.data.splits import Splits
 from ...envs.evaluation.mask_evaluator import accuracy_on
 from ...envs.networks.checkpoint import save_weights
 from ...envs.networks.cost import count_cost
-from ..config.build import build_augment, build_splits, network_constructor
+from ..config.build import NetworkConstructor, build_augment, build_splits
 from ..config.entry_point import run_with_hydra, settings
 from ..config.ignored import BASE_TRAINING, refuse_ignored
 from ..config.training import WEIGHTS, train_baseline
@@ -43,7 +43,7 @@ def check(config: DictConfig) -> Splits:
     resolve_device(config.device)
     augment, splits = build_augment(config.augment), build_splits(config)
     check_augment(augment, splits.fit)
-    try_network(network_constructor(config.network)(), splits)
+    try_network(NetworkConstructor(config.network, 0, one_image(splits))(), splits)
     return splits
 
 
@@ -51,7 +51,10 @@ def train(splits: Splits, context: RunContext) -> dict[str, Any]:
     """Train the network and write weights, provenance and metrics."""
     config, folder = context.config, context.folder
     folder.write_json(FACTS, provenance(config.seed) | {"splits": splits.summary()})
-    model = network_constructor(config.network, derive_seed(config.seed, "init"))().to(resolve_device(config.device))
+    construct = NetworkConstructor(config.network, derive_seed(config.seed, "init"), one_image(splits))
+    model = construct().to(resolve_device(config.device))
+    for note in construct.notes:
+        context.terminal.say(note)
     snapshot = folder / "snapshot.pt"
     train_baseline(model, splits, context, snapshot)
     model.eval()
@@ -75,10 +78,14 @@ def show(metrics: Mapping[str, Any], context: RunContext) -> None:
 
 def metrics_of(model: torch.nn.Module, splits: Splits) -> dict[str, Any]:
     """Accuracies (fractions) on the reward and the report split, and what the network costs."""
-    example = splits.reward.batch(torch.arange(1))[0]
-    cost = count_cost(model, example.to(next(model.parameters()).device))
+    cost = count_cost(model, one_image(splits).to(next(model.parameters()).device))
     accuracies: dict[str, float] = {}
     for role in ("reward", "report"):
         images = getattr(splits, role)
         accuracies |= {f"{role}_accuracy": accuracy_on(model, images), f"n_{role}": len(images)}
     return accuracies | {"metric": splits.objective.name, "macs": cost.macs, "params": cost.params}
+
+
+def one_image(splits: Splits) -> torch.Tensor:
+    """(1, C, H, W), to see what the network makes of it."""
+    return splits.reward.batch(torch.arange(1))[0]

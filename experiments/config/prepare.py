@@ -30,13 +30,12 @@ from ..pruning.trained_agents import agents_of, load_agents
 from ..runs.seeds import derive_seed
 from ..training.loop import TrainSettings, check_augment
 from .build import (
-    Constructor,
+    NetworkConstructor,
     build_augment,
     build_policy_factory,
     build_reward,
     build_splits,
     load_network,
-    network_constructor,
 )
 from .entry_point import plain, settings
 from .ignored import Ignored, refuse_ignored
@@ -48,7 +47,7 @@ class Inputs:
     """The checked inputs of a pruning command; `dense` and `base` are None where the base is yet to be trained."""
 
     splits: Splits
-    construct: Constructor
+    construct: NetworkConstructor
     device: torch.device
     groups: tuple[FilterGroup, ...]
     dense: nn.Module | None
@@ -88,13 +87,14 @@ def prepare(config: DictConfig, layers: Sequence[str] | None) -> Inputs:
     device = resolve_device(config.device)
     augment, splits = build_augment(config.augment), build_splits(config)
     check_augment(augment, splits.fit)
-    construct = network_constructor(config.network, derive_seed(config.seed, "init"))
+    image = splits.reward.batch(torch.arange(1))[0]
+    construct = NetworkConstructor(config.network, derive_seed(config.seed, "init"), image)
     dense = base = None
     if config.checkpoint is not None:
         try_network(construct(), splits)
         dense = load_network(construct, config.checkpoint).to(device)
         base = measure_baseline(dense, splits, device)
-    example = splits.reward.batch(torch.arange(1))[0].to(device)
+    example = image.to(device)
     model = dense if dense is not None else construct().eval().to(device)
     try_network(model, splits)
     check_losses(config, splits)

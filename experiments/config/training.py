@@ -33,6 +33,8 @@ def begin_task(inputs: Inputs, context: RunContext) -> PruningTask:
     dense = inputs.dense
     if dense is None:
         dense = dense_baseline(inputs.construct, inputs.splits, context).to(inputs.device)
+    for note in inputs.construct.notes:
+        context.terminal.say(note)
     task = inputs.task(dense)
     keep_provenance(task, context.config, context.folder)
     return task
