@@ -58,7 +58,8 @@ class DecisionTask(Protocol):
     def outcomes(self, masks_MN: Tensor, image_indices: Tensor | None = None) -> list[Outcome]:
         """What each mask does to the network, on the whole reward split or on the images named, (B,) int64.
 
-        ValueError for masks of another shape and for one that keeps nothing of a filter group.
+        A mask that keeps everything is the network itself, bit for bit. ValueError for masks of another shape and for
+        one that keeps nothing of a filter group.
         """
 
     def cut(self, keep: Tensor) -> nn.Module:
@@ -158,9 +159,14 @@ class PruningTask:
         return count_cost(self.model, self.example)
 
     @cached_property
+    def correct(self) -> Tensor:
+        """What the network as it is now gets right on the reward split, image by image, or its points: (B,)."""
+        return correct_flags(self.model, *self.reward_images, objective=self.objective)
+
+    @property
     def accuracy(self) -> float:
         """Accuracy of the network as it is now on the whole reward split."""
-        return self.objective.fraction(correct_flags(self.model, *self.reward_images, objective=self.objective))
+        return self.objective.fraction(self.correct)
 
     def fit_images(self, count: int) -> tuple[Tensor, Tensor]:
         """`count` images of the fit split, always the same ones for one seed."""
@@ -333,16 +339,29 @@ class LayerTask:
         for one that keeps nothing.
         """
         masks_MN = self.allowed(checked_masks(self.group, masks_MN))
-        evaluator = self.evaluator if image_indices is None else self.search_evaluator
-        mixes = self.mixes(masks_MN) or None
-        correct = evaluator.correct({self.group.name: masks_MN}, image_indices=image_indices, mixes=mixes)
+        points = self._points(masks_MN, image_indices)
         base, objective = self.task.base.correct, self.task.objective
-        base = base if image_indices is None else base[image_indices]
-        before, full = objective.fraction(base), objective.unit * len(base)
+        before = objective.fraction(base if image_indices is None else base[image_indices])
         return [
-            self.task.outcome(before, int(count) / full, {self.group: kept})
-            for count, kept in zip(correct, masks_MN.sum(1).tolist(), strict=True)
+            self.task.outcome(before, objective.fraction(own), {self.group: kept})
+            for own, kept in zip(points, masks_MN.sum(1).tolist(), strict=True)
         ]
+
+    def _points(self, masks_MN: Tensor, image_indices: Tensor | None) -> Tensor:
+        """Right answers, or points, of each image under each mask: (M, B)."""
+        whole = masks_MN.all(1)
+        n_images = self.n_images if image_indices is None else len(image_indices)
+        points = torch.empty(len(masks_MN), n_images, dtype=self.task.objective.dtype)
+        if bool(whole.any()):
+            # The network itself: an evaluator, which folds batch norms and may round to bfloat16, comes close only.
+            own = self.task.correct
+            points[whole] = own if image_indices is None else own[image_indices.cpu()]
+        if not bool(whole.all()):
+            evaluator, masks_MN = self.evaluator if image_indices is None else self.search_evaluator, masks_MN[~whole]
+            mixes = self.mixes(masks_MN) or None
+            masks = {self.group.name: masks_MN}
+            points[~whole] = evaluator.correct_per_image(masks, image_indices=image_indices, mixes=mixes)
+        return points
 
     def disagreement_with_float32(self, masks_MN: Tensor) -> dict[str, float]:
         """How a search's precision differs from float32 on the whole reward split, under M masks.
@@ -354,13 +373,14 @@ class LayerTask:
         mixes = self.mixes(masks[self.group.name])
         exact = self.evaluator.correct_per_image(masks, mixes=mixes)
         quick = self.search_evaluator.correct_per_image(masks, mixes=mixes)
-        apart = (exact.double().mean(1) - quick.double().mean(1)).abs() / self.task.objective.unit
-        return {"answers": float((exact != quick).double().mean()), "accuracy": float(apart.max())}
+        score = self.task.objective.fraction
+        apart = max(abs(score(one) - score(other)) for one, other in zip(exact, quick, strict=True))
+        return {"answers": float((exact != quick).double().mean()), "accuracy": apart}
 
     def cut(self, keep: Tensor) -> nn.Module:
-        """A new, smaller network without the filters that `keep` (N,) bool drops."""
+        """A new, smaller network without the filters that `keep` (N,) bool drops; a plain copy where it drops none."""
         keep = self.allowed(checked_keep(self.group, keep)[None])[0]
         model = prune(self.task.model, {self.group: keep})
-        if self.compensation is not None:
+        if not bool(keep.all()) and self.compensation is not None:
             self.compensation.fold(model, self.group, keep)
         return model

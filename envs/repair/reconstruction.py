@@ -227,8 +227,11 @@ class _Recorder(fx.Interpreter):
         value = super().run_node(n)
         site = self.sites.get(n.name)
         if site is not None:
-            partner = None if site.partner is None else outputs_at(_value(self, site.partner), self.places)
-            outputs = outputs_at(value, self.places)
+            last = isinstance(self.submodules[site.module], nn.Linear)
+            partner = None
+            if site.partner is not None:
+                partner = outputs_at(_value(self, site.partner), self.places, last=last)
+            outputs = outputs_at(value, self.places, last=last)
             same = partner is not None and partner.shape == outputs.shape
             self.wanted[n.name] = Wanted(outputs, partner if same else None)
         return value
@@ -276,7 +279,8 @@ class _Repair(fx.Interpreter):
         outputs = wanted.outputs[:, keep]
         if wanted.partner is None or site.partner is None:
             return outputs
-        now = outputs_at(_value(self, site.partner), self.source.settings.places)
+        last = isinstance(self.submodules[site.module], nn.Linear)
+        now = outputs_at(_value(self, site.partner), self.source.settings.places, last=last)
         if now.shape != outputs.shape:
             return outputs
         lost = wanted.partner[:, keep] - now

@@ -19,10 +19,11 @@ from ...envs.surgery.cutting import prune
 from ...envs.surgery.filter_group import FilterGroup
 from ...envs.surgery.kept_channels import KeptChannels
 from ...envs.task import PruningTask, replace_model
-from ..runs.folder import RunFolder
+from ...errors import UserError
+from ..runs.folder import RunFolder, read_json
 from ..runs.seeds import derive_seed
 from .network_decide import NetworkDecider
-from .schedule import NETWORK, LayerRecord, Recovery, Watcher
+from .schedule import NETWORK, LayerRecord, Recovery, Watcher, stored_record
 
 STAGE = "network"
 STATE = "network-state.pt"
@@ -73,7 +74,7 @@ class NetworkSchedule:
         cut = replace_model(task, one_shot.cut(one_shot.joined(decision.masks)), kept)
         accuracy, searched = cut.accuracy, time.perf_counter()
         left = cut
-        if self.recover is not None:
+        if self.recover is not None and not all(bool(keep.all()) for keep in decision.masks.values()):
             left = replace_model(cut, self.recover(cut, derive_seed(seed, "recovery"), working))
         recovered, n_groups = left.accuracy, len(decision.masks)
         records = [
@@ -99,7 +100,10 @@ class NetworkSchedule:
 
 def finished(stage: Path, task: PruningTask) -> tuple[PruningTask, KeptChannels, list[LayerRecord]]:
     """Take a finished decision from its folder, as a resumed run does."""
-    records = [LayerRecord(**each) for each in json.loads((stage / DECISIONS).read_text())]
+    file = stage / DECISIONS
+    records = [stored_record(each, file, task) for each in read_json(file, list, "a list")]
+    if {record.name for record in records} != {group.name for group in task.groups}:
+        raise UserError(f"{str(file)!r} decides on other layers than this run has; put back the file that it wrote.")
     choices = _choices(task, {record.name: torch.tensor(record.keep) for record in records})
     pruned = prune(task.model, choices)
     load_checkpoint(pruned, stage / NETWORK)

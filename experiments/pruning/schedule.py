@@ -20,7 +20,7 @@ from ...envs.surgery.kept_channels import KeptChannels
 from ...envs.task import LayerTask, PruningTask, replace_model
 from ...errors import UserError, first_line
 from ...rewards.outcome import Outcome, RewardFunction
-from ..runs.folder import RunFolder
+from ..runs.folder import RunFolder, read_json
 from ..runs.seeds import derive_seed
 from .decide import Decider, Decision
 
@@ -172,7 +172,7 @@ class Schedule:
             within_bound=self._fits(layer, accuracy),
             search_seconds=searched - started,
             recovery_seconds=time.perf_counter() - searched,
-            facts={**decision.facts, **_judged(layer)},
+            facts={**decision.facts, **_judged(layer, keep)},
         )
         save_weights(recovered, working / NETWORK)
         (working / "decision.json").write_text(json.dumps(asdict(record), indent=2, allow_nan=False) + "\n")
@@ -224,19 +224,40 @@ def _measured(layer: LayerTask, keep: Tensor, model: nn.Module, masked_accuracy:
     return accuracy, None if agree else "masked and cut network disagree"
 
 
-def _judged(layer: LayerTask) -> dict[str, Any]:
-    """How the layer's masks were judged: who reads the filters compensated, and who only masked, with the reason."""
-    found = layer.compensation
+def _judged(layer: LayerTask, keep: Tensor) -> dict[str, Any]:
+    """How the layer's mask was judged: who reads the filters compensated, and who only masked, with the reason."""
+    found = None if bool(keep.all()) else layer.compensation
     if found is None:
         return {"compensated": [], "not_compensated": {}}
     return {"compensated": list(found.moments), "not_compensated": dict(found.skipped)}
+
+
+def stored_record(content: Any, file: Path, task: PruningTask) -> LayerRecord:
+    """A layer's record as it was read from `file`; a `UserError` where it is not one of a layer of `task`."""
+    try:
+        record = LayerRecord(**content)
+        n_filters = task.layer(record.name).n_filters
+        keep = [type(one) is bool for one in record.keep]
+        numbers = (record.pruned_accuracy, record.recovered_accuracy, record.search_seconds, record.recovery_seconds)
+        whole = all(keep) and len(keep) == record.n_filters == n_filters and sum(record.keep) == record.n_kept > 0
+        whole &= isinstance(record.facts, dict) and isinstance(record.decided_by, str)
+        whole &= isinstance(record.within_bound, bool) and all(type(each) in (int, float) for each in numbers)
+    except (TypeError, ValueError, AttributeError, KeyError):
+        whole = False
+    if not whole:
+        raise UserError(
+            f"{str(file)!r} is damaged (it is no decision on a layer of this network); put back the file that the run "
+            "wrote, or begin a new run."
+        )
+    return record
 
 
 def _finished_layer(
     folder: Path, task: PruningTask, kept: KeptChannels
 ) -> tuple[PruningTask, KeptChannels, LayerRecord]:
     """Take a finished layer from its folder, as a resumed run does."""
-    record = LayerRecord(**json.loads((folder / "decision.json").read_text()))
+    file = folder / "decision.json"
+    record = stored_record(read_json(file), file, task)
     choices = {task.layer(record.name).group: torch.tensor(record.keep)}
     pruned = prune(task.model, choices)
     load_checkpoint(pruned, folder / NETWORK)

@@ -13,6 +13,7 @@ from keepdrop.envs.networks.cost import count_cost
 from keepdrop.envs.observation import Observation
 from keepdrop.envs.one_shot import OneShotTask
 from keepdrop.envs.repair.compensation import Compensation
+from keepdrop.envs.repair.reconstruction import ReconstructionSettings
 from keepdrop.envs.task import PruningTask, measure_baseline, replace_model
 from keepdrop.errors import UserError
 
@@ -106,14 +107,59 @@ def test_compensation_aims_at_the_dense_network(target):
     there = {"dense": task.model, "dense_group": task.layer("conv2").group} if target == "dense" else {}
     expected = Compensation.fit(later.model, layer.group, images, ridge=settings.ridge, **there)
     masks = _masks(10)
-    masks[0] = True
+    masks[0], masks[1] = True, torch.arange(10) > 0
     mixes = layer.mixes(masks)
     assert all(torch.equal(mixes[key], value) for key, value in expected.matrices(masks).items())
-    # Kept channels drift as well: with the dense network as target they are corrected, too.
+    # Where something is dropped, kept channels are corrected too with the dense network as target: they drift as well.
     identity = torch.eye(10, dtype=torch.float64)
-    assert torch.allclose(mixes["conv2", "conv3"][0], identity, atol=1e-6) == (target == "current")
+    kept = mixes["conv2", "conv3"][1][1:, 1:]
+    assert torch.allclose(kept, identity[1:, 1:], atol=1e-6) == (target == "current")
+    assert torch.equal(mixes["conv2", "conv3"][0], identity)
     for mask, outcome in zip(masks, layer.outcomes(masks), strict=True):
         assert outcome.pruned_accuracy == _accuracy(layer.cut(mask), task.splits.reward)
+
+
+def _left_behind(settings):
+    """conv2 of a network that was cut and then trained on, away from the dense one: `settings` decide its target."""
+    _, later, _ = _after_first_cut(settings)
+    model = copy.deepcopy(later.model)
+    with torch.no_grad():
+        for name in ("conv2", "conv3"):  # the same function, in other units than the dense network's
+            model.get_submodule(name.replace("conv", "bn")).weight.mul_(4)
+            model.get_submodule(name.replace("conv", "bn")).bias.mul_(4)
+        model.conv3.weight.div_(4)
+        model.linear.weight.div_(4)
+    return replace_model(later, model).layer("conv2")
+
+
+def _same_bits(one, other):
+    one, other = one.state_dict(), other.state_dict()
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.mark.parametrize("settings", [{"target": "dense"}, {"target": "current"}, {"dtype": "bfloat16"}])
+@pytest.mark.filterwarnings("ignore:This processor does not compute in bfloat16:RuntimeWarning")
+def test_keeping_everything_is_the_network_bit_for_bit(settings):
+    layer = _left_behind(dataclasses.replace(QUICK, **settings))
+    task, everything = layer.task, torch.ones(10, dtype=torch.bool)
+    assert layer.compensation is not None and layer.compensation.moments
+    for cut in (layer.cut(everything), layer.compensation.folded(task.model, everything)):
+        assert _same_bits(cut, task.model)
+    masks, some = torch.stack([everything, *_masks(10)]), torch.arange(1, 250, 3)
+    assert layer.outcomes(masks)[0].pruned_accuracy == layer.outcomes(masks[:1])[0].pruned_accuracy == task.accuracy
+    expected = _accuracy(task.model, task.splits.reward.select(some))
+    assert layer.outcomes(masks, some)[0].pruned_accuracy == expected
+    one_shot = OneShotTask(task, ReconstructionSettings(images=40))
+    everything = torch.ones(one_shot.n_filters, dtype=torch.bool)
+    assert _same_bits(one_shot.cut(everything), task.model)
+    assert one_shot.outcomes(everything[None])[0].pruned_accuracy == task.accuracy
+    assert one_shot.outcomes(everything[None], some)[0].pruned_accuracy == expected
+
+
+def test_a_dense_network_left_behind_would_cost_what_is_kept():
+    """What the identity is for: the same regression, asked to make up for one filter, wrecks the trained network."""
+    layer = _left_behind(QUICK)
+    assert layer.outcomes((torch.arange(10) != 4)[None])[0].pruned_accuracy < layer.task.accuracy - 0.1
 
 
 def test_a_cut_whose_channels_nobody_told_is_compensated_as_it_is():

@@ -120,12 +120,31 @@ def test_every_network_of_the_zoo_is_repaired_or_said_to_be_untraceable(name):
     assert error <= plain_error * 1.001
 
 
-def test_nothing_dropped_changes_nothing():
-    model = cifar_resnet(8).double().eval()
-    images = torch.randn(8, 3, 16, 16, dtype=torch.float64)
-    group = find_groups(model, images[:1]).groups[1]
-    same = Reconstruction(model, images).cut({group: torch.ones(group.n_filters, dtype=torch.bool)})
-    torch.testing.assert_close(same(images), model(images), rtol=1e-9, atol=1e-9)
+def test_layers_that_see_nothing_of_a_cut_keep_every_bit():
+    generator = torch.Generator().manual_seed(2)
+    model = randomised(cifar_resnet(8), generator).float().eval()
+    images = torch.randn(8, 3, 16, 16, generator=generator)
+    groups = find_groups(model, images[:1]).groups
+    reconstruction = Reconstruction(model, images)
+
+    def changed(*cut):
+        choices = {
+            group: torch.arange(group.n_filters) % 2 > 0 if group.name in cut else _whole(group) for group in groups
+        }
+        found = reconstruction.cut(choices).state_dict()
+        return {name for name, value in model.state_dict().items() if not torch.equal(found[name], value)}
+
+    names = [group.name for group in groups]
+    assert changed() == set()
+    assert names[-1] == "layer3.0.conv1"
+    assert {name.rpartition(".")[0] for name in changed(names[-1])} == {
+        *("layer3.0.conv1", "layer3.0.bn1"),  # cut
+        *("layer3.0.conv2", "layer3.0.bn2", "linear"),  # repaired
+    }
+
+
+def _whole(group):
+    return torch.ones(group.n_filters, dtype=torch.bool)
 
 
 def test_a_residual_branch_makes_up_for_its_shortcut():
