@@ -17,20 +17,39 @@ ASKED = "asked.json"
 
 
 def open_folder(path: Path, task: PruningTask, asked: Mapping[str, Any]) -> RunFolder:
-    """A new folder, or that of an interrupted call with the same network, images and arguments; else a UserError."""
+    """A new folder, or that of an interrupted call with the same network, images and arguments; else a UserError.
+
+    It is locked until it is closed, and what an earlier call left there is as that call wrote it.
+    """
     folder = RunFolder(path)
     now = {"base": hash_state(task.model), "splits": task.splits.summary(), **described(dict(asked))}
+    if not (path / ASKED).is_file():
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(
+                f"The folder {str(path)!r} exists and is not empty; expected a new one, or that of this run."
+            )
+        folder.keep_hashes()
+    folder.lock()
+    try:
+        _check_asked(folder, now)
+    except BaseException:
+        folder.close()
+        raise
+    return folder
+
+
+def _check_asked(folder: RunFolder, now: Mapping[str, Any]) -> None:
+    """Write down what a new run was asked to do; a UserError for an earlier one that was asked something else."""
+    folder.check_hashes()
     before = folder.read_json(ASKED)
-    if before is None and path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"The folder {str(path)!r} exists and is not empty; expected a new one, or that of this run.")
-    if before is not None and before != now:
-        odd = next(name for name in {**before, **now} if before.get(name) != now.get(name))
-        raise UserError(
-            f"{str(path)!r} holds another run: its {odd} differs; give a new folder, or the arguments it began with."
-        )
     if before is None:
         folder.write_json(ASKED, now)
-    return folder
+    elif before != now:
+        odd = next(name for name in {**before, **now} if before.get(name) != now.get(name))
+        raise UserError(
+            f"{str(folder.path)!r} holds another run: its {odd} differs; give a new folder, or the arguments it began "
+            "with."
+        )
 
 
 def described(value: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -15,11 +15,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import ValidationError
 
 from ...errors import UserError
-from ..runs.folder import CONFIG, FACTS, RunFolder
+from ..runs.folder import CONFIG, FACTS, RunFolder, first_free
 from .cli_errors import expected
 from .schema import register_schemas, structured
 from .stored import check_targets, is_offered, targets_in
@@ -66,9 +66,18 @@ class SweepFolder(Callback):
     current: ClassVar[SweepFolder | None] = None
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Remember what was there before."""
-        self.path = Path(str(config.hydra.sweep.dir))
-        self.made = [each for each in (self.path, *self.path.parents) if not each.exists()]
+        """Remember what was there before; without `run_dir` the folder is one that no other sweep has."""
+        given, path = list(config.hydra.overrides.task), Path(str(config.hydra.sweep.dir))
+        self.made = [each for each in (path, *path.parents) if not each.exists()]
+        if "run_dir" in config and not any(each.startswith("run_dir=") for each in given):
+            free = first_free(path)
+            self.made = [free, *(each for each in self.made if each != path)]
+            if free != path:
+                with read_write(config), open_dict(config):  # every job is composed anew, from these overrides
+                    config.hydra.sweep.dir = str(free)
+                    config.hydra.overrides.task = [*given, f"run_dir='{free}'"]
+            path = free
+        self.path = path
         self.before = set(self.path.iterdir()) if self.path.is_dir() else set()
         self.yaml = self.path / "multirun.yaml"
         self.old = self.yaml.read_bytes() if self.yaml.is_file() else None
@@ -93,20 +102,35 @@ class SweepFolder(Callback):
                 each.rmdir()
 
 
-def open_run(config: DictConfig) -> tuple[RunFolder, DictConfig]:
-    """The folder of a new run, or of the one that `resume` names together with the configuration it began with."""
+@contextmanager
+def open_run(config: DictConfig) -> Iterator[tuple[RunFolder, DictConfig]]:
+    """The folder of a new run, or of the one that `resume` names together with the configuration it began with.
+
+    No other process works in it inside. What the run wrote is compared with its hashes before anything is read.
+    """
     resume = config.get("resume")
     if resume is None:
-        return RunFolder.create(_run_path(config), config), config
+        folder = RunFolder.create(_run_path(config), config, numbered="run_dir" not in typed() and not is_sweep())
+        with closing(folder):
+            yield folder, config
+        return
     folder = RunFolder.open(Path(resume))
+    folder.lock()
+    with closing(folder):
+        folder.check_hashes()
+        yield folder, _stored(config, folder)
+
+
+def _stored(config: DictConfig, folder: RunFolder) -> DictConfig:
+    """The configuration that a resumed run began with; what was added to keepdrop since comes from the defaults."""
     stored = folder.config()
-    _check_repeated(resume, stored)
+    _check_repeated(config.resume, stored)
     _check_same_command(config, stored, folder)
-    for key in config:  # a run of an earlier version takes what was added since from the defaults
+    for key in config:
         if key not in stored:
             stored[key] = config[key]
     stored.quiet = config.quiet
-    return folder, stored
+    return stored
 
 
 def _check_repeated(resume: str, stored: DictConfig) -> None:
@@ -128,9 +152,9 @@ def _check_repeated(resume: str, stored: DictConfig) -> None:
 
 def _check_same_command(config: DictConfig, stored: DictConfig, folder: RunFolder) -> None:
     ours, theirs = ({str(key) for key in each} for each in (config, stored))
-    began = (folder.read_json(FACTS) or {}).get("command", [])
+    began = (folder.read_json(FACTS) or {}).get("command")
     # Facts name the command; a run that stopped before it wrote them is known by its settings.
-    known = began[1:2] == [command_name()]
+    known = isinstance(began, list) and began[1:2] == [command_name()]
     odd = [] if known else sorted((ours - theirs) | ({"agent"} & (theirs - ours)))
     if odd:
         raise UserError(
@@ -190,11 +214,11 @@ def _dotted(key: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 @contextmanager
 def interruptible(folder: RunFolder) -> Iterator[None]:
-    """Ctrl-C inside says how to resume: everything finished is on disk."""
+    """Ctrl-C or SIGTERM inside says how to resume: everything finished is on disk."""
     try:
         yield
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"Continue with: keepdrop {command_name()} {resuming(folder)}") from None
+    except KeyboardInterrupt as stop:
+        raise type(stop)(f"Continue with: keepdrop {command_name()} {resuming(folder)}") from None
 
 
 def resuming(folder: RunFolder) -> str:

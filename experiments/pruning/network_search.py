@@ -129,7 +129,12 @@ class NetworkAgent:
 
     def _train(self, trainer: NetworkTrainer, env: FilterPruningVectorEnv, seed: int) -> None:
         if self.state is not None and self.state.is_file():
-            trainer.load_state_dict(torch.load(self.state, weights_only=True))
+            try:
+                trainer.load_state_dict(torch.load(self.state, weights_only=True))
+            except Exception as error:  # torch's reader raises almost anything
+                raise UserError(
+                    f"The search so far, {str(self.state)!r}, is damaged; delete it to begin the search anew."
+                ) from error
         while not trainer.done:
             # Seeded anew for every update: a resumed training draws the images it would have drawn.
             env.reset(seed=derive_seed(seed, "images", str(len(trainer.history))))

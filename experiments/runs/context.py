@@ -33,6 +33,6 @@ class RunContext:
         """The same for one of several methods, with a folder `methods/NAME` and records of its own."""
         return replace(
             self,
-            folder=RunFolder(self.folder / "methods" / name),
+            folder=self.folder.part(f"methods/{name}"),
             tracker=Tracker(self.folder / "tensorboard" / name),
         )

@@ -25,9 +25,10 @@ def keep_provenance(task: PruningTask, config: DictConfig, folder: RunFolder) ->
     if known is None:
         folder.write_json(FACTS, run_provenance(task, config))
         return
+    base = known.get("base")
     for what, before, now in (
-        ("data", known["splits"], task.splits.summary()),
-        ("base network", known["base"]["sha256"], hash_state(task.model)),
+        ("data", known.get("splits"), task.splits.summary()),
+        ("base network", base.get("sha256") if isinstance(base, dict) else None, hash_state(task.model)),
     ):
         if before != now:
             raise UserError(

@@ -35,7 +35,7 @@ def read(path):
 def test_run_folder_holds_everything(finished):
     names = {path.name for path in finished.iterdir()}
     assert names == {
-        *("config.yaml", "facts.json", "curves.json", "metrics.json", "report.md", "report.html"),
+        *("config.yaml", "facts.json", "hashes.json", "curves.json", "metrics.json", "report.md", "report.html"),
         *("base", "layers", "finetune", "pruned", "tensorboard"),
     }
     for layer in ("00-conv1", "01-conv2"):

@@ -81,7 +81,8 @@ def handed_over(tmp_path, finished, applied):
         for place in (tmp_path / "evil.py", tmp_path / "run/evil.py"):
             place.write_text(MODULE)
         torch.save(Bomb(), tmp_path / "bomb.pt", pickle_module=pickle)
-        (tmp_path / "run/metrics.json").unlink(missing_ok=True)
+        for file in ("metrics.json", "hashes.json"):  # who changes the one can change the other
+            (tmp_path / "run" / file).unlink(missing_ok=True)
         config = OmegaConf.to_container(OmegaConf.load(tmp_path / "run/config.yaml"))
         (tmp_path / "run/config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config | changed)))
 

@@ -212,7 +212,7 @@ BAD = [
     ("metrics.json", '{"base_macs": "many", "pruned_macs": 1}', "does not hold what a run writes"),
     ("metrics.json", '{"latency": [{}]}', "does not hold what a run writes"),
     ("facts.json", "\x00", "facts.json' is damaged"),
-    ("config.yaml", "a: [", "config.yaml' is damaged"),
+    ("config.yaml", "a: [", "config.yaml of 'a-run' cannot be read"),
     ("config.yaml", "- a", "holds no settings"),
     ("layers/00-conv1/decision.json", "{}", "is no decision of a layer"),
     ("pruned/architecture.json", "nope", "architecture.json' is damaged"),
