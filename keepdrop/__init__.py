@@ -12,7 +12,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .agent.learning.trainer import AgentSettings
     from .envs.data.datasets import from_datasets
-    from .envs.data.metrics import BinaryAccuracy, Closeness, Dice, MeanIoU, PixelAccuracy, Top1, TopK, Within
+    from .envs.data.metrics import (
+        F1,
+        BalancedAccuracy,
+        BinaryAccuracy,
+        Closeness,
+        Dice,
+        MeanIoU,
+        PixelAccuracy,
+        Top1,
+        TopK,
+        Within,
+    )
     from .envs.data.splits import split
     from .envs.files.pruned_network import load_pruned
     from .envs.groups.finding import find_groups
@@ -31,11 +42,13 @@ if TYPE_CHECKING:
 
 _HOME = {
     "AgentSettings": "agent.learning.trainer",
+    "BalancedAccuracy": "envs.data.metrics",
     "BinaryAccuracy": "envs.data.metrics",
     "Budget": "rewards.budget",
     "Closeness": "envs.data.metrics",
     "Dice": "envs.data.metrics",
     "EvaluationSettings": "envs.task",
+    "F1": "envs.data.metrics",
     "Limits": "envs.surgery.limits",
     "MeanIoU": "envs.data.metrics",
     "Outcome": "rewards.outcome",
@@ -60,7 +73,9 @@ _HOME = {
 }
 
 __all__ = [
+    "F1",
     "AgentSettings",
+    "BalancedAccuracy",
     "BinaryAccuracy",
     "Budget",
     "Closeness",

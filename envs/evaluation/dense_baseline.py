@@ -1,4 +1,4 @@
-"""Dense baseline: the network before any pruning, measured once, and refused if it only guesses.
+"""Dense baseline: the network before any pruning, measured once, and refused if it only guesses (chance level).
 
 Shapes: B images.
 """
@@ -11,10 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UserError
+from ..data.metrics import BalancedAccuracy, classes_of
 from ..data.objective import TOP1, Objective
 from ..data.splits import Splits
 from ..networks.cost import Cost, count_cost
 from .mask_evaluator import correct_flags
+
+SIGMAS = 3  # standard deviations above chance from which on a network is trained
+P_VALUE = 0.005  # of a permutation test, where these reach beyond what can be had
+FEW = 200  # reward images below which chance may be a matter of their number
 
 
 @dataclass(frozen=True)
@@ -43,21 +48,90 @@ def measure_baseline(model: nn.Module, splits: Splits, device: torch.device | st
         correct_flags(model, images, labels, objective=objective).cpu(), count_cost(model, images[:1]), objective
     )
     if objective.is_top1:
-        _refuse_chance(base, labels.cpu())
+        _refuse_chance(base, labels.cpu(), model, images)
+    elif objective.is_of_set:
+        _refuse_guessed_classes(base, *classes_of(base.correct))
     else:
         _refuse_guessing(base, correct_flags(model, images, labels.roll(1, 0), objective=objective))
     return base
 
 
-def _refuse_chance(base: DenseBaseline, labels: Tensor) -> None:
+def _refuse_chance(base: DenseBaseline, labels: Tensor, model: nn.Module, images: Tensor) -> None:
+    """Refuse a network that does no better than the most frequent class, or than its own answers shuffled."""
     chance = float(torch.bincount(labels).max()) / len(labels)
-    margin = 3 * (chance * (1 - chance) / len(labels)) ** 0.5
-    if base.accuracy <= chance + margin:
+    if base.accuracy > chance + SIGMAS * (chance * (1 - chance) / len(labels)) ** 0.5:
+        return
+    # The interval above may reach beyond 1 where images are few or most of them of one class: look closely.
+    answers = correct_flags(model, images, labels.to(images.device), objective=Objective(BalancedAccuracy()))
+    found, shuffled = classes_of(answers)[1], _shuffled(*classes_of(answers))
+    accuracy = f"{base.accuracy:.4f}, which is chance level"
+    what = f"The base network's accuracy on the {len(labels)} reward images is {accuracy}"
+    if chance == 1:
+        raise UserError(f"{what}: all of them are of class {int(labels[0])}; give reward images of every class.")
+    if len(found.unique()) > 1 and base.accuracy > chance and shuffled.is_beaten:
+        return
+    if len(found.unique()) > 1 and shuffled.is_beaten:
         raise UserError(
-            f"The base network's accuracy on the {len(labels)} reward images is {base.accuracy:.4f}, which is chance "
-            f"level (the most frequent class gives {chance:.4f}); expected a trained network: check the checkpoint, "
-            "the normalisation (mean and std) and the order of the classes."
+            f"{what} (the most frequent class gives {chance:.4f}), though the answers are no guesses: accuracy says "
+            "little where one class is so frequent;",
+            python="choose Settings(metric=keepdrop.BalancedAccuracy()) or keepdrop.F1().",
+            typed="choose metric=balanced_accuracy or metric=f1.",
         )
+    if shuffled.would_be_beaten_by_more and len(labels) < FEW:
+        raise UserError(
+            f"{what} on so few images (the most frequent class gives {chance:.4f}, the answers in another order "
+            f"{shuffled.mean:.4f}); give more reward images, or reward images of more classes."
+        )
+    raise UserError(
+        f"{what} (the most frequent class gives {chance:.4f}); expected a trained network: check the checkpoint, "
+        "the normalisation (mean and std) and the order of the classes"
+        + (f" (it answers class {int(found[0])} to every image)." if len(found.unique()) == 1 else ".")
+    )
+
+
+def _refuse_guessed_classes(base: DenseBaseline, labels: Tensor, found: Tensor) -> None:
+    """Refuse answers, classes `found` (B,), that fit their labels (B,) no better than in another order."""
+    shuffled = _shuffled(labels, found)
+    if len(labels.unique()) > 1 and shuffled.is_beaten:
+        return
+    raise UserError(
+        f"The base network's {base.objective.name} on the {len(labels)} reward images is {base.accuracy:.4f}, which is "
+        f"chance level ({shuffled.n_right} answers are right, in another order {shuffled.mean * len(labels):.1f}); "
+        "expected a trained network, and reward images of every class: check the checkpoint, the normalisation (mean "
+        "and std) and the order of the classes."
+    )
+
+
+@dataclass(frozen=True)
+class _Shuffled:
+    """How many answers are right as they are, and which fraction in a random order (its mean)."""
+
+    n_right: int
+    mean: float
+    is_beaten: bool
+    would_be_beaten_by_more: bool
+
+
+def _shuffled(labels: Tensor, found: Tensor) -> _Shuffled:
+    """Permutation test of answers (B,) against labels (B,): by its exact mean and variance, or by 2,000 permutations.
+
+    The number of right answers among shuffled ones is Hoeffding's statistic (1951, "A combinatorial central limit
+    theorem"). Where all answers are right they are no guesses, however few they are, as long as classes differ.
+    """
+    count, n_classes = len(labels), int(torch.maximum(labels, found).max()) + 1
+    ours, theirs = (torch.bincount(each, minlength=n_classes).double() for each in (labels, found))
+    pairs = float((ours * theirs).sum())
+    spread = pairs - float((ours * theirs * (ours + theirs)).sum()) / count + (pairs / count) ** 2
+    mean, deviation = pairs / count, max(0.0, spread / max(1, count - 1)) ** 0.5
+    n_right = int((labels == found).sum())
+    beaten = n_right > mean + SIGMAS * deviation or n_right == count
+    if not beaten and deviation > 0:
+        generator = torch.Generator().manual_seed(0)
+        orders = (torch.randperm(count, generator=generator) for _ in range(2000))
+        as_good = sum(int((labels == found[order]).sum()) >= n_right for order in orders)
+        beaten = (1 + as_good) / 2001 <= P_VALUE
+    nearly = n_right > mean + SIGMAS / 3 * deviation  # nine times as many images would show it
+    return _Shuffled(n_right, mean / count, beaten and deviation > 0, nearly)
 
 
 def _refuse_guessing(base: DenseBaseline, elsewhere: Tensor) -> None:

@@ -311,15 +311,17 @@ def count_correct(model: nn.Module, data: LabelledImages, batch: int = 500) -> t
 
     In evaluation mode; the model is left in the mode it had.
     """
+    correct = sum(int(points.sum()) for points in _points_by_batch(model, data, batch))
+    return correct, objective_of(data).unit * len(data)
+
+
+def _points_by_batch(model: nn.Module, data: LabelledImages, batch: int) -> Iterator[Tensor]:
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    objective, correct = objective_of(data), 0
     for start in range(0, len(data), batch):
         images, labels = data.batch(torch.arange(start, min(start + batch, len(data))))
-        correct += int(correct_flags(model, images.to(device), labels.to(device), batch, objective).sum())
-    return correct, objective.unit * len(data)
+        yield correct_flags(model, images.to(device), labels.to(device), batch, objective_of(data))
 
 
 def accuracy_on(model: nn.Module, data: LabelledImages) -> float:
-    """Accuracy, or the mean score under the data's metric, a fraction; see `count_correct`."""
-    correct, total = count_correct(model, data)
-    return correct / total
+    """Accuracy, or the score under the data's metric, a fraction, in evaluation mode."""
+    return objective_of(data).fraction(torch.cat(list(_points_by_batch(model, data, 500))))

@@ -60,7 +60,8 @@ def filter_oracle(
     network = MaskedNetwork(model, [group], arranged(images[:3], layout), method=method)
     # Row 0 keeps everything: its loss is measured in the same arithmetic as the others.
     masks = ~torch.cat([torch.zeros(1, group.n_filters), torch.eye(group.n_filters)]).bool()
-    losses, correct = torch.zeros(2, len(masks), dtype=torch.float64)
+    losses = torch.zeros(len(masks), dtype=torch.float64)
+    points = torch.empty(len(masks), len(images), dtype=objective.dtype)
     for start in range(0, len(images), batch):
         rows = slice(start, start + batch)
         frontier = network.prefix(arranged(images[rows], layout))
@@ -69,8 +70,9 @@ def filter_oracle(
                 outputs = output_of(run(frontier))
             precise = as_float64(outputs)
             losses[index] += float(objective.summed_loss(precise, labels[rows].to(precise.device)))
-            correct[index] += int(objective.points(outputs, labels[rows]).sum())
+            points[index, rows] = objective.points(outputs, labels[rows]).cpu()
         if progress is not None:
             progress(min(start + batch, len(images)), len(images))
-    losses, correct = losses / len(images), correct / (objective.unit * len(images))
-    return FilterOracle(losses[1:] - losses[0], correct[1:] - correct[0])
+    losses /= len(images)
+    scores = torch.tensor([objective.fraction(each) for each in points], dtype=torch.float64)
+    return FilterOracle(losses[1:] - losses[0], scores[1:] - scores[0])

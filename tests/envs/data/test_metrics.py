@@ -1,5 +1,6 @@
 """Metrics, the objective that images carry, and everything that scores by it."""
 
+import copy
 import re
 from types import SimpleNamespace
 
@@ -7,7 +8,17 @@ import numpy as np
 import pytest
 import torch
 from keepdrop.envs.data.images import ArrayImages, LabelledData
-from keepdrop.envs.data.metrics import Closeness, MeanIoU, PixelAccuracy, Top1, TopK, Within, as_float64
+from keepdrop.envs.data.metrics import (
+    F1,
+    BalancedAccuracy,
+    Closeness,
+    MeanIoU,
+    PixelAccuracy,
+    Top1,
+    TopK,
+    Within,
+    as_float64,
+)
 from keepdrop.envs.data.objective import GRID, TOP1, Objective, objective_of, output_of, with_objective
 from keepdrop.envs.data.sources import from_datasets, npz
 from keepdrop.envs.data.splits import split
@@ -300,3 +311,67 @@ def test_float64_where_the_device_has_none():
     values = torch.rand(3)
     assert torch.equal(as_float64(_OnMps(values)), values.double())
     assert as_float64(values).dtype == torch.float64
+
+
+def answers_of(metric, truth, found, n_classes=4):
+    logits = functional.one_hot(torch.tensor(found), n_classes).float()
+    return metric(logits, torch.tensor(truth))
+
+
+def test_metrics_of_a_set_are_the_textbook_figures():
+    """By hand: class 0 has 3 of 4 right, class 1 has 1 of 2, class 2 none of 1, and class 3 is answered once."""
+    truth, found = [0, 0, 0, 0, 1, 1, 2], [0, 0, 0, 1, 1, 0, 3]
+    balanced = BalancedAccuracy()
+    assert balanced.of_set(answers_of(balanced, truth, found)) == pytest.approx((3 / 4 + 1 / 2 + 0) / 3)
+    per_class = [6 / 8, 2 / 4, 0, 0]
+    assert F1().of_set(answers_of(F1(), truth, found)) == pytest.approx(sum(per_class) / 4)
+    assert [F1(each).of_set(answers_of(F1(each), truth, found)) for each in range(4)] == pytest.approx(per_class)
+    assert F1(9).of_set(answers_of(F1(9), truth, found)) == 1
+    one_logit = F1(1)(torch.tensor([[2.0], [-1.0], [0.5]]), torch.tensor([1, 0, 0]))
+    assert F1(1).of_set(one_logit) == pytest.approx(2 / 3)
+    with pytest.raises(UserError, match="The metric F1 was given positive=-1; expected a class, 0 or above"):
+        F1(-1)
+    with pytest.raises(UserError, match="one row of at most 32768 logits and one label per image"):
+        F1()(torch.zeros(3, 2, 5), torch.zeros(3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("metric", [BalancedAccuracy(), F1(), F1(positive=2)])
+def test_a_set_is_scored_as_a_whole_however_it_is_batched(metric):
+    """Masks, subsets, whole data sets and the oracle: the metric of all answers, not a mean over batches."""
+    generator, objective = torch.Generator().manual_seed(0), Objective(metric)
+    labels = torch.tensor([0] * 60 + [1] * 20 + [2] * 10)
+    pixels = 0.5 * torch.randn(2, 90, 1, 8, 8, generator=generator) + labels.view(-1, 1, 1, 1)
+    data = LabelledData(*(ArrayImages(each, labels, [0.0], [1.0], 3) for each in pixels))
+    splits = split(data, reward_from="test", reward_size=61, seed=0, objective=objective)
+    torch.manual_seed(0)
+    body = (nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = nn.Sequential(*body, nn.Linear(4, 3))
+    done = fit_network(model, splits.fit, TrainSettings(epochs=12, batch_size=16, lr=0.05), seed=0)
+    assert all(0 <= each.accuracy <= 1 for each in done.history) and done.history[-1].accuracy > 0.4
+    model.eval()
+    reward = splits.reward.batch(torch.arange(61))
+    with torch.no_grad():
+        whole = metric.of_set(metric(model(reward[0]), reward[1]))
+    assert accuracy_on(model, splits.reward) == objective.fraction(correct_flags(model, *reward, 7, objective)) == whole
+    task = PruningTask(model, splits)
+    layer, masks = task.layer("0"), torch.rand(5, 6, generator=generator) > 0.4
+    masks[0] = True
+    for outcome, keep in zip(layer.outcomes(masks), masks, strict=True):
+        assert outcome.base_accuracy == whole
+        assert outcome.pruned_accuracy == pytest.approx(accuracy_on(layer.cut(keep), splits.reward), abs=0.02)
+    rows = torch.arange(0, 61, 3)
+    with torch.no_grad():
+        part = metric.of_set(metric(model(reward[0][rows]), reward[1][rows]))
+    assert [each.base_accuracy for each in layer.outcomes(masks, image_indices=rows)] == [part] * 5
+    oracle = filter_oracle(model, layer.group, *reward, objective=objective, batch=20)
+    alone = ~torch.eye(6).bool()
+    with torch.no_grad():
+        expected = [accuracy_on(masked_by(model, each), splits.reward) - whole for each in alone]
+    assert oracle.accuracy_change.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def masked_by(model, keep):
+    """A copy of the network whose first convolution puts out zeros for what `keep` drops."""
+    copied = copy.deepcopy(model)
+    copied[0].weight.data[~keep], copied[0].bias.data[~keep] = 0, 0
+    return copied
