@@ -37,6 +37,7 @@ FORMAT_VERSION = 1
 SIGNED = ("format_version", "constructor", "kept", "widths", "tensors", "weights_sha256", "probe")
 LARGEST = 10**6  # no width or number of classes of keepdrop's own networks comes near
 LARGEST_INPUT, TOLERANCE = 10**7, 1e-2  # of the probe
+PROFILED = ("total_ops", "total_params")  # buffers that thop registers
 WEIGHTS, ARCHITECTURE = "model.safetensors", "architecture.json"
 BUILT_IN = {
     f"keepdrop.envs.networks.built_in.{name}": getattr(networks, name)
@@ -69,7 +70,8 @@ def save_pruned(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
+    own = _without_profile(model.state_dict())
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in own.items()}
     weights = save_tensors(tensors)
     core = {
         "format_version": FORMAT_VERSION,
@@ -210,7 +212,7 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor], described: Mapping[st
     floating = {value.dtype for value in tensors.values() if value.is_floating_point()}
     if len(floating) == 1:
         model.to(floating.pop())
-    own = model.state_dict()
+    own, tensors = _without_profile(model.state_dict()), _without_profile(tensors)
     for name in [*own, *tensors]:
         ours = _described(own[name]) if name in own else "nothing"
         theirs = _described(tensors[name]) if name in tensors else "nothing"
@@ -221,7 +223,12 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor], described: Mapping[st
             )
     if any(value.is_meta for value in own.values()):
         model.to_empty(device="cpu")
-    model.load_state_dict(dict(tensors), strict=True)
+    model.load_state_dict(dict(tensors), strict=False)  # every name was compared above
+
+
+def _without_profile(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The network's own tensors: a profiler that ran on it may have left counters in every module."""
+    return {name: value for name, value in tensors.items() if name.rpartition(".")[2] not in PROFILED}
 
 
 def _probe_of(model: nn.Module, shape: Sequence[int]) -> dict[str, Any] | None:

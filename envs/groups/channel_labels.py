@@ -1,7 +1,8 @@
 """Channel labels: every activation carries, element by element, the number of the filter it came from.
 
 Label 0 stands for what cannot be removed (input images, zero padding, results of operations we do not know). Two
-filters that must go together are united; a filter that must stay is fixed, with the reason.
+filters that must go together are united; a filter that must stay is fixed, with the reason. Label `BLANK` stands for
+what was made from nothing but a size (zeros, ones, random numbers): it takes the label of what it meets.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Ids = NDArray[np.int64]
+BLANK = -1
 MEETS_FIXED = "its filters meet channels that cannot be removed (the input, zero padding or a constant)"
 
 
@@ -21,6 +23,7 @@ class ChannelLabels:
     def __init__(self) -> None:
         self._parent: list[int] = [0]
         self._reason: dict[int, str] = {}
+        self._hint: dict[int, str] = {}
 
     def new(self, count: int) -> Ids:
         """`count` fresh labels."""
@@ -42,13 +45,26 @@ class ChannelLabels:
     def fix(self, labels: Ids | Tensor, reason: str) -> None:
         """Say that these filters must stay; the first reason is kept."""
         for label in np.unique(np.asarray(labels)):
-            if label:
+            if label > 0:
                 self._reason.setdefault(self.find(int(label)), reason)
+
+    def hint(self, labels: Ids | Tensor, text: str) -> None:
+        """Say what may be to blame if these filters turn out not to be removable; the first hint is kept."""
+        for label in np.unique(np.asarray(labels)):
+            if label > 0:
+                self._hint.setdefault(int(label), text)
+
+    @property
+    def hints(self) -> dict[int, str]:
+        """Every hint by the representative of its labels' class."""
+        return {self.find(label): text for label, text in reversed(self._hint.items())}
 
     def unite(self, left: Ids | Tensor, right: Ids | Tensor, reason: str = MEETS_FIXED) -> None:
         """Tie labels pair by pair (broadcast); a label that is tied to label 0 is fixed."""
         pairs = np.stack(np.broadcast_arrays(np.asarray(left), np.asarray(right))).reshape(2, -1)
         for a, b in np.unique(pairs, axis=1).T.tolist():
+            if BLANK in (a, b):
+                continue
             if a and b:
                 self._union(a, b)
             elif a or b:
@@ -89,6 +105,11 @@ def compress(labels: Tensor) -> Tensor:
     return labels.expand(shape)
 
 
+def combined(left: Tensor, right: Tensor) -> Tensor:
+    """Where two labels meet: a filter's goes before 0, and 0 before `BLANK`."""
+    return torch.where(left > 0, left, torch.where(right > 0, right, torch.maximum(left, right)))
+
+
 def spread(ids: Ids, dim: int, shape: torch.Size) -> Tensor:
     """Labels of an activation of `shape` whose channels along `dim` have the labels `ids`."""
     view = [1] * len(shape)
@@ -105,4 +126,4 @@ def per_channel(forest: ChannelLabels, labels: Tensor, dim: int) -> Ids:
     rows = small.expand(labels.shape[dim], *small.shape[1:]).reshape(labels.shape[dim], -1).numpy()
     if rows.shape[1] > 1:
         forest.unite(rows[:, 1:], rows[:, :1])
-    return rows.max(axis=1)
+    return np.maximum(rows.max(axis=1), 0)

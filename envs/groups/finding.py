@@ -7,7 +7,6 @@ at the group's consumers and the network cut for real give the same answer.
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
@@ -16,8 +15,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ...errors import UserError
-from ..networks.module_kinds import Inputs, is_conv, is_depthwise, is_leaf
+from ..networks.copying import copied
+from ..networks.module_kinds import Inputs, is_conv, is_depthwise, is_leaf, is_transposed
 from ..surgery.filter_group import Axis, Cut, FilterGroup, GroupPlan, Skipped
+from ..surgery.shared_weights import shared_parameters
+from ..surgery.slicing import axes_of_parameter, tensor_axis
 from .label_tracing import trace_labels
 from .module_rules import Ownership
 from .verification import Verifier
@@ -27,6 +29,19 @@ LOOKS_AT_DATA = (
     "The network looks at the values of its data, perhaps to choose its path: every group was checked on "
     f"{TRIALS} different inputs, but a path that none of them took is not covered."
 )
+
+RANDOM = (
+    "The network draws random numbers in evaluation mode ({draws}), so that its accuracy changes from run to run; a "
+    "functional dropout needs training=self.training."
+)
+BATCH_MATTERS = (
+    "The network's answer to an image depends on the other images of its batch (statistics of the batch are used in "
+    "evaluation mode), so that accuracies change with the batch size."
+)
+NOT_TRAINED = (
+    "The network does not run in training mode on the example alone ({why}): what runs there only was not looked at."
+)
+TRAINING_ONLY = "it runs in training mode only, where no mask can be judged"
 
 Key = tuple[str, Axis]
 Channels = dict[Key, list[int]]
@@ -48,28 +63,80 @@ def find_groups(model: nn.Module, example_inputs: Inputs, *, verify: bool = True
     example_inputs = tree_map_only(Tensor, Tensor.cpu, example_inputs)
     owners = _trace(model, example_inputs)
     found = _assemble(model, owners)
-    trials = TRIALS if owners.reads_values else 1
-    refused: dict[str, str] = Verifier(model, example_inputs, trials=trials).failures(found) if verify and found else {}
+    notes = _notes(owners)
+    refused: dict[str, str] = {}
+    if verify and found:
+        trials = TRIALS if owners.reads_values else 1
+        hints = _hints(owners, found)
+        verifier = Verifier(
+            model, example_inputs, trials=trials, draws=owners.draws, hints=hints, trained=owners.trained
+        )
+        refused = verifier.failures(found)
+        notes += [BATCH_MATTERS] if verifier.batch_matters else []
     for group in found:
         if group.n_filters == 1:
             refused.setdefault(group.name, "it has a single filter to decide on, which must stay")
     groups = tuple(group for group in found if group.name not in refused)
-    notes = (LOOKS_AT_DATA,) if owners.reads_values else ()
-    return GroupPlan(groups, tuple(_skipped(model, owners, groups, _reasons(found, refused))), notes)
+    return GroupPlan(groups, tuple(_skipped(model, owners, groups, _reasons(found, refused))), tuple(notes))
+
+
+def _notes(owners: Ownership) -> list[str]:
+    notes = [LOOKS_AT_DATA] if owners.reads_values else []
+    if owners.draws:
+        notes.append(RANDOM.format(draws=", ".join(owners.draws[:3])))
+    if owners.why_not_trained:
+        notes.append(NOT_TRAINED.format(why=owners.why_not_trained))
+    return notes
+
+
+def _hints(owners: Ownership, groups: Iterable[FilterGroup]) -> dict[str, str]:
+    """What may be to blame if a group turns out not to be removable, by its name."""
+    known, found = owners.forest.hints, {}
+    for group in groups if known else ():
+        root = group.cuts[0]
+        for label in owners.ids[root.module, root.axis][root.channels[:, 0]].tolist():
+            if owners.forest.find(label) in known:
+                found.setdefault(group.name, known[owners.forest.find(label)])
+    return found
 
 
 def _trace(model: nn.Module, inputs: Inputs) -> Ownership:
+    probe = nn.Module.cpu(copied(model)).eval()
     try:
-        probe = copy.deepcopy(model).cpu().eval()
-    except Exception as error:
-        raise UserError(f"The network cannot be copied ({error}); give a model that copy.deepcopy accepts.") from error
-    try:
-        return trace_labels(probe, inputs)
+        owners = trace_labels(probe, inputs)
     except Exception as error:
         raise UserError(
             f"The network does not run on the example input ({type(error).__name__}: {error}); "
             "give one that its forward accepts."
         ) from error
+    _tie_shared(owners, model)
+    return owners
+
+
+def _tie_shared(owners: Ownership, model: nn.Module) -> None:
+    """Layers with one parameter lose the same channels; where their shapes do not say which, they keep all."""
+    for places in shared_parameters(model):
+        axes = [_axes_by_dimension(owners, model, *place) for place in places]
+        for (name, key), (other, _), mine, others in zip(places[1:], places, axes[1:], axes, strict=False):
+            for dim in range(max(len(mine), len(others))):
+                ids = [owners.ids.get(each[dim]) if dim < len(each) else None for each in (mine, others)]
+                both = " and ".join(repr(each) if each else "the network itself" for each in (name, other))
+                reason = f"{both} share their {key}, and not all of it can be cut in both"
+                if ids[0] is not None and ids[1] is not None and len(ids[0]) == len(ids[1]):
+                    owners.forest.unite(ids[0], ids[1], reason)
+                else:
+                    for each in ids:
+                        if each is not None:
+                            owners.forest.fix(each, reason)
+
+
+def _axes_by_dimension(owners: Ownership, model: nn.Module, name: str, key: str) -> list[Key]:
+    """The axis that each dimension of a module's parameter is cut along; the inputs of a block are its second one."""
+    module = model.get_submodule(name)
+    axes = axes_of_parameter(module, key)
+    if not axes:
+        return [(name, tensor_axis(key, dim)) for dim in range(module._parameters[key].dim())]
+    return [(name, axis) for axis in (reversed(axes) if is_transposed(module) else axes)]
 
 
 def _assemble(model: nn.Module, owners: Ownership) -> list[FilterGroup]:
@@ -91,7 +158,10 @@ def _assemble(model: nn.Module, owners: Ownership) -> list[FilterGroup]:
 
 
 def _group(model: nn.Module, owners: Ownership, members: list[Channels], taken: set[str]) -> FilterGroup | None:
-    roots = [key for key in members[0] if owners.kinds[key] == "producer" and is_conv(model.get_submodule(key[0]))]
+    made = [key for key in members[0] if owners.kinds[key] == "producer"]
+    roots = [key for key in made if is_conv(model.get_submodule(key[0])) and key[0] not in owners.training_only]
+    # A linear layer that runs at several positions is a convolution of size 1; one that sees the whole image is none.
+    roots = roots or [key for key in made if key[0] in owners.at_positions]
     if not roots or not any(owners.kinds[key] == "consumer" for key in members[0]):
         return None
     free = [key for key in roots if key[0] not in taken]
@@ -123,9 +193,12 @@ def _skipped(
 ) -> Iterable[Skipped]:
     """Every convolution that makes filters and is in no group, with the most frequent reason of its filters."""
     covered = {cut.module for group in groups for cut in group.producers}
-    ran = {name for name, _ in owners.ids}
+    ran = {name for name, axis in owners.ids if axis == "out"}
     for name, module in model.named_modules():
         if not is_conv(module) or is_depthwise(module) or name in covered:
+            continue
+        if name in owners.training_only:
+            yield Skipped(name, TRAINING_ONLY)
             continue
         if name not in ran:
             plain = "it does not run on the example input (in evaluation mode)"

@@ -3,27 +3,44 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from .channel_labels import ChannelLabels, compact, compress, per_channel, spread, varying
-from .module_rules import LAYER_NORM_MIXES, tie_blocks
+from .channel_labels import (
+    BLANK,
+    MEETS_FIXED,
+    ChannelLabels,
+    combined,
+    compact,
+    compress,
+    per_channel,
+    spread,
+    varying,
+)
+from .module_rules import BATCH_NORMS, LAYER_NORM_MIXES, fix_all, tie_blocks
 
 
-def _words(text: str) -> frozenset[str]:
+def words(text: str) -> frozenset[str]:
+    """The words of a text."""
     return frozenset(text.split())
 
 
-SAME = _words(
+SAME = words(
     """clone _to_copy alias detach detach_ contiguous lift_fresh lift zeros_like ones_like empty_like full_like
     rand_like randn_like native_dropout bernoulli"""
 )
+# Made from nothing but a size (and a value, or random numbers).
+CONSTRUCTORS = words(
+    """zeros ones full empty new_zeros new_ones new_full new_empty rand randn randint normal empty_strided
+    new_empty_strided"""
+)
 # Moved, never mixed: run on the labels themselves.
-STRUCTURAL = _words(
+STRUCTURAL = words(
     """view _unsafe_view reshape permute transpose t expand squeeze unsqueeze slice select split split_with_sizes unbind
     cat stack flip roll repeat index_select pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle narrow
     movedim unfold chunk flatten unflatten constant_pad_nd"""
@@ -34,71 +51,165 @@ SPATIAL = re.compile(
     r"|_?upsample_(nearest(_exact)?|linear|bilinear|bicubic|trilinear)([123]d)?(_aa)?|_upsample_nearest_exact[123]d"
     r"|(reflection|replication)_pad[123]d"
 )
-REDUCING = _words(
+REDUCING = words(
     """mean sum amax amin max min var std var_mean norm linalg_vector_norm prod logsumexp median _softmax softmax
     _log_softmax log_softmax cumsum argmax argmin any all"""
 )
 # Pointwise, though torch does not tag them so.
-POINTWISE = _words("hardswish hardswish_ hardsigmoid hardsigmoid_ hardtanh_ relu6 copy_ copy threshold_ celu_")
+POINTWISE = words("hardswish hardswish_ hardsigmoid hardsigmoid_ hardtanh_ relu6 copy_ copy threshold_ celu_")
+
+HARD_SIZE = (
+    "a tensor made by zeros, ones, full or a random generator meets its channels: sized by the data, as "
+    "torch.zeros_like(x) is, it would follow them"
+)
+
+# Of operators that mix channels, by a part of their name.
+REASONS = {
+    "layer_norm": LAYER_NORM_MIXES,
+    "group_norm": "the number of groups of a GroupNorm written by hand stays as it is",
+    "attention": "attention compares all channels of a head",
+}
+FILLED_UP = (
+    "what stands beside its channels may fill them up to a fixed number: a fixed number of zeros would follow the cut"
+)
 
 Labelled = dict[int, tuple[Tensor, Tensor]]
 
 
-def apply_operator(forest: ChannelLabels, labelled: Labelled, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
+def apply_operator(
+    forest: ChannelLabels, labelled: Labelled, data: Container[int], func: Any, args: Any, kwargs: Any, out: Any
+) -> Any:
     """Labels of what `func(*args, **kwargs)` returned, in the structure of `out`; None where nothing is labelled.
 
-    `labelled` maps the id of a tensor to the tensor and its labels.
+    `labelled` maps the id of a tensor to the tensor and its labels, `data` has the ids of those that depend on the
+    network's input.
     """
     name = func.overloadpacket.__name__
+    if name in CONSTRUCTORS:
+        return _constructed(labelled, args, out)
     inputs = [value for value in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
     known = [labelled[id(value)][1] for value in inputs if id(value) in labelled]
     if not known:
         return None
-    if name in SAME:
-        return labelled[id(args[0])][1] if id(args[0]) in labelled else None
+    if name in SAME or _redraws(func, args, out):
+        labels = labelled[id(args[0])][1] if id(args[0]) in labelled else None
+        return labels if isinstance(out, Tensor) else [labels] * len(out)
     if name in STRUCTURAL:
-        return _structural(forest, labelled, func, name, args, kwargs)
+        moved = _structural(forest, labelled, func, name, args, kwargs)
+        return _joined(forest, moved, labelled, data, args) if name == "cat" else moved
     if SPATIAL.fullmatch(name):
         return _spatial(forest, name, known[0], out)
     if name in REDUCING and len(known) == 1 and len(inputs) == 1:
         return _reduce(forest, name, known[0], args, kwargs, out)
     if (torch.Tag.pointwise in func.tags or name in POINTWISE) and isinstance(out, Tensor):
-        return pointwise(forest, inputs, [labelled.get(id(value), (value, None))[1] for value in inputs], out, name)
-    if name == "native_layer_norm":
-        fix_all(forest, known, LAYER_NORM_MIXES)
-        return None
-    fix_all(forest, known, f"the operation {name!r} is not one that keeps channels apart")
+        labels = [labelled.get(id(value), (value, None))[1] for value in inputs]
+        return pointwise(forest, inputs, labels, [id(value) in data for value in inputs], out, name)
+    if name in BATCH_NORMS:
+        return _batch_norm(forest, labelled, inputs, out)
+    if name == "_weight_norm_interface" and args[2:] in ((), (0,)):
+        return _weight_norm(forest, labelled, args, out)
+    reason = f"the operation {name!r} is not one that keeps channels apart"
+    fix_all(forest, known, next((why for part, why in REASONS.items() if part in name), reason))
     return None
 
 
-def fix_all(forest: ChannelLabels, known: Sequence[Tensor], reason: str) -> None:
-    """Every filter seen in these labels must stay."""
-    for labels in known:
-        forest.fix(compact(labels).unique(), reason)
+def _batch_norm(forest: ChannelLabels, labelled: Labelled, inputs: Sequence[Tensor], out: Any) -> Any:
+    """Written by hand: channel by channel, whether its statistics are frozen or those of the batch."""
+    source, *vectors = inputs
+    labels = labelled[id(source)][1] if id(source) in labelled else torch.zeros([1] * source.dim(), dtype=torch.int64)
+    ids = per_channel(forest, labels.expand(source.shape), 1)
+    for value in vectors:
+        forest.unite(ids, labelled[id(value)][1] if id(value) in labelled else np.zeros(1, np.int64))
+    result = spread(ids, 1, source.shape)
+    return result if isinstance(out, Tensor) else [result] + [None] * (len(out) - 1)
+
+
+def _weight_norm(forest: ChannelLabels, labelled: Labelled, args: Any, out: Any) -> Any:
+    """A weight (filters, ...) scaled to a norm of its own for each filter."""
+    first, second = (labelled.get(id(value), (value, None))[1] for value in args[:2])
+    if first is None or second is None:
+        fix_all(forest, [each for each in (first, second) if each is not None], MEETS_FIXED)
+        return None
+    forest.unite(per_channel(forest, first, 0), per_channel(forest, second, 0))
+    return [first] + [None] * (len(out) - 1)
+
+
+def _constructed(labelled: Labelled, args: Any, out: Any) -> Tensor | None:
+    """`x.new_zeros(x.shape)` follows x; any other size may or may not follow the channels, which verification tells."""
+    if not isinstance(out, Tensor) or not out.is_floating_point() or out.dim() == 0:
+        return None
+    source = args[0] if args and isinstance(args[0], Tensor) else None
+    if id(source) in labelled and source is not None and source.shape == out.shape:
+        return labelled[id(source)][1]
+    return torch.full([1] * out.dim(), BLANK).expand(out.shape)
+
+
+def _redraws(func: Any, args: Any, out: Any) -> bool:
+    """Random numbers in the shape of the first argument: written into it (dropout's mask), or from it (RReLU)."""
+    first = args[0] if args else None
+    if torch.Tag.nondeterministic_seeded not in func.tags or not isinstance(first, Tensor):
+        return False
+    return isinstance(out, Tensor) and out.shape == first.shape
 
 
 def pointwise(
-    forest: ChannelLabels, inputs: Sequence[Tensor], labels: Sequence[Tensor | None], out: Tensor, name: str
-) -> Tensor:
-    """Elements that meet go together; an operand spread over the channels of another ties nothing, but must stay."""
+    forest: ChannelLabels,
+    inputs: Sequence[Tensor],
+    labels: Sequence[Tensor | None],
+    moving: Sequence[bool],
+    out: Tensor,
+    name: str,
+) -> Tensor | None:
+    """Elements that meet go together; an operand spread over the channels of another ties nothing, but must stay.
+
+    `moving` says which of the inputs are activations; the others are held by modules.
+    """
     rank = out.dim()
     wide = [None if each is None else each.view(_aligned(each, rank)) for each in labels]
-    dims = {dim for each in wide if each is not None for dim in varying(each)}
+    held = _let_go(forest, wide, moving, name) if any(moving) else [False] * len(wide)
+    dims = {
+        dim
+        for each, is_held in zip(wide, held, strict=True)
+        if each is not None and not is_held
+        for dim in varying(each)
+    }
     result: Tensor | None = None
-    for value, each in zip(inputs, wide, strict=True):
+    # Activations first: what comes out has their labels, not those of a vector that they meet.
+    for value, each, is_held in sorted(zip(inputs, wide, held, strict=True), key=lambda operand: operand[2]):
         shape = _aligned(value, rank)
-        if any(shape[dim] == 1 and out.shape[dim] > 1 for dim in dims) or (each is None and value.dim() == 0):
+        narrow = not is_held and any(shape[dim] == 1 and out.shape[dim] > 1 for dim in dims)
+        if narrow or (each is None and value.dim() == 0):
             if each is not None:
                 forest.fix(compact(each).unique(), f"{name!r} spreads it over the channels of another")
             continue
         part = compact(each) if each is not None else torch.zeros([1] * rank, dtype=torch.int64)
         if result is not None:
+            if any(bool((each == BLANK).any()) for each in (result, part)):
+                for each in (result, part):
+                    forest.hint(each.unique(), HARD_SIZE)
             forest.unite(*torch.broadcast_tensors(result, part))
-            result = torch.where(result != 0, result, part)
+            result = combined(result, part)
         else:
             result = part
-    assert result is not None
-    return result.expand(out.shape)
+    return None if result is None else result.expand(out.shape)
+
+
+def _let_go(forest: ChannelLabels, wide: list[Tensor | None], moving: Sequence[bool], name: str) -> list[bool]:
+    """Which operands are tensors that a module holds, beside activations whose channels they meet.
+
+    One that meets none of them (a number per position, or activations without labels) gets None in `wide`.
+    """
+    reached = {
+        dim for each, moves in zip(wide, moving, strict=True) if each is not None and moves for dim in varying(each)
+    }
+    held = [False] * len(wide)
+    for place, (each, moves) in enumerate(zip(wide, moving, strict=True)):
+        own = [] if each is None or moves else varying(each)
+        held[place] = bool(reached & {*own})
+        if each is not None and own and not held[place]:
+            forest.fix(compact(each).unique(), f"{name!r} meets no channels there")
+            wide[place] = None
+    return held
 
 
 def _aligned(value: Tensor, rank: int) -> list[int]:
@@ -120,7 +231,22 @@ def _structural(forest: ChannelLabels, labelled: Labelled, func: Any, name: str,
     moved = func(*moved_args, **moved_kwargs)
     if name in ("split", "split_with_sizes", "chunk") and len({part.shape for part in moved}) == 1:
         _tie_parts(forest, moved)
+    if name == "cat" and bool((moved == BLANK).any()):
+        forest.hint(moved.unique(), FILLED_UP)
     return tree_map_only(Tensor, compress, moved)
+
+
+def _joined(forest: ChannelLabels, moved: Tensor, labelled: Labelled, data: Container[int], args: Any) -> Tensor:
+    """A vector that a module holds, put beside the positions of an activation (a class token), has its channels."""
+    parts, dim = args[0], (args[1] if len(args) > 1 else 0) % moved.dim()
+    known = [labelled[id(part)][1] for part in parts if id(part) in data and id(part) in labelled]
+    held = [labelled[id(part)][1] for part in parts if id(part) not in data and id(part) in labelled]
+    if not known or not held or any(dim in varying(each) for each in known):
+        return moved
+    first = known[0].narrow(dim, 0, 1)
+    for each in (*known[1:], *held):
+        forest.unite(*torch.broadcast_tensors(first, compact(each)))
+    return first.expand(moved.shape) if len(known) + len(held) == len(parts) else moved
 
 
 def _reshape(forest: ChannelLabels, labels: Tensor, shape: Sequence[int]) -> Tensor:

@@ -43,13 +43,14 @@ def count_cost(model: nn.Module, example_inputs: Inputs) -> Cost:
     """MACs per image (batch 1) and parameters of `model`, from one forward pass on `example_inputs`.
 
     Counted are convolutions (1d to 3d, grouped, transposed), linear layers and recurrent ones (each weight once a step,
-    without the products of their gates); a bias, normalisation, activations and products outside such modules are not. A module called twice counts twice, its parameters once. `example_inputs` is
-    a tensor, a tuple of positional or a mapping of keyword arguments; the first tensor's first axis is the batch.
+    without the products of their gates); a bias, normalisation, activations and products outside such modules are not.
+    A module called twice counts twice, its parameters once. `example_inputs` is a tensor, a tuple of positional or a
+    mapping of keyword arguments; the first tensor's first axis is the batch.
     The model is left as it was: weights, train/eval modes, hooks.
     """
     args, kwargs = as_call(example_inputs)
     calls: dict[nn.Module, list[int]] = defaultdict(list)
-    leaves = [m for m in model.modules() if isinstance(m, (*CONVS, *TRANSPOSED, nn.Linear, *RECURRENT))]
+    leaves = [m for m in nn.Module.modules(model) if isinstance(m, (*CONVS, *TRANSPOSED, nn.Linear, *RECURRENT))]
     handles = [leaf.register_forward_hook(_recorder(calls)) for leaf in leaves]
     try:
         with evaluating(model), torch.no_grad():

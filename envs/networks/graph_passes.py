@@ -170,11 +170,19 @@ def relu_after(traced: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     return after if after.args[0] is node else None
 
 
-def exchange(traced: fx.GraphModule, chain: Sequence[fx.Node], place: str, made: nn.Module, *inputs: Any) -> None:
-    """Call the module `made`, as submodule `place`, instead of a chain of nodes of which only the last is read.
+def free_name(traced: fx.GraphModule, wanted: str) -> str:
+    """A name for a new submodule; `level2.0` and `level2_0` want the same one."""
+    while hasattr(traced, wanted):
+        wanted += "_"
+    return wanted
 
-    The graph is not recompiled.
+
+def exchange(traced: fx.GraphModule, chain: Sequence[fx.Node], place: str, made: nn.Module, *inputs: Any) -> None:
+    """Call the module `made` instead of a chain of nodes of which only the last is read.
+
+    It becomes a submodule under the name `place`, or the like. The graph is not recompiled.
     """
+    place = free_name(traced, place)
     traced.add_submodule(place, made)
     with traced.graph.inserting_before(chain[-1]):
         new = traced.graph.call_module(place, inputs)

@@ -58,7 +58,7 @@ def arranged(inputs: Any, layout: torch.memory_format) -> Any:
 
 def order_weights(model: nn.Module, layout: torch.memory_format) -> None:
     """Put the weights of convolutions over images into channels-last order, in place, where images have it."""
-    for module in model.modules() if layout == CHANNELS_LAST else ():
+    for module in nn.Module.modules(model) if layout == CHANNELS_LAST else ():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) and "weight" in module._parameters:
             module.weight.data = module.weight.data.contiguous(memory_format=CHANNELS_LAST)
 

@@ -14,7 +14,7 @@ from torch import nn
 @contextmanager
 def modes_restored(*models: nn.Module | None) -> Iterator[None]:
     """Whatever happens to train/eval modes inside, every module has its own again afterwards. None is skipped."""
-    modes = [(module, module.training) for model in models if model is not None for module in model.modules()]
+    modes = [(module, module.training) for model in models if model is not None for module in nn.Module.modules(model)]
     try:
         yield
     finally:

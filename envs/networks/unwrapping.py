@@ -91,7 +91,7 @@ def _unwrapped(module: nn.Module) -> tuple[nn.Module, list[str]]:
 def _unwrap_inside(network: nn.Module) -> list[str]:
     """Take wrappers off parts of the network, in place; returns their kinds."""
     taken: list[str] = []
-    for parent in list(network.modules()):
+    for parent in list(nn.Module.modules(network)):
         for name, child in list(parent.named_children()):
             # A part without a forward is a container, as a ModuleList is, and no wrapper.
             if _has_forward(child):

@@ -23,6 +23,7 @@ from ..surgery.cutting import checked_keep
 from ..surgery.filter_group import Cut, FilterGroup
 from ..surgery.folding import fold, mixing_obstacle, reading_weight, set_reading_weight
 from ..surgery.masking import MixKey, channel_dim
+from ..surgery.shared_weights import SHARES, sharing_modules
 from ..surgery.slicing import axes_of, slice_module, width
 
 
@@ -157,6 +158,7 @@ def solve(moments: Moments, masks_MN: Tensor, ridge: float) -> Tensor:
 
 def _usable(model: nn.Module, group: FilterGroup) -> tuple[list[Cut], dict[str, str]]:
     found = {cut.module: mixing_obstacle(model.get_submodule(cut.module), cut) for cut in group.consumers}
+    found |= {name: f"{name!r} {SHARES}" for name in found.keys() & sharing_modules(model)}
     skipped = {name: reason for name, reason in found.items() if reason}
     return [cut for cut in group.consumers if cut.module not in skipped], skipped
 

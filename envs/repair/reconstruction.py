@@ -22,12 +22,14 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...errors import UserError
+from ...ranges import COUNT, IMAGES, POSITIVE, check_numbers
 from ..networks.copying import copied
 from ..networks.graph_passes import functionalise, only_user
 from ..networks.memory_layout import arranged, layout_of
 from ..networks.module_kinds import LeafTracer, is_leaf
 from ..surgery.cutting import KeptRows, cut_channels, find_module, kept_rows
 from ..surgery.filter_group import FilterGroup
+from ..surgery.shared_weights import SHARES, sharing_modules
 from ..surgery.slicing import Rows, width
 from .patches import inputs_at, obstacle, outputs_at, regress
 
@@ -56,6 +58,7 @@ class ReconstructionSettings:
                 f"The reconstruction has images={self.images}, places={self.places}, ridge={self.ridge}, "
                 f"max_inputs={self.max_inputs}; expected all of them above 0."
             )
+        check_numbers(self, images=IMAGES, places=COUNT, ridge=POSITIVE, max_inputs=COUNT)
 
 
 @dataclass(frozen=True)
@@ -134,13 +137,14 @@ def find_sites(traced: fx.GraphModule, max_inputs: int) -> tuple[dict[str, Site]
     """The sites by graph node, and the layers that are left as cut, by name, with the reason."""
     calls = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
     order = {node: position for position, node in enumerate(traced.graph.nodes)}
-    sites, skipped = {}, {}
+    sites, skipped, sharing = {}, {}, sharing_modules(traced)
     for node in traced.graph.nodes:
         if not _is_layer(traced, node):
             continue
         module = traced.get_submodule(node.target)
         why = obstacle(module, max_inputs) if is_leaf(module) else "a class of its own"
         why = "it is called more than once" if calls[node.target] > 1 else why
+        why = f"it {SHARES}" if node.target in sharing else why
         if why:
             skipped[node.target] = why
             continue

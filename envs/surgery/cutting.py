@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ...errors import UserError
 from ..networks.copying import copied
 from .filter_group import FilterGroup
+from .shared_weights import shared_parameters, tie_again
 from .slicing import Rows, axes_of, checked_rows, is_tensor_axis, slice_module, slice_tensor, width
 
 KeptRows = Mapping[str, Mapping[str, Rows]]
@@ -58,8 +59,12 @@ def kept_rows(model: nn.Module, choices: Mapping[FilterGroup, Tensor]) -> dict[s
 
 
 def cut_channels(model: nn.Module, kept: KeptRows) -> nn.Module:
-    """A copy of `model` with only these channels; every list is checked (`slicing.checked_rows`)."""
+    """A copy of `model` with only these channels; every list is checked (`slicing.checked_rows`).
+
+    Layers that share a parameter and lose the same channels share it in the copy as well.
+    """
     smaller = copied(model)
+    shared = shared_parameters(smaller)
     with torch.no_grad():
         for name, axes in kept.items():
             module = find_module(smaller, name)
@@ -75,6 +80,7 @@ def cut_channels(model: nn.Module, kept: KeptRows) -> nn.Module:
                     for axis in axes_of(module)
                 }
                 slice_module(name, module, rows.get("out"), rows.get("in"))
+    tie_again(smaller, shared)
     return smaller
 
 

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from ...errors import UserError
 
-Axis = Literal["out", "in"]
+Axis = str
+"""`out`, `in`, or `NAME:DIM`, a dimension of a tensor that the module holds (`slicing.tensor_axis`)."""
 Kind = Literal["producer", "consumer", "pass"]
 
 
@@ -26,11 +27,12 @@ class Cut:
 
     Args:
         module: qualified name of the module.
-        axis: "out" for output channels (also the channels of a normalisation), "in" for input channels.
+        axis: "out" for output channels (also the channels of a normalisation), "in" for input channels, "gamma:0" for
+            the first dimension of a parameter, buffer or other tensor `gamma` that the module holds.
         channels: (N, R) int64; row i holds the channels that go with filter i, in ascending order.
-        kind: "producer" makes the filters (convolution, linear), "consumer" reads them (convolution, linear), "pass"
-            keeps channel by channel what it was (normalisation, PReLU, depthwise convolution). A depthwise convolution
-            has one "out" cut; its inputs follow from it.
+        kind: "producer" makes the filters (convolution, linear), "consumer" reads them (convolution, linear,
+            recurrent), "pass" keeps channel by channel what it was (normalisation, PReLU, depthwise convolution, a
+            vector of one number per channel). A depthwise convolution has one "out" cut; its inputs follow from it.
     """
 
     module: str
@@ -50,7 +52,7 @@ class FilterGroup:
     """Filters that can only go together; hashed by identity, so it may be a key of a `dict`.
 
     Args:
-        name: qualified name of the root convolution, the first one to run.
+        name: qualified name of the root convolution, the first one to run; without one, of the first linear layer.
         n_filters: N, the number of keep/drop decisions.
         cuts: everything that is cut when a filter goes.
     """
@@ -71,7 +73,7 @@ class FilterGroup:
 
     @property
     def consumers(self) -> tuple[Cut, ...]:
-        """Convolutions and linear layers that read these filters: where a mask belongs."""
+        """Convolutions, linear and recurrent layers that read these filters: where a mask belongs."""
         return tuple(cut for cut in self.cuts if cut.kind == "consumer")
 
     def __str__(self) -> str:

@@ -1,7 +1,7 @@
 """Folding a mask or a channel mix from a consumer's input into its weights: conv(P x, W) == conv(x, W P).
 
-Exact for convolutions (whatever their padding), transposed convolutions and linear layers. With a mask not even a bit
-changes (zero weight instead of zero input), and no activation has to be copied.
+Exact for convolutions (whatever their padding), transposed convolutions, linear and recurrent layers. With a mask not
+even a bit changes (zero weight instead of zero input), and no activation has to be copied.
 
 Shapes: C input channels of a consumer, K outputs, M masks, N filters, R channels of the consumer that belong to one
 filter.
@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from ..networks.module_kinds import is_leaf, is_transposed
+from ..networks.module_kinds import is_leaf, is_recurrent, is_transposed, reading_weights
 from .filter_group import Cut
 
 
 def mixing_obstacle(module: nn.Module, cut: Cut) -> str | None:
     """Why the channels of `cut` cannot be mixed inside the weights of `module`, or None if they can."""
+    if is_recurrent(module):
+        return None
     if not is_leaf(module):
         return f"{cut.module!r} is a {type(module).__name__} with a forward of its own"
     if not isinstance(module, _ConvNd) or module.groups == 1:
@@ -27,6 +29,20 @@ def mixing_obstacle(module: nn.Module, cut: Cut) -> str | None:
     if (blocks == blocks[:1]).all():
         return None
     return f"the grouped convolution {cut.module!r} reads its filters in different blocks"
+
+
+def reading_weight(module: nn.Module) -> Tensor:
+    """The weights that multiply what `module` reads; of a recurrent layer of two directions a copy, both stacked."""
+    found = [getattr(module, name) for name in reading_weights(module)]
+    return found[0] if len(found) == 1 else torch.cat([each.detach() for each in found])
+
+
+@torch.no_grad()
+def set_reading_weight(module: nn.Module, weight: Tensor) -> None:
+    """Copy `weight` over `reading_weight(module)`."""
+    own = [getattr(module, name) for name in reading_weights(module)]
+    for each, value in zip(own, weight.split([len(each) for each in own]), strict=True):
+        each.copy_(value)
 
 
 def by_input(module: nn.Module, weight: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from fractions import Fraction
@@ -9,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from .slicing import width
+from ..networks.module_kinds import is_recurrent, n_products
+from .slicing import axes_of_parameter, width
 
 if TYPE_CHECKING:
     from ..networks.cost import Cost
@@ -26,7 +28,7 @@ def pruned_cost(model: nn.Module, cost: Cost, kept: Mapping[FilterGroup, int]) -
         cost: its `count_cost`.
         kept: filters kept, 0 to N, by group; groups that are not named keep all.
     """
-    shares: dict[str, dict[str, Fraction]] = defaultdict(lambda: {"out": Fraction(1), "in": Fraction(1)})
+    shares: dict[str, defaultdict[str, Fraction]] = defaultdict(lambda: defaultdict(lambda: Fraction(1)))
     for group, n_kept in kept.items():
         if not 0 <= n_kept <= group.n_filters:
             raise ValueError(f"group {group.name!r} cannot keep {n_kept} of its {group.n_filters} filters.")
@@ -34,10 +36,21 @@ def pruned_cost(model: nn.Module, cost: Cost, kept: Mapping[FilterGroup, int]) -
             gone = (group.n_filters - n_kept) * cut.channels.shape[1]
             shares[cut.module][cut.axis] -= Fraction(gone, width(model.get_submodule(cut.module), cut.axis))
     macs, params = cost.macs, cost.params
+    counted: set[nn.Parameter] = set()  # one that several layers share goes once
     for name, share in shares.items():
-        both = share["out"] * share["in"]
+        module, lost = model.get_submodule(name), {}
+        for key, parameter in module.named_parameters(recurse=False):
+            axes = [*axes_of_parameter(module, key), *(axis for axis in share if axis.startswith(f"{key}:"))]
+            lost[key] = int(parameter.numel() * (1 - math.prod(share[axis] for axis in axes)))
+            params -= 0 if parameter in counted else lost[key]
+            counted.add(parameter)
         if name in cost.modules:
-            macs -= int(cost.modules[name].macs * (1 - both))
-        for parameter in model.get_submodule(name).parameters(recurse=False):
-            params -= int(parameter.numel() * (1 - (share["out"] if parameter.dim() == 1 else both)))
+            macs -= _lost_macs(module, cost.modules[name].macs, share, lost)
     return macs, params
+
+
+def _lost_macs(module: nn.Module, macs: int, share: Mapping[str, Fraction], lost: Mapping[str, int]) -> int:
+    if not is_recurrent(module):
+        return int(macs * (1 - share["out"] * share["in"]))
+    # Every weight of a recurrent layer is used once a step, and only those that read its input become fewer.
+    return int(Fraction(macs * sum(lost.values()), n_products(module)))

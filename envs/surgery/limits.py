@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UserError
+from ...ranges import COUNT, POSITIVE, check_numbers
 from .filter_group import FilterGroup, GroupPlan, matching
 from .slicing import Rows, width
 
@@ -51,6 +52,7 @@ class Limits:
                 f"surgery.min_kept is {self.min_kept:g}; expected a whole number of filters, or, between 0 and 1, a "
                 "fraction of those of a group."
             )
+        check_numbers(self, round_to=COUNT, min_kept=POSITIVE)
         if not isinstance(self.protect or {}, Mapping):
             raise UserError(f"surgery.protect is {self.protect!r}; {PROTECT[0]}", *PROTECT[1:])
         for pattern, filters in (self.protect or {}).items():

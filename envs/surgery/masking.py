@@ -55,6 +55,11 @@ def channel_dim(module: nn.Module, value: Tensor) -> int:
     return value.dim() - 1
 
 
+def batch_dim(module: nn.Module, value: Tensor) -> int:
+    """Dimension of a consumer's input that holds the images; a recurrent layer may put the steps first."""
+    return 1 if isinstance(module, nn.RNNBase) and not module.batch_first and value.dim() == 3 else 0
+
+
 def _mixer(cut: Cut, mix: Tensor) -> Any:
     rows = torch.as_tensor(cut.channels)
 

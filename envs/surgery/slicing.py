@@ -14,17 +14,31 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.utils import parametrize
 
 from ...errors import UserError
-from ..networks.module_kinds import is_depthwise, is_transposed
+from ..networks.module_kinds import is_depthwise, is_recurrent, is_transposed, reading_weights
 
 Rows = NDArray[np.int64]
 
 
+def tensor_axis(name: str, dim: int) -> str:
+    """The axis that is dimension `dim` of the tensor a module holds under `name`."""
+    return f"{name}:{dim}"
+
+
+def is_tensor_axis(axis: str) -> bool:
+    """Whether `axis` is a dimension of one tensor, not of the whole module."""
+    return ":" in axis
+
+
 def width(module: nn.Module, axis: str) -> int:
-    """Number of channels of `module` on the axis "out" or "in"; UserError if it has none that can be cut."""
+    """Number of channels of `module` on an axis; UserError if it has none that can be cut."""
+    if is_tensor_axis(axis):
+        name, dim = _tensor_at(module, axis)
+        return int(getattr(module, name).shape[dim])
     names = {"out": ("out_channels", "out_features", "num_features", "num_channels", "num_parameters")}.get(
-        axis, ("in_channels", "in_features")
+        axis, ("in_channels", "in_features", "input_size")
     )
     for name in names:
         if hasattr(module, name):
@@ -55,8 +69,16 @@ def checked_rows(name: str, module: nn.Module, axis: str, rows: Sequence[int] | 
     return array
 
 
-def slice_module(name: str, module: nn.Module, out: Rows, into: Rows | None) -> None:
-    """Keep only these channels of `module`, in place; `into` is None for modules without an input axis."""
+def slice_module(name: str, module: nn.Module, out: Rows | None, into: Rows | None) -> None:
+    """Keep only these channels of `module`, in place; None for an axis that it does not have."""
+    if is_recurrent(module):
+        assert into is not None
+        for each in reading_weights(module):
+            weight = getattr(module, each)
+            _replace(module, each, weight[:, _on(into, weight)])
+        module.input_size = len(into)
+        return
+    assert out is not None
     if is_depthwise(module):
         assert isinstance(module, _ConvNd)
         _slice_depthwise(name, module, out)
@@ -80,9 +102,36 @@ def slice_module(name: str, module: nn.Module, out: Rows, into: Rows | None) -> 
         raise UserError(f"Module {name!r} is a {type(module).__name__}, which cannot be cut.")
 
 
-def has_inputs(module: nn.Module) -> bool:
-    """Whether the module's input channels are cut by a list of their own."""
-    return isinstance(module, nn.Linear) or (isinstance(module, _ConvNd) and not is_depthwise(module))
+def slice_tensor(module: nn.Module, axis: str, rows: Rows) -> None:
+    """Keep only these places of one tensor (`tensor_axis`) that `module` holds, in place."""
+    name, dim = _tensor_at(module, axis)
+    value = getattr(module, name)
+    _replace(module, name, value.index_select(dim, _on(rows, value)))
+
+
+def axes_of(module: nn.Module) -> tuple[str, ...]:
+    """The axes of the module as a whole; a depthwise convolution's inputs follow from its outputs."""
+    if is_recurrent(module):
+        return ("in",)
+    both = isinstance(module, nn.Linear) or (isinstance(module, _ConvNd) and not is_depthwise(module))
+    return ("out", "in") if both else ("out",)
+
+
+def axes_of_parameter(module: nn.Module, name: str) -> tuple[str, ...]:
+    """Along which axes of the module as a whole its parameter `name` is cut."""
+    if is_recurrent(module):
+        return ("in",) if name in reading_weights(module) else ()
+    if name == "weight":
+        return axes_of(module)
+    return ("out",) if name == "bias" else ()
+
+
+def _tensor_at(module: nn.Module, axis: str) -> tuple[str, int]:
+    name, _, dim = axis.rpartition(":")
+    value = {**vars(module), **module._parameters, **module._buffers}.get(name)
+    if not isinstance(value, Tensor) or not dim.isdecimal() or int(dim) >= value.dim():
+        raise UserError(f"A {type(module).__name__} holds no tensor for {axis!r} that can be cut.")
+    return name, int(dim)
 
 
 def _slice_conv(name: str, module: _ConvNd, out: Rows, into: Rows) -> None:
@@ -96,11 +145,12 @@ def _slice_conv(name: str, module: _ConvNd, out: Rows, into: Rows) -> None:
     outs, ins = [each for each in outs if len(each)], [each for each in ins if len(each)]
     if len({len(each) for each in outs}) > 1 or len({len(each) for each in ins}) > 1:
         raise UserError(f"The blocks of the grouped convolution {name!r} must lose equally many channels.")
-    weight = module.weight
-    first, second = (ins, outs) if is_transposed(module) else (outs, ins)
-    width_second = weight.shape[1]
-    parts = [weight[_on(a, weight)][:, _on(b % width_second, weight)] for a, b in zip(first, second, strict=True)]
-    _replace(module, "weight", torch.cat(parts) if len(parts) > 1 else parts[0])
+    if not parametrize.is_parametrized(module, "weight"):
+        weight = module.weight
+        first, second = (ins, outs) if is_transposed(module) else (outs, ins)
+        width_second = weight.shape[1]
+        parts = [weight[_on(a, weight)][:, _on(b % width_second, weight)] for a, b in zip(first, second, strict=True)]
+        _replace(module, "weight", torch.cat(parts) if len(parts) > 1 else parts[0])
     _keep_rows(module, ("bias",), out)
     module.out_channels, module.in_channels, module.groups = len(out), len(into), len(outs)
 
@@ -112,7 +162,8 @@ def _slice_depthwise(name: str, module: _ConvNd, out: Rows) -> None:
         raise UserError(f"The {multiplier} filters of one channel of the depthwise {name!r} can only go together.")
     kept = int((sizes > 0).sum())
     rows = np.flatnonzero(sizes) if is_transposed(module) else out
-    _replace(module, "weight", module.weight[_on(rows, module.weight)])
+    if not parametrize.is_parametrized(module, "weight"):
+        _replace(module, "weight", module.weight[_on(rows, module.weight)])
     _keep_rows(module, ("bias",), out)
     module.out_channels, module.in_channels, module.groups = len(out), kept, kept
 
