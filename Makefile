@@ -2,11 +2,14 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# An index besides pip's own. PyPI's torch for Linux brings gigabytes of CUDA, which nothing here needs; its CPU build:
-#   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
-TORCH_INDEX ?=
+# PyPI's torch for Linux brings gigabytes of CUDA. Without an NVIDIA driver the CPU build is taken from this index; where
+# that cannot be reached, or TORCH_INDEX is empty, torch comes from pip's own index.
+TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org/whl/cpu)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-INSTALL := $(PIP) install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+INSTALL := $(PIP) install --quiet --constraint constraints.txt
+# torch alone: its index has other packages too, and asking it for each of them would be slow.
+TORCH_FIRST := $(PIP) install --quiet --constraint constraints.txt --no-deps --retries 0 --timeout 15 \
+    --index-url $(TORCH_INDEX) torch 2> $(VENV)/torch.log || echo "No torch from $(TORCH_INDEX): taking pip's own."
 EXTRAS := dev,docs,lightning,onnx,peers,plots,sb3,stats,sweeps
 
 .PHONY: demo test test-all test-extras coverage lint typecheck docs docs-serve build-package install extras clean
@@ -15,6 +18,7 @@ install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	$(if $(TORCH_INDEX),$(TORCH_FIRST))
 	$(INSTALL) --editable ".[dev]"
 	touch $@
 

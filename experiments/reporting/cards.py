@@ -41,6 +41,11 @@ def bound_sentence(metrics: Mapping[str, Any]) -> str | None:
     return f"The drop bound of {bound:g} did not hold{where}."
 
 
+def finetune_sentence(metrics: Mapping[str, Any]) -> str | None:
+    """What the reward split said of fine-tuning, where it is not simply the last epoch that is kept."""
+    return (metrics.get("finetune") or {}).get("sentence")
+
+
 def size(n_bytes: float) -> str:
     """Bytes in kB or MB (powers of ten)."""
     return f"{n_bytes / 1e6:.2f} MB" if n_bytes >= 1e6 else f"{n_bytes / 1e3:.1f} kB"
@@ -97,7 +102,7 @@ def _accuracy(run: Run) -> Markup | None:
     chance = f"{n_images:,} images, standard error {error:.2f} points" if n_images else ""
     states = f"base {percent(base)}" + (f", pruned {percent(metrics['pruned_accuracy'])}" if tuned else "")
     title = f"{name}, fine-tuned" if tuned else f"{name}, pruned"
-    return card(title, percent(last), f"{points(last - base)} from the base", states, chance)
+    return card(title, percent(last), f"{points(last - base)} vs. the base", states, chance)
 
 
 def _amounts(metrics: Mapping[str, Any]) -> list[Markup]:

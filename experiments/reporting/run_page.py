@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...envs.data.objective import display_name
-from .cards import bound_sentence, cards, change, final_accuracy, percent, points
+from .cards import bound_sentence, cards, change, final_accuracy, finetune_sentence, percent, points
 from .markup import Markup, copyable, page, section, table, tag
 from .methods_page import methods_page
 from .oracle_page import oracle_page
@@ -50,10 +50,11 @@ def _state(run: Run) -> Markup | None:
             if run.layers
             else "nothing decided yet"
         )
-        return tag("p", f"This run is unfinished: {done}. What is there is shown.", class_="note")
+        return tag("p", f"This run is unfinished: {done}. The page shows what there is.", class_="note")
     gave_way = metrics.get("gave_way") or [layer.name for layer in run.layers if not layer.within_bound]
     text = bound_sentence({"groups": run.layers, **metrics, "gave_way": gave_way})
-    return tag("p", text, class_="note") if text else None
+    said = [tag("p", each, class_="note") for each in (text, finetune_sentence(metrics)) if each]
+    return tag("div", *said) if said else None
 
 
 def _summary(run: Run) -> Markup | None:
@@ -64,8 +65,8 @@ def _summary(run: Run) -> Markup | None:
     less = change(metrics["base_macs"], metrics["pruned_macs"])
     report = (run.facts.get("splits") or {}).get("report") or {}
     images = f" on {report['n_images']:,} report images, which nothing was chosen on" if report.get("n_images") else ""
-    lost = f"{points(last - base)} of {display_name(run.metric)}"
-    text = f"{less} MACs at {lost}: {percent(base)} before, {percent(last)} now{images}."
+    lost = f"{display_name(run.metric)} {points(last - base)}"
+    text = f"MACs {less}, {lost}: {percent(base)} before, {percent(last)} now{images}."
     return tag("p", text, class_="lead")
 
 
@@ -85,7 +86,7 @@ def _methods(run: Run) -> Markup | None:
     if not rows:
         return None
     head = ["decided by", "pruned", "fine-tuned", "MACs", "parameters"]
-    text = f"All keep as many filters in every layer; {display_name(run.metric)} on the report split."
+    text = f"All keep the same number of filters in every layer; {display_name(run.metric)} on the report split."
     return section("The agent beside controls", text, table(head, rows))
 
 
@@ -98,11 +99,11 @@ def _reload(run: Run) -> Markup | None:
     """A snippet that gives the network back."""
     if run.command == "train-cnn" and run.finished:
         weights = str(run.path / "model.safetensors")
-        return section("Go on from it", None, copyable(f"keepdrop prune checkpoint={shlex.quote(weights)}"))
+        return section("Prune it", None, copyable(f"keepdrop prune checkpoint={shlex.quote(weights)}"))
     if "pruned" not in run.sizes:
         return None
     folder = json.dumps(str(run.path / "pruned"), ensure_ascii=False)
-    lines = ["from keepdrop.envs.files.pruned_network import load_pruned", ""]
+    lines = ["from keepdrop import load_pruned", ""]
     target = str((run.constructor or {}).get("_target_", ""))
     if target.startswith(BUILT_IN):
         lines.append(f"model = load_pruned({folder})")

@@ -77,7 +77,7 @@ def _trade_off(runs: Sequence[Run], names: Sequence[str]) -> Markup | None:
 
 
 def _totals(runs: Sequence[Run], names: Sequence[str]) -> Markup | None:
-    head = ["run", "command", "base", "pruned", "fine-tuned", "from the base", "MACs", "parameters", "latency"]
+    head = ["run", "command", "base", "pruned", "fine-tuned", "vs. the base", "MACs", "parameters", "latency"]
     rows = [[name, run.command, *_figures(run.metrics or {})] for run, name in zip(runs, names, strict=True)]
     text = f"{_metric(runs)} on the report split; latency at the largest batch measured."
     return section("Figures", text, table(head, rows))

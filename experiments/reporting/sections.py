@@ -91,7 +91,7 @@ def _chance_text(run: Run) -> str:
     if not n_images:
         return ""
     one = f"one image of {n_images:,} is {100 / n_images:.2f} points"
-    return f" Whiskers show one standard error ({one})."
+    return f" Vertical bars show one standard error ({one})."
 
 
 def _bound(run: Run, points: Sequence[tuple[float, float]]) -> list[Series]:
@@ -146,8 +146,8 @@ def _trade_off_text(run: Run) -> str:
         return text
     return (
         f"{text} Lines marked 'not recovered' were measured on {controls['n_images']:,} reward images without any "
-        "training: the agent's own masks, and controls that keep as many filters in every layer, all with the run's "
-        "own compensation. They say what the choice of filters alone is worth."
+        "training: the agent's own masks, and controls that keep the same number of filters in every layer, all with "
+        "the run's own compensation. They show what the choice of filters alone is worth."
     )
 
 
@@ -264,8 +264,8 @@ def origin(run: Run) -> Markup | None:
             tag("pre", tag("code", OmegaConf.to_yaml(OmegaConf.create(dict(run.config))))),
         ),
     ]
-    text = "fit trains weights, reward scores masks, report is opened once, at the end."
-    return section("Where it comes from", text if rows else None, *parts)
+    text = "The fit split trains weights, the reward split scores masks, the report split is opened once, at the end."
+    return section("How it was made", text if rows else None, *parts)
 
 
 def _versions(facts: Mapping[str, Any]) -> Sequence[Sequence[object]]:

@@ -133,6 +133,13 @@ class Terminal:
             partners = [", ".join(row[key]) or "-" for key in ("coupled_with", "consumers")]
             table.add_row(row["name"], str(row["n_filters"]), share, f"{row['params']:,}", *partners)
         self.console.print(table)
+        total = sum(row["macs"] for row in described["groups"]) / max(described["macs"], 1)
+        if total > 1:
+            self.console.print(
+                f"The shares add up to {100 * total:.0f} %: a convolution between two groups is counted in both, since "
+                "it shrinks with either.",
+                markup=False,
+            )
         for row in described["skipped"]:
             self.console.print(f"skipped {row['name']}: {row['reason']}", markup=False)
 
