@@ -18,8 +18,17 @@ import torch
 from torch import Tensor, fx, nn
 
 from ...errors import UserError
+from ..networks.memory_layout import arranged, layout_of
 from ..surgery.filter_group import FilterGroup
-from ..surgery.folding import by_input, fold, fold_all, from_input, mixing_obstacle
+from ..surgery.folding import (
+    by_input,
+    fold,
+    fold_all,
+    from_input,
+    mixing_obstacle,
+    reading_weight,
+    set_reading_weight,
+)
 from ..surgery.masking import MixKey
 from .cudnn_conv import fuse_relu
 from .fused_conv import FusedConv, can_fuse, has_bfloat16
@@ -70,13 +79,16 @@ class MaskedNetwork:
             warn_of_emulation()
         self.why_whole = "it was asked for" if method == "whole" else ""
         self.groups, self.dtype, self.compile = tuple(groups), DTYPES[dtype], compile
+        self.layout = layout_of(model, example)
+        example = arranged(example, self.layout)
         stack = example.device.type != "cpu" if stack is None else stack
         fusing = not compile and not stack and can_fuse(example, self.dtype)
         found = None if method == "whole" else self._partitioned(model, example, method, fusing)
         self.method = "whole" if found is None else "split"
         self._partition = found or unpartitioned(model, example)
         names = {cut.module for group in groups for cut in group.consumers}
-        self._weights = {name: _weight(self._partition.masked, name).detach().clone() for name in names}
+        masked = self._partition.masked
+        self._weights = {name: reading_weight(masked.get_submodule(name)).detach().clone() for name in names}
         self._run = torch.compile(self._partition.suffix, dynamic=False) if compile else self._partition.suffix
         if self.dtype != torch.float32:
             self._cast(example)
@@ -95,7 +107,7 @@ class MaskedNetwork:
         """All masks in one batch, if wanted and possible; on an NVIDIA GPU everything in as few kernels as possible."""
         self._stacked = None
         if stack and isinstance(self._partition.suffix, fx.GraphModule):
-            self._stacked = stacked_suffix(self._partition.suffix, self.prefix(example), self._weights)
+            self._stacked = stacked_suffix(self._partition.suffix, self.prefix(example), self._weights, self.layout)
         if self.compile:
             if self._stacked is not None:
                 self._stacked.run = torch.compile(self._stacked.graph, dynamic=False)
@@ -196,7 +208,7 @@ class MaskedNetwork:
             if fused is None or fused.n_groups > 1 or not bool(read.any()):
                 weight = self._zeroed(name, weight, read)
             if fused is None:
-                _weight(self._partition.masked, name).copy_(weight)
+                set_reading_weight(self._partition.masked.get_submodule(name), weight)
                 continue
             reads = None if fused.n_groups > 1 or bool(read.all()) else _some(read)
             feeder = None if reads is None else self._partition.feeders.get(fused)
@@ -226,7 +238,7 @@ class _Folded:
             fused.reset()
         with torch.no_grad():
             for name in self._folded.keys() - network._partition.fused.keys():
-                _weight(network._partition.masked, name).copy_(network._weights[name])
+                set_reading_weight(network._partition.masked.get_submodule(name), network._weights[name])
 
     @torch.inference_mode()
     def _run(self, frontier: Frontier) -> Tensor:
@@ -243,9 +255,3 @@ def _some(read: Tensor) -> Tensor:
     """Indices of the channels that are read; where none is, the first one (its weights are zero)."""
     indices = read.nonzero().flatten()
     return indices if len(indices) else indices.new_zeros(1)
-
-
-def _weight(masked: nn.Module, name: str) -> Tensor:
-    weight = masked.get_submodule(name).weight
-    assert isinstance(weight, Tensor)
-    return weight

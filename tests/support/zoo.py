@@ -157,6 +157,44 @@ class Flattened(nn.Module):
         return self.linear(F.relu(self.hidden(x.flatten(1))))
 
 
+class Viewed(nn.Module):
+    """The tutorials' LeNet: `view` behind a map larger than 1x1, which knows one order in memory alone."""
+
+    def __init__(self, in_channels: int = 3, n_classes: int = 4) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(in_channels, 6, 3, padding=1), nn.Conv2d(6, 8, 3, padding=1)
+        self.fc1, self.fc2 = nn.Linear(8 * 2 * 2, 12), nn.Linear(12, n_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.conv1(x)), 2)
+        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
+        return self.fc2(F.relu(self.fc1(self.flat(x))))
+
+    def flat(self, x: Tensor) -> Tensor:
+        return x.view(x.size(0), -1)
+
+
+class ViewedBySize(Viewed):
+    """The same with the size written down."""
+
+    def flat(self, x: Tensor) -> Tensor:
+        return x.view(-1, 8 * 2 * 2)
+
+
+class MaxOverChannels(nn.Module):
+    """Pooling over channels by a MaxPool3d, which takes no channels-last images."""
+
+    def __init__(self, in_channels: int = 3, n_classes: int = 4) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(in_channels, 6, 3, padding=1), nn.Conv2d(6, 12, 3, padding=1)
+        self.pool = nn.MaxPool3d((2, 1, 1))
+        self.conv3, self.linear = nn.Conv2d(6, 8, 3), nn.Linear(8, n_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(F.relu(self.conv2(F.relu(self.conv1(x)))))
+        return self.linear(F.relu(self.conv3(x)).mean((2, 3)))
+
+
 class Gated(nn.Module):
     """Squeeze-and-excite, by 1x1 convolutions and by linear layers."""
 
@@ -296,12 +334,136 @@ class Extended(nn.Module):
         return self.head(self.second(self.bn(self.first(x))).relu().mean((2, 3)))
 
 
+class LayerScaled(nn.Module):
+    """ConvNeXt: LayerNorm over the stream, a hidden layer at every position, a learned scale on the branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.stem_norm = nn.Conv2d(3, 8, 2, stride=2), nn.LayerNorm(8)
+        self.deep, self.norm = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.LayerNorm(8)
+        self.wide, self.narrow = nn.Linear(8, 12), nn.Linear(12, 8)
+        self.scale = nn.Parameter(torch.full((8, 1, 1), 1e-6))
+        self.head, self.linear = nn.Conv2d(8, 6, 1), nn.Linear(6, 4)
+        self.head_scale = nn.Parameter(torch.ones(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem_norm(self.stem(x).permute(0, 2, 3, 1))
+        y = self.norm(self.deep(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        y = self.narrow(F.gelu(self.wide(y))).permute(0, 3, 1, 2)
+        x = x.permute(0, 3, 1, 2) + self.scale * y
+        return self.linear(self.head_scale * F.relu(self.head(x)).mean((2, 3)))
+
+
+class FrozenNorm(nn.Module):
+    """Batch norm whose four vectors are buffers, as in detectors."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.full((channels,), float(name in ("weight", "running_var"))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight * (self.running_var + 1e-5).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        return x * scale.reshape(1, -1, 1, 1) + shift[None, :, None, None]
+
+
+class Vectors(nn.Module):
+    """Numbers per channel in buffers, parameters and plain attributes; a number per position; a token of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = torch.full((3, 1, 1), 0.5)
+        self.stem, self.frozen = nn.Conv2d(3, 8, 3, padding=1), FrozenNorm(8)
+        self.again, self.shift = nn.Conv2d(8, 8, 3, padding=1), nn.Parameter(torch.zeros(1, 8, 1, 1))
+        self.gains, self.places = nn.ParameterList([nn.Parameter(torch.ones(8, 1, 1))]), nn.Parameter(torch.ones(8))
+        self.head, self.offset = nn.Conv2d(8, 6, 3, padding=1), torch.linspace(-1, 1, 6)
+        self.token, self.table = nn.Parameter(torch.zeros(1, 1, 6)), nn.Parameter(torch.zeros(1, 65, 6))
+        self.linear = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.frozen(self.stem(x - self.mean)))
+        x = F.relu(self.again(x) * self.gains[0] + self.shift) * self.places + x
+        x = (self.head(x) + self.offset.view(-1, 1, 1)).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.table
+        return self.linear(F.relu(x).mean(1))
+
+
+class StandardisedConv(nn.Conv2d):
+    """Every filter's weights have mean 0 and variance 1, times a learned gain."""
+
+    def __init__(self, *args: int, **kwargs: int) -> None:
+        super().__init__(*args, **kwargs)
+        self.gain = nn.Parameter(torch.ones(self.out_channels, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.weight.reshape(1, self.out_channels, -1)
+        weight = F.batch_norm(rows, None, None, weight=self.gain.view(-1), training=True, momentum=0.0)
+        return F.conv2d(x, weight.reshape_as(self.weight), self.bias, self.stride, self.padding, 1, self.groups)
+
+
+class MadeWeights(nn.Module):
+    """Weights that are made from others: standardised, plain and depthwise, and weight norm; a GroupNorm behind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = StandardisedConv(3, 12, 3, padding=1), nn.GroupNorm(4, 12)
+        self.middle, self.deep = nn.Conv2d(12, 6, 1), StandardisedConv(6, 6, 3, padding=1, groups=6)
+        self.unread, self.head = nn.Conv2d(6, 5, 1), StandardisedConv(5, 6, 1)
+        self.plain = nn.Conv2d(6, 6, 1)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Conv2d(6, 5, 3, padding=1))
+        self.linear = nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.middle(F.relu(self.norm(self.stem(x)))))
+        x = self.plain(F.relu(self.head(self.unread(F.relu(self.deep(x))))))
+        return self.linear(F.relu(self.normed(x)).mean((2, 3)))
+
+
+class Recurrent(nn.Module):
+    """CRNN: columns of a map are the steps of an LSTM of two directions; then a GRU with the steps first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.lstm = nn.LSTM(6 * 4, 5, num_layers=2, bidirectional=True, batch_first=True)
+        self.side, self.gru, self.cell = nn.Conv2d(3, 7, 3, padding=1), nn.GRU(7, 4), nn.LSTMCell(7, 3)
+        self.linear = nn.Linear(17, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.max_pool2d(F.relu(self.bn(self.stem(x))), 2)
+        y, _ = self.lstm(y.permute(0, 3, 1, 2).flatten(2))
+        z = F.relu(self.side(x)).mean(2)
+        _, state = self.gru(z.permute(2, 0, 1))
+        hidden, _ = self.cell(z.mean(2))
+        return self.linear(torch.cat([y.mean(1), state[-1], hidden], 1))
+
+
+class Attending(nn.Module):
+    """Convolutions whose positions attend to each other: linear projections read them, torch's own attention last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.table = nn.Conv2d(3, 7, 4, stride=4), nn.Parameter(torch.zeros(1, 4, 7))
+        self.project, self.back = nn.Linear(7, 24), nn.Linear(8, 8)
+        self.wide, self.narrow = nn.Linear(8, 10), nn.Linear(10, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.linear = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).flatten(2).transpose(1, 2) + self.table
+        q, k, v = self.project(x).unflatten(2, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        x = self.back(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        x = x + self.narrow(F.gelu(self.wide(x)))
+        return self.linear((x + self.attention(x, x, x, need_weights=False)[0]).mean(1))
+
+
 ZOO = {
     each.__name__: each
     for each in (
         ResidualStream, PadShortcut, Concat, Depthwise, Grouped, Reused, Chunked, Shuffled, Flattened, Gated, Decoder,
-        Norms, PixelShuffle, Branching, OneDimensional, ThreeDimensional,
-        Extended,
+        Viewed, MaxOverChannels, Norms, PixelShuffle, Branching, OneDimensional, ThreeDimensional,
+        Extended, LayerScaled, Vectors, MadeWeights, Recurrent, Attending,
     )
 }  # fmt: skip
 IMAGES = (2, 3, 8, 8)

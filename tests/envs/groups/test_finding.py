@@ -29,6 +29,8 @@ EXPECTED = {
     "Chunked": {"gated": (6, set()), "split": (5, set()), "left": (4, {"right"})},
     "Shuffled": {"stem": (4, set()), "head": (8, set())},
     "Flattened": {"conv": (6, set())},
+    "Viewed": {"conv1": (6, set()), "conv2": (8, set())},
+    "MaxOverChannels": {"conv1": (6, set()), "conv3": (8, set())},
     "Gated": {"stem": (8, {"excite"}), "squeeze": (4, set()), "middle": (10, {"up"})},
     "Decoder": {"down": (6, set()), "up": (4, set()), "grouped": (6, set())},
     "Norms": {"stem": (12, set()), "middle": (4, set())},
@@ -37,6 +39,11 @@ EXPECTED = {
     "Extended": {"first": (6, set()), "second": (5, set())},
     "OneDimensional": {"stem": (8, set()), "head": (6, set())},
     "ThreeDimensional": {"stem": (6, set()), "head": (6, set())},
+    "LayerScaled": {"wide": (12, set()), "head": (6, set())},
+    "Vectors": {"stem": (8, {"again"}), "head": (6, set())},
+    "MadeWeights": {"stem": (4, set()), "middle": (6, set()), "head": (6, set()), "normed": (5, set())},
+    "Recurrent": {"stem": (6, set()), "side": (7, set())},
+    "Attending": {"stem": (7, set()), "wide": (10, set())},
 }
 
 
@@ -110,7 +117,7 @@ class _Odd(nn.Module):
     def __init__(self, odd):
         super().__init__()
         self.a, self.b, self.c = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 1), nn.Conv2d(6, 5, 1)
-        self.scale = nn.Parameter(torch.ones(6, 1, 1))
+        self.shared = self.again = nn.Parameter(torch.ones(6, 1, 1))
         self.norm = nn.GroupNorm(1, 6)
         self.odd = odd
         self.linear = nn.Linear(5, 2)
@@ -123,7 +130,8 @@ class _Odd(nn.Module):
 @pytest.mark.parametrize(
     ("odd", "reason"),
     [
-        (lambda net, x: x * net.scale, "meet channels that cannot be removed"),
+        (lambda net, x: x * net.shared, "meet channels that cannot be removed"),
+        (lambda net, x: F.group_norm(x, 3), "number of groups of a GroupNorm written by hand"),
         (lambda net, x: net.norm(x), "GroupNorm of one group mixes"),
         (lambda net, x: x.softmax(1), "'_softmax' mixes its channels"),
         (lambda net, x: x / x.norm(dim=1, keepdim=True), "mixes its channels"),
@@ -134,7 +142,7 @@ class _Odd(nn.Module):
         (lambda net, x: torch.cat([x[:, :2].relu(), x[:, 2:]], 1), "does not"),
         (lambda net, x: F.conv2d(x, net.b.weight), "is not one that keeps channels apart"),
         (lambda net, x: torch.fft.fft2(x).abs(), "is not one that keeps channels apart"),
-        (lambda net, x: x + torch.zeros(6, 1, 1), "meet channels that cannot be removed"),
+        (lambda net, x: x + torch.zeros(6, 1, 1), "sized by the data, as torch.zeros_like(x) is"),
     ],
 )
 def test_an_operation_that_cannot_be_followed_costs_only_its_group(odd, reason):
@@ -204,7 +212,7 @@ def test_other_networks_do_not_look_at_their_data(name):
     assert find_groups(ZOO[name](), torch.randn(IMAGES), verify=False).notes == ()
 
 
-def test_weight_norm_and_overridden_forward_are_not_trusted():
+def test_of_weights_made_filter_by_filter_the_filters_can_go_and_what_they_read_cannot():
     class Standardised(nn.Conv2d):
         def forward(self, x):
             return F.conv2d(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
@@ -219,8 +227,11 @@ def test_weight_norm_and_overridden_forward_are_not_trusted():
 
     for middle in (Standardised(6, 6, 1), torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(6, 6, 1))):
         plan = find_groups(Net(middle), torch.randn(2, 3, 4, 4))
-        assert plan.names == ("c",)
-        assert {item.name for item in plan.skipped} == {"a", "middle"}
+        assert plan.names == ("middle", "c")
+        (skipped,) = plan.skipped
+        assert skipped.name == "a" and "makes its weight out of all of a filter" in skipped.reason
+    plan = find_groups(Net(torch.nn.utils.parametrizations.spectral_norm(nn.Conv2d(6, 6, 1))), torch.randn(2, 3, 4, 4))
+    assert plan.names == ("c",) and {item.name for item in plan.skipped} == {"a", "middle"}
 
 
 def test_a_network_that_does_not_run_is_refused():
