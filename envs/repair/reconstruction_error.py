@@ -32,6 +32,8 @@ from ..surgery.macs_target import MacsMeter, Target, keep_best
 from .patches import inputs_at, obstacle
 from .reconstruction import Reconstruction, ReconstructionSettings
 
+RECONSTRUCTION = "reconstruction"
+ERROR_IMAGES = 1000  # of the fit split, on which errors are measured
 BATCH = 100
 # Errors at the positions of one map are neither independent (their squares would add up, exponent 1) nor do they cancel
 # (exponent 0); half way is best or near it at 50 and 70 % on two ResNet-20 (docs/decisions.md).
@@ -51,6 +53,12 @@ class ErrorCurve:
 
     order: Tensor
     errors: Tensor
+
+    def keep(self, n_keep: int) -> Tensor:
+        """The mask (N,) bool of the `n_keep` filters that stay longest."""
+        mask = torch.zeros(len(self.order), dtype=torch.bool)
+        mask[self.order[len(self.order) - n_keep :]] = True
+        return mask
 
     def scores(self, macs_per_filter: float) -> Tensor:
         """Scores (N,), comparable between groups: the error per MAC that giving up each filter adds.
@@ -88,6 +96,12 @@ def error_curves(
     readings = {group.name: _readings(model, group, places) for group in groups}
     _read(model, [reading for own in readings.values() for reading in own], images, labels, objective)
     return {group.name: _eliminate(group.n_filters, readings[group.name], ridge) for group in groups}
+
+
+def check_readable(model: nn.Module, groups: Sequence[FilterGroup]) -> None:
+    """Refuse what `error_curves` refuses, without a pass over images."""
+    for group in groups:
+        _readings(model, group, places=1)
 
 
 def reconstruction_scores(

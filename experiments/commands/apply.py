@@ -27,7 +27,7 @@ from ..config.ignored import COMPENSATION, LAYER_EVALUATION, REPAIR, Ignored, re
 from ..config.prepare import Inputs, check_controls, prepare
 from ..config.schema import INHERITED, LatencyConfig
 from ..config.stored import check_targets, inherit, run_with_config
-from ..config.training import begin_task, build_recovery, finetune
+from ..config.training import Tuned, begin_task, build_recovery, finetune
 from ..deploy.export import check_exports
 from ..deploy.runtimes import check_runtimes
 from ..pruning.decide import AskCriterion, Decider
@@ -125,7 +125,6 @@ ONE_SHOT = (
 
 def check(config: DictConfig) -> Inputs:
     """Find everything that is wrong with the input before anything is written."""
-    check_controls(config.controls)
     settings(config.latency, LatencyConfig)
     settings(config.recovery, RecoverySettings)
     settings(config.finetune, TrainSettings)
@@ -134,6 +133,7 @@ def check(config: DictConfig) -> Inputs:
     known = load_agents(config.agents)
     refuse_ignored(config, [*(ONE_SHOT if GROUP_NAME in known else LAYER_BY_LAYER), *IGNORED])
     inputs = prepare(config, known[GROUP_NAME].facts["groups"] if GROUP_NAME in known else list(known))
+    check_controls(config.controls, inputs)
     assert inputs.dense is not None
     check_runtimes(config.latency.runtimes, inputs.device)
     check_agents(known, inputs.task(inputs.dense))
@@ -162,7 +162,7 @@ class Method:
     records: list[LayerRecord]
     networks: Networks
     kept: KeptChannels
-    finetune_seconds: float | None
+    tuned: Tuned | None
 
 
 class Schedules:
@@ -200,11 +200,12 @@ def prune_with(schedule: Schedule | NetworkSchedule, name: str, task: PruningTas
     with closing(own.tracker):
         with own.terminal.progress(name, len(task.groups)):
             pruned, kept, records = schedule.run(task, own.folder, ScheduleLog(own, task.objective.name))
-        finetuned, seconds = pruned.model, None
+        tuned = None
         if name == AGENT or own.config.finetune_controls:
-            finetuned, seconds = finetune(task.model, pruned.model, task.splits, own)
+            tuned = finetune(task.model, pruned.model, task.splits, own)
         own.tracker.kept_filters({record.name: record.keep for record in records}, len(records))
-    return Method(records, Networks(task.model, pruned.model, finetuned), kept, seconds)
+    networks = Networks(task.model, pruned.model, pruned.model if tuned is None else tuned.model)
+    return Method(records, networks, kept, tuned)
 
 
 def apply_metrics(methods: Mapping[str, Method], task: PruningTask, config: DictConfig) -> dict[str, Any]:
@@ -227,12 +228,13 @@ def apply_metrics(methods: Mapping[str, Method], task: PruningTask, config: Dict
 def method_metrics(method: Method, task: PruningTask) -> dict[str, Any]:
     """One row of the comparison."""
     cost = count_cost(method.networks.pruned, task.example)
-    tuned = method.finetune_seconds is not None
+    tuned = method.tuned
     return {
         "pruned_accuracy": report_accuracy(method.networks.pruned, task.splits),
-        "finetuned_accuracy": report_accuracy(method.networks.finetuned, task.splits) if tuned else None,
+        "finetuned_accuracy": report_accuracy(method.networks.finetuned, task.splits) if tuned is not None else None,
         "pruned_macs": cost.macs,
         "pruned_params": cost.params,
-        "finetune_seconds": method.finetune_seconds,
+        "finetune_seconds": None if tuned is None else tuned.seconds,
+        "finetune": {} if tuned is None else dict(tuned.judged),
         "groups": [group_facts(record) for record in method.records],
     }

@@ -16,12 +16,12 @@ from ...agent.learning.natural_evolution import NetworkAgentSettings
 from ...agent.policies.distributions import top_mask
 from ...envs.observation import STATISTIC_NAMES
 from ...envs.one_shot import OneShotTask
-from ...envs.repair.reconstruction_error import reconstruction_scores
+from ...envs.repair.reconstruction_error import ERROR_IMAGES, RECONSTRUCTION, reconstruction_scores
 from ...envs.surgery.macs_target import MacsMeter, Target, keep_best, spread_evenly
 from ...envs.task import PruningTask
 from ...errors import UserError
 from ..pruning.decide import observation_tensors
-from ..pruning.network_search import ERROR_IMAGES, RECONSTRUCTION, best_of
+from ..pruning.network_search import best_of
 from ..runs.seeds import derive_seed
 
 Masks = dict[str, Tensor]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,6 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ...agent.criteria import CRITERIA
 from ...agent.learning.trainer import AgentSettings
 from ...agent.saved_agent import check_agent
 from ...envs.data.splits import Splits
@@ -17,17 +17,20 @@ from ...envs.groups.finding import find_groups
 from ...envs.networks.cost import count_cost
 from ...envs.observation import STATISTIC_NAMES
 from ...envs.repair.reconstruction import Reconstruction, ReconstructionSettings
+from ...envs.repair.reconstruction_error import RECONSTRUCTION, check_readable
 from ...envs.surgery.filter_group import FilterGroup, select_groups
 from ...envs.surgery.limits import Limits, check_limits
 from ...envs.surgery.macs_target import MacsMeter, Target
 from ...envs.task import DenseBaseline, EvaluationSettings, PruningTask, measure_baseline
-from ...errors import UserError
+from ...errors import Notice, UserError
 from ...rewards.try_and_learn import check_drop_bound
-from ..pruning.input_checks import resolve_device, try_network
+from ..pruning.decide import CONTROLS
+from ..pruning.input_checks import check_fineness, resolve_device, try_network, try_training
 from ..pruning.layer_agents import call_policy_factory
 from ..pruning.network_search import NetworkSearchSettings
 from ..pruning.trained_agents import agents_of, load_agents
 from ..runs.seeds import derive_seed
+from ..training.augment import RandomCropFlip, suits
 from ..training.loop import TrainSettings, check_augment
 from .build import (
     NetworkConstructor,
@@ -37,7 +40,7 @@ from .build import (
     build_splits,
     load_network,
 )
-from .entry_point import plain, settings
+from .entry_point import plain, settings, typed
 from .ignored import Ignored, refuse_ignored
 from .schema import SearchConfig
 
@@ -85,8 +88,8 @@ def prepare(config: DictConfig, layers: Sequence[str] | None) -> Inputs:
     evaluation = settings(config.get("evaluation") or {}, EvaluationSettings)
     limits = settings(config.get("surgery") or {}, Limits)
     device = resolve_device(config.device)
-    augment, splits = build_augment(config.augment), build_splits(config)
-    check_augment(augment, splits.fit)
+    splits = build_splits(config)
+    check_augmentation(config, splits)
     image = splits.reward.batch(torch.arange(1))[0]
     construct = NetworkConstructor(config.network, derive_seed(config.seed, "init"), image)
     dense = base = None
@@ -101,23 +104,48 @@ def prepare(config: DictConfig, layers: Sequence[str] | None) -> Inputs:
     plan = find_groups(model, example)
     groups = select_groups(plan, layers)
     check_limits(limits, model, plan, groups)
+    try_training(model, splits, _trainings(config), groups)
+    if "drop_bound" in config:
+        check_fineness(config.drop_bound, len(splits.reward))
     return Inputs(splits, construct, device, groups, dense, base, layers, evaluation, limits, config.seed)
+
+
+def check_augmentation(config: DictConfig, splits: Splits) -> None:
+    """Check the augmentation of the fit images; where nobody typed it and it does not suit, leave it out with a `Notice`.
+
+    Shifts and mirroring suit images with classes: they move what coordinates and maps are about.
+    """
+    augment, given = build_augment(config.augment), typed()
+    chosen = "resume" in given or any(key.partition(".")[0] == "augment" for key in given)
+    if isinstance(augment, RandomCropFlip) and not chosen and not suits(splits.fit):
+        why = "it moves images, and their targets are no classes (augment=shift asks for it)"
+        if len(splits.fit.image_shape) != 3:
+            why = "it is for images, and these are signals or volumes"
+        warnings.warn(f"The default augmentation is left out: {why}.", Notice, stacklevel=2)
+        config.augment = augment = None
+    check_augment(augment, splits.fit)
 
 
 def check_losses(config: DictConfig, splits: Splits) -> None:
     """Refuse label smoothing in any training of a command where the loss knows none, with a `UserError`."""
     targets = splits.fit.batch(torch.arange(1))[1]
-    for name in ("base", "train", "finetune", "recovery.train"):
-        node = OmegaConf.select(config, name)
-        if node is not None:
-            splits.objective.check_smoothing(settings(node, TrainSettings).label_smoothing, targets)
+    for chosen in _trainings(config):
+        splits.objective.check_smoothing(chosen.label_smoothing, targets)
 
 
-def check_controls(names: Sequence[str]) -> None:
-    """Refuse a control that is no criterion."""
-    unknown = [name for name in names if name not in CRITERIA]
+def _trainings(config: DictConfig) -> list[TrainSettings]:
+    """The settings of every training of a command, that of the base network last."""
+    nodes = (OmegaConf.select(config, name) for name in ("finetune", "recovery.train", "train", "base"))
+    return [settings(node, TrainSettings) for node in nodes if node is not None]
+
+
+def check_controls(names: Sequence[str], inputs: Inputs) -> None:
+    """Refuse a control that is no criterion, or that cannot judge every layer."""
+    unknown = [name for name in names if name not in CONTROLS]
     if unknown:
-        raise UserError(f"controls has {unknown[0]!r}; expected any of {', '.join(CRITERIA)}.")
+        raise UserError(f"controls has {unknown[0]!r}; expected any of {', '.join(CONTROLS)}.")
+    if RECONSTRUCTION in names:
+        check_readable(inputs.construct() if inputs.dense is None else inputs.dense, inputs.groups)
 
 
 def check_search(config: DictConfig, inputs: Inputs) -> None:

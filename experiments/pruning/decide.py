@@ -10,12 +10,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ...agent.criteria import CriterionAgent
+from ...agent.criteria import CRITERIA, CriterionAgent
 from ...envs.observation import STATISTIC_NAMES
+from ...envs.repair.reconstruction_error import ERROR_IMAGES, RECONSTRUCTION, ErrorCurve, error_curves
 from ...envs.task import DecisionTask, LayerTask
 from ..runs.seeds import derive_seed
 
 AGENT = "agent"  # the folder that a decision's agent is saved in
+CONTROLS = (*CRITERIA, RECONSTRUCTION)
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ class AskCriterion:
     """Asks a criterion, at given counts: the control beside an agent.
 
     Args:
-        criterion: one of `keepdrop.agent.criteria.CRITERIA`.
+        criterion: one of `CONTROLS`: of `keepdrop.agent.criteria.CRITERIA`, or "reconstruction", which gives up the
+            filters of the layer one by one, always the one whose loss its readers make up for best.
         counts: filters to keep, by layer name.
     """
 
@@ -62,6 +65,15 @@ class AskCriterion:
 
     def __call__(self, layer: LayerTask, working: Path, seed: int) -> Decision:
         """The criterion's mask."""
+        n_keep = self.counts[layer.group.name]
+        if self.criterion == RECONSTRUCTION:
+            return Decision(_least_error(layer).keep(n_keep), self.criterion)
         agent = CriterionAgent(self.criterion, torch.Generator().manual_seed(derive_seed(seed, self.criterion)))
-        keep = agent.keep(observation_tensors(layer), STATISTIC_NAMES, self.counts[layer.group.name])
+        keep = agent.keep(observation_tensors(layer), STATISTIC_NAMES, n_keep)
         return Decision(keep, self.criterion)
+
+
+def _least_error(layer: LayerTask) -> ErrorCurve:
+    task, group = layer.task, layer.group
+    images, labels = task.fit_images(ERROR_IMAGES)
+    return error_curves(task.model, [group], images, labels, objective=task.objective)[group.name]

@@ -100,7 +100,7 @@ class AskNetworkCriterion:
     """Asks a criterion layer by layer, at given counts: the control beside an agent.
 
     Args:
-        criterion: one of `keepdrop.agent.criteria.CRITERIA`.
+        criterion: one of `CONTROLS`, as for `AskCriterion`.
         counts: filters to keep, by layer name.
     """
 

@@ -18,16 +18,16 @@ from ...envs.filter_pruning import FilterPruningVectorEnv
 from ...envs.observation import STATISTIC_NAMES
 from ...envs.one_shot import OneShotTask
 from ...envs.repair.reconstruction import ReconstructionSettings
-from ...envs.repair.reconstruction_error import reconstruction_scores
+from ...envs.repair.reconstruction_error import ERROR_IMAGES, RECONSTRUCTION, reconstruction_scores
 from ...envs.surgery.macs_target import SLACK, MacsMeter, Target, keep_best
 from ...errors import UserError
+from ...ranges import COUNT, IMAGES, MASKS, check_numbers
 from ...rewards.outcome import Outcome, Reward
 from ..runs.seeds import derive_seed
 
 STEP = 0.01  # of the MACs
-RECONSTRUCTION, UNIFORM = "reconstruction", "uniform"
+UNIFORM = "uniform"
 STARTS = (RECONSTRUCTION, UNIFORM)
-ERROR_IMAGES = 1000  # of the fit split, on which the reconstruction criterion measures errors
 Report = Callable[[NetworkTrainer, Mapping[str, float]], None]
 
 
@@ -64,6 +64,7 @@ class NetworkSearchSettings:
             raise UserError(f"network_search.masks is {self.masks}; expected an even number of 4 or more.")
         if self.start not in STARTS:
             raise UserError(f"network_search.start is {self.start!r}; expected one of {', '.join(STARTS)}.")
+        check_numbers(self, masks=MASKS, images=IMAGES, repair_images=IMAGES, repair_places=COUNT)
 
     def rough(self, repair: ReconstructionSettings | None) -> ReconstructionSettings | None:
         """The repair of searched masks, never finer than that of the final cut."""
