@@ -269,7 +269,7 @@ def with_objective(images: LabelledImages, objective: Objective) -> LabelledImag
             "per image; choose another metric, e.g.",
             python="MeanIoU for class maps, BinaryAccuracy for several yes-or-no labels, Within for numbers, as in "
             "Settings(metric=keepdrop.Within(0.1)).",
-            typed="metric=mean_iou for class maps, metric=binary for several yes-or-no labels, metric=within for numbers.",
+            typed="metric=mean_iou for class maps, metric=binary for yes-or-no labels, metric=within for numbers.",
         )
     bare = images.images if isinstance(images, ImagesWithObjective) else images
     return bare if objective == TOP1 else ImagesWithObjective(bare, objective)

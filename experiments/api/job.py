@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,13 +23,15 @@ from ...envs.networks.unwrapping import plain_network
 from ...envs.surgery.kept_channels import KeptChannels
 from ...envs.surgery.limits import check_limits
 from ...envs.task import PruningTask
-from ..pruning.input_checks import resolve_device, try_network
+from ...errors import Notice
+from ..pruning.input_checks import resolve_device, try_network, try_training
 from ..pruning.network_schedule import NetworkSchedule
 from ..pruning.recover import Recover, RecoverySettings
 from ..pruning.schedule import LayerRecord, Recovery, Schedule
 from ..runs.seeds import derive_seed
 from ..training.augment import Augment
-from ..training.loop import check_augment, fit_network
+from ..training.guarded import Judgement, fine_tune, keep_better
+from ..training.loop import check_augment
 from ..training.train_settings import TrainSettings
 from .data import three_splits
 from .job_folder import open_folder
@@ -77,6 +81,11 @@ class Job:
         check_limits(chosen.surgery, self.dense, self.task.plan, self.task.groups)
         self.reporter = Reporter(progress)
 
+    def check_training(self, *chosen: TrainSettings | OwnLoop | None) -> None:
+        """Try one step of keepdrop's own training, if there is to be one; UserError where it fails."""
+        own = [each for each in chosen if isinstance(each, TrainSettings)]
+        try_training(self.dense, self.splits, own, self.task.groups)
+
     def recovery(self, chosen: TrainSettings | OwnLoop | None) -> Recovery:
         """What follows each cut."""
         if callable(chosen):
@@ -98,19 +107,22 @@ class Job:
             place = open_folder(path, self.task, {"seed": self.seed, "settings": self.settings, **asked})
             stack.callback(place.close)
             pruned, kept, records = schedule.run(self.task, place, self.reporter)
-        return self._result(pruned.model, self._finetuned(pruned.model, finetune), kept, records)
+        tuned, judged = self._finetuned(pruned.model, finetune)
+        if judged is not None and (sentence := judged.sentence(self.task.objective.name)):
+            warnings.warn(sentence, Notice, stacklevel=3)
+        return replace(self._result(pruned.model, tuned, kept, records), finetuning=judged)
 
-    def _finetuned(self, pruned: nn.Module, chosen: TrainSettings | OwnLoop | None) -> nn.Module:
+    def _finetuned(
+        self, pruned: nn.Module, chosen: TrainSettings | OwnLoop | None
+    ) -> tuple[nn.Module, Judgement | None]:
         seed = derive_seed(self.seed, "finetune")
-        if callable(chosen):
-            return retrained(pruned, chosen, seed)
-        model = copied(pruned)
-        if chosen is not None:
-            teacher = self.dense if chosen.distill_weight > 0 else None
-            report = partial(self.reporter.epoch, "finetune", chosen.epochs)
-            fit = self.splits.fit
-            fit_network(model, fit, chosen, seed=seed, augment=self.augment, teacher=teacher, progress=report)
-        return model.eval()
+        if chosen is None:
+            return copied(pruned).eval(), None
+        if not isinstance(chosen, TrainSettings):
+            return keep_better(pruned, retrained(pruned, chosen, seed), self.splits)
+        teacher = self.dense if chosen.distill_weight > 0 else None
+        report = partial(self.reporter.epoch, "finetune", chosen.epochs)
+        return fine_tune(pruned, self.splits, chosen, seed=seed, augment=self.augment, teacher=teacher, progress=report)
 
     def _result(
         self, pruned: nn.Module, tuned: nn.Module, kept: KeptChannels, records: Sequence[LayerRecord]
@@ -121,6 +133,7 @@ class Job:
         base, cut, final = (accuracy_on(model, splits.report) for model in (dense, pruned, tuned))
         return PruningResult(
             model=tuned,
+            cut=copied(pruned).eval(),
             dense=dense,
             layers=tuple(records),
             base_accuracy=base,

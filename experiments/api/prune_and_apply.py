@@ -20,6 +20,7 @@ from ...envs.repair.reconstruction import ReconstructionSettings
 from ...envs.surgery.macs_target import Target
 from ...errors import UserError
 from ...rewards.try_and_learn import TryAndLearn, check_drop_bound
+from ..pruning.input_checks import check_fineness
 from ..pruning.layer_agents import TrainLayerAgents
 from ..pruning.network_decide import AskNetworkAgent, NetworkDecider, TrainNetworkAgent
 from ..pruning.network_schedule import NetworkSchedule
@@ -94,8 +95,10 @@ def prune(
         seed=seed,
         device=device,
     )
+    check_fineness(drop_bound, len(job.splits.reward))
     known = _warm(job, warm_start, policies, macs_removed)
     asked = {"drop_bound": drop_bound, "layers": layers, "recover": recover, "macs_removed": macs_removed}
+    job.check_training(finetune, recover)
     recovery = job.recovery(recover)
     if macs_removed is not None:
         agent = TrainNetworkAgent(job.settings.network, Target(macs_removed, "network"), job.reporter.network)
@@ -161,6 +164,7 @@ def apply_agents(
         device=device,
     )
     check_agents(known, job.task)
+    job.check_training(finetune, recover)
     recovery = job.recovery(recover)
     asked = {"recover": recover, "macs_removed": macs_removed, **_named(known)}
     if GROUP_NAME in known:

@@ -15,6 +15,7 @@ from ...envs.files.pruned_network import save_pruned
 from ...envs.surgery.kept_channels import KeptChannels
 from ..deploy.latency import Latency, measure_latency
 from ..pruning.schedule import LayerRecord
+from ..training.guarded import Judgement
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class PruningResult:
 
     Attributes:
         model: the smaller network, fine-tuned, in evaluation mode; always plain, without DataParallel,
-            `torch.compile` or another wrapper that the network came in.
+            `torch.compile` or another wrapper that the network came in. Where fine-tuning made it worse on the reward
+            images, the best epoch, or the network as it was cut.
         dense: a copy of what came in.
         layers: what happened to each layer.
         base_accuracy, pruned_accuracy, accuracy: before, after the last cut, after fine-tuning.
@@ -33,6 +35,8 @@ class PruningResult:
         kept: which channels of the dense network are left.
         example: one image (1, C, H, W).
         metric: what the accuracies are.
+        cut: the smaller network as it was cut, before fine-tuning, in evaluation mode.
+        finetuning: what the reward images said of fine-tuning (`kept`, `before`, `after`, `lr`); None without any.
         notes: what was changed in the network before it was pruned (wrappers taken off, masks made permanent).
     """
 
@@ -51,12 +55,15 @@ class PruningResult:
     example: torch.Tensor
     metric: str = TOP1.name
     notes: tuple[str, ...] = ()
+    cut: nn.Module | None = None
+    finetuning: Judgement | None = None
 
     def facts(self) -> dict[str, Any]:
         """Every number of the result; JSON types only."""
-        hidden = ("model", "dense", "kept", "example", "layers")
+        hidden = ("model", "dense", "cut", "kept", "example", "layers", "finetuning")
         return {name: value for name, value in vars(self).items() if name not in hidden} | {
-            "layers": [asdict(record) for record in self.layers]
+            "layers": [asdict(record) for record in self.layers],
+            "finetuning": None if self.finetuning is None else self.finetuning.facts(),
         }
 
     def save(self, folder: str | Path, constructor: Mapping[str, Any] | None = None) -> None:

@@ -13,12 +13,13 @@ from ...envs.data.splits import Source
 from ...envs.surgery.limits import Limits
 from ...envs.task import EvaluationSettings
 from ...errors import UserError
+from ...ranges import IMAGES, IMAGES_OR_NONE, MASKS, SEED, check_numbers
 from ...rewards.outcome import RewardFunction
 from ..pruning.layer_agents import PolicyFactory
 from ..pruning.network_search import NetworkSearchSettings
 from ..training.train_settings import TrainSettings
 
-FINETUNE = TrainSettings(epochs=10, batch_size=64, lr=0.05, distill_weight=0.5)
+FINETUNE = TrainSettings(epochs=10, batch_size=64, top_lr=0.05, distill_weight=0.5)
 POLICY: PolicyFactory = partial(SetPolicy, warm_start="taylor")
 
 
@@ -67,3 +68,4 @@ class Settings:
     def __post_init__(self) -> None:
         if self.masks < 2:
             raise UserError(f"masks is {self.masks}; expected 2 or more: rewards are compared with one another.")
+        check_numbers(self, masks=MASKS, images=IMAGES, reward_size=IMAGES, split_seed=SEED, bn_images=IMAGES_OR_NONE)

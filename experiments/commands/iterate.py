@@ -103,9 +103,9 @@ def iterate(inputs: Inputs, context: RunContext) -> dict[str, Any]:
     job = Iteration(task, context)
     state = job.run()
     write_curve(job.records, task, context.folder, context.terminal, config)
-    finetuned, seconds = finetune(task.model, state.model, task.splits, context)
-    networks = Networks(task.model, state.model, finetuned)
-    metrics = metrics_of(networks, task.splits, layer_records(job, state, config), config, seconds)
+    tuned = finetune(task.model, state.model, task.splits, context)
+    networks = Networks(task.model, state.model, tuned.model)
+    metrics = metrics_of(networks, task.splits, layer_records(job, state, config), config, tuned)
     metrics |= save_result(networks, state.kept, task.splits, context)
     write_results(metrics, context.folder, "iterate")
     return metrics

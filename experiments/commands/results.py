@@ -18,14 +18,17 @@ from ...envs.networks.checkpoint import hash_state
 from ...envs.networks.cost import count_cost
 from ...envs.surgery.kept_channels import KeptChannels
 from ..config.entry_point import plain
+from ..config.training import Tuned
 from ..deploy.export import export_all
 from ..deploy.latency import measure_latency, paired, speed_advice, speed_change
 from ..pruning.input_checks import resolve_device
 from ..pruning.schedule import LayerRecord
-from ..reporting.cards import bound_sentence
+from ..reporting.cards import bound_sentence, finetune_sentence
 from ..runs.console import signed
 from ..runs.context import RunContext
 from ..runs.folder import METRICS, RunFolder
+
+CUT = "cut"
 
 
 @dataclass
@@ -43,7 +46,7 @@ def report_accuracy(model: nn.Module, splits: Splits) -> float:
 
 
 def metrics_of(
-    networks: Networks, splits: Splits, records: Sequence[LayerRecord], config: DictConfig, finetune_seconds: float
+    networks: Networks, splits: Splits, records: Sequence[LayerRecord], config: DictConfig, tuned: Tuned
 ) -> dict[str, Any]:
     """Everything that `metrics.json` holds; accuracies are fractions on the report split unless named otherwise."""
     example = splits.reward.batch(torch.arange(1))[0].to(resolve_device(config.device))
@@ -59,7 +62,8 @@ def metrics_of(
         "pruned_params": pruned.params,
         "search_seconds": sum(record.search_seconds for record in records),
         "recovery_seconds": sum(record.recovery_seconds for record in records),
-        "finetune_seconds": finetune_seconds,
+        "finetune_seconds": tuned.seconds,
+        "finetune": dict(tuned.judged),
         "drop_bound": config.drop_bound,
         "bound_held": all(record.within_bound for record in records),
         "gave_way": [record.name for record in records if not record.within_bound],
@@ -103,12 +107,16 @@ def save_result(
 ) -> dict[str, Any]:
     """The smaller CNN in `pruned/`: weights and architecture, loadable without pickle, and the exports asked for.
 
+    In `pruned/cut/` it lies as it was cut, before fine-tuning.
+
     Returns what `metrics.json` says of the exports: files with their measured difference, and failures by kind.
     """
     config, facts = context.config, {"base_sha256": hash_state(networks.dense)}
     with context.folder.stage("pruned") as working:
         images = splits.reward.batch(torch.arange(min(5, len(splits.reward))))[0]
         shape, constructor = (1, *images.shape[1:]), plain(config.network)
+        # As it was cut, too: what fine-tuning made of it is not for everyone the better one.
+        save_pruned(networks.pruned, working / CUT, kept=kept, constructor=constructor, facts=facts, input_shape=shape)
         save_pruned(networks.finetuned, working, kept=kept, constructor=constructor, facts=facts, input_shape=shape)
         # A network that cannot be exported is found last; hours of work are not thrown away for it.
         exported, failed = export_all(networks.finetuned, images, working, plain(config.get("export")) or [])
@@ -179,7 +187,8 @@ def remarks(metrics: Mapping[str, Any]) -> list[str]:
         f"{each['file']}: {each['kind']}, largest difference {each['largest_difference']:.0e} of the largest output."
         for each in metrics.get("exports", [])
     ]
-    return [*written, *metrics.get("advice", []), *(f"{name}: {why}" for name, why in failed.items())]
+    said = [sentence] if (sentence := finetune_sentence(metrics)) else []
+    return [*said, *written, *metrics.get("advice", []), *(f"{name}: {why}" for name, why in failed.items())]
 
 
 def write_results(metrics: Mapping[str, Any], folder: RunFolder, command: str = "prune") -> None:

@@ -18,6 +18,7 @@ from ..runs.folder import RunFolder
 from ..runs.seeds import derive_seed
 from ..training.augment import Augment
 from ..training.loop import TrainProgress, TrainSettings, fit_network, recalibrate_bn
+from ..training.rate import bearable_rate
 from .choices import Choices
 from .plan import STAGES, Job
 
@@ -68,18 +69,15 @@ def train_to_stage(
     if stage == "bn":
         recalibrate_bn(model, task.splits.fit, settings.bn_images, derive_seed(seed, "bn"))
         return model
-    schedule = settings.schedule(stage)
-    fit_network(
-        model,
-        task.splits.fit,
-        schedule,
-        seed=derive_seed(seed, "finetune"),
-        augment=settings.augment,
-        teacher=task.model if schedule.distill_weight > 0 else None,
-        progress=progress,
-        snapshot=snapshot,
-        device=task.device,
-    )
+    schedule, fit = settings.schedule(stage), task.splits.fit
+    shared = {
+        "seed": derive_seed(seed, "finetune"),
+        "augment": settings.augment,
+        "teacher": task.model if schedule.distill_weight > 0 else None,
+        "device": task.device,
+    }
+    schedule = replace(schedule, lr=bearable_rate(model, fit, schedule, **shared))
+    fit_network(model, fit, schedule, **shared, progress=progress, snapshot=snapshot)
     return model.eval()
 
 

@@ -78,15 +78,20 @@ PATIENCE = Ignored(
 )
 
 
+def _lr(config: DictConfig, key: str) -> float | None:
+    return OmegaConf.select(config, f"{key}.lr")
+
+
 def training(key: str) -> tuple[Ignored, ...]:
     """Rules for the training settings at `key`."""
     return (
         Ignored(f"{key}.temperature", f"{key}.distill_weight=0 has no teacher.", _is(f"{key}.distill_weight", 0)),
+        Ignored(f"{key}.top_lr", f"{key}.lr gives the rate itself.", lambda config: _lr(config, key) is not None),
         Ignored(f"{key}.final_lr", f"{key}.schedule=constant never falls.", _is(f"{key}.schedule", "constant")),
     )
 
 
 BASE_TRAINING = (
     Ignored("base.distill_weight base.temperature", "the base network has no teacher.", lambda config: True),
-    training("base")[1],
+    *training("base")[1:],
 )

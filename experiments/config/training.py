@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -18,14 +23,17 @@ from ..pruning.input_checks import resolve_device
 from ..pruning.recover import Recover, RecoverySettings
 from ..pruning.schedule import Recovery
 from ..runs.context import RunContext
+from ..runs.folder import RunFolder
 from ..runs.provenance import keep_provenance
 from ..runs.seeds import derive_seed
+from ..training.guarded import best_file, fine_tune
 from ..training.loop import TrainProgress, TrainSettings, fit_network
 from .build import Constructor, build_augment, load_network
 from .entry_point import settings
 from .prepare import Inputs
 
 WEIGHTS = "model.safetensors"
+JUDGED = "judged.json"
 
 
 def begin_task(inputs: Inputs, context: RunContext) -> PruningTask:
@@ -57,26 +65,41 @@ def train_baseline(model: nn.Module, splits: Splits, context: RunContext, snapsh
     config = context.config
     chosen, seed = settings(config.base, TrainSettings), derive_seed(config.seed, "base")
     context.terminal.say(f"Training the base network: {chosen.epochs:g} epochs on {len(splits.fit)} images")
-    _train("base network", model, splits, chosen, seed, context, snapshot)
+    with _shown("base network", splits, chosen, context) as report:
+        fit_network(model, splits.fit, chosen, **report, seed=seed, snapshot=snapshot)
 
 
-def finetune(dense: nn.Module, pruned: nn.Module, splits: Splits, context: RunContext) -> tuple[nn.Module, float]:
-    """A fine-tuned copy of `pruned`, and the seconds it took; a finished one is taken from the run folder."""
+@dataclass(frozen=True)
+class Tuned:
+    """A fine-tuned network, the seconds it took, and what the reward split said of it ({} in runs of version 0.1.0)."""
+
+    model: nn.Module
+    seconds: float
+    judged: Mapping[str, Any]
+
+
+def finetune(dense: nn.Module, pruned: nn.Module, splits: Splits, context: RunContext) -> Tuned:
+    """A fine-tuned copy of `pruned`, or itself where that is better; a finished one is taken from the run folder."""
     folder, chosen = context.folder, settings(context.config.finetune, TrainSettings)
-    model = copied(pruned)
     if not (folder / "finetune").is_dir():
         started = time.perf_counter()
         context.terminal.say(f"Fine-tuning: {chosen.epochs:g} epochs on {len(splits.fit)} images")
         snapshot, seed = folder / "finetune-snapshot.pt", derive_seed(context.config.seed, "finetune")
         teacher = dense if chosen.distill_weight > 0 else None
-        _train("finetune", model, splits, chosen, seed, context, snapshot, teacher)
+        with _shown("finetune", splits, chosen, context) as report:
+            model, judged = fine_tune(pruned, splits, chosen, **report, seed=seed, snapshot=snapshot, teacher=teacher)
         seconds = time.perf_counter() - started
+        sentence = judged.sentence(splits.objective.name)
         with folder.stage("finetune") as working:
             save_weights(model, working / WEIGHTS)
             (working / "seconds.txt").write_text(f"{seconds}\n")
-        snapshot.unlink(missing_ok=True)
+            (working / JUDGED).write_text(json.dumps({**judged.facts(), "sentence": sentence}, indent=2) + "\n")
+        for file in (snapshot, best_file(snapshot)):
+            file.unlink(missing_ok=True)
+    model = copied(pruned)
     load_checkpoint(model, folder / "finetune" / WEIGHTS)
-    return model.eval(), _seconds(folder / "finetune/seconds.txt")
+    judgement = RunFolder(folder / "finetune").read_json(JUDGED) or {}
+    return Tuned(model.eval(), _seconds(folder / "finetune/seconds.txt"), judgement)
 
 
 def _seconds(file: Path) -> float:
@@ -89,17 +112,9 @@ def _seconds(file: Path) -> float:
     return seconds
 
 
-def _train(
-    what: str,
-    model: nn.Module,
-    splits: Splits,
-    chosen: TrainSettings,
-    seed: int,
-    context: RunContext,
-    snapshot: Path,
-    teacher: nn.Module | None = None,
-) -> None:
-    """`fit_network` on the fit split with a progress bar and scalars."""
+@contextmanager
+def _shown(what: str, splits: Splits, chosen: TrainSettings, context: RunContext) -> Iterator[dict[str, Any]]:
+    """A bar and scalars for a training: whom it tells, with the augmentation and the device of the configuration."""
     metric, tag = display_name(splits.objective.name), what.replace(" ", "_")
     with context.terminal.progress(what, chosen.epochs) as bar:
 
@@ -107,17 +122,8 @@ def _train(
             bar.advance(progress.epoch, f"loss {progress.loss:.3f}, {metric} {100 * progress.accuracy:.1f} %")
             context.tracker.scalars(tag, {"loss": progress.loss, "accuracy": progress.accuracy}, progress.step)
 
-        fit_network(
-            model,
-            splits.fit,
-            chosen,
-            seed=seed,
-            augment=build_augment(context.config.augment),
-            teacher=teacher,
-            progress=report,
-            snapshot=snapshot,
-            device=resolve_device(context.config.device),
-        )
+        augment, device = build_augment(context.config.augment), resolve_device(context.config.device)
+        yield {"progress": report, "augment": augment, "device": device}
 
 
 def build_recovery(dense: nn.Module, context: RunContext) -> Recovery:

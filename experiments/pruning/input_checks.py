@@ -1,16 +1,23 @@
-"""Checks that need no configuration: whether the network takes the images, and which device there is."""
+"""Checks that need no configuration: whether the network takes the images and can be trained, which device there is."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from ...envs.data.objective import output_of
 from ...envs.data.splits import Splits
+from ...envs.networks.copying import copied
 from ...envs.networks.modes import evaluating
-from ...errors import UserError, first_line
+from ...envs.surgery.cutting import prune
+from ...envs.surgery.filter_group import FilterGroup
+from ...errors import Notice, UserError, first_line, summarised
+from ..training.loop import DivergedError, fit_network
+from ..training.train_settings import TrainSettings
 
 
 def try_network(model: nn.Module, splits: Splits) -> None:
@@ -54,10 +61,57 @@ def _refuse_probabilities(model: nn.Module, splits: Splits) -> None:
     low, high = float(found.min()), float(found.max())
     if 0 <= low <= high <= 1 and not getattr(splits.objective.metric, "probabilities", False):
         raise UserError(
-            f"The network returns one number from {low:.3g} to {high:.3g} for each target, which are probabilities, not "
-            "logits; say so with",
+            f"The network returns one number from {low:.3g} to {high:.3g} for each target, which are probabilities, "
+            "not logits; say so with",
             python="Settings(metric=keepdrop.BinaryAccuracy(probabilities=True)), or keepdrop.Dice for masks.",
             typed="metric=binary metric.probabilities=true, or metric=dice for masks.",
+        )
+
+
+def try_training(
+    model: nn.Module, splits: Splits, settings: Iterable[TrainSettings], groups: Sequence[FilterGroup] = ()
+) -> None:
+    """Train copies for one step, of the network as it is and one filter smaller in each group; UserError if one fails.
+
+    Only where one of the trainings that are to follow is longer than 0 epochs; hours of search come before them.
+    """
+    chosen = next((each for each in settings if each.epochs > 0), None)
+    if chosen is None:
+        return
+    _try_step(model, splits, chosen, "")
+    smaller = {group: torch.arange(group.n_filters) > 0 for group in groups if group.n_filters > 1}
+    if smaller:
+        _try_step(prune(model, smaller), splits, chosen, ", cut by one filter per layer,")
+
+
+def _try_step(model: nn.Module, splits: Splits, chosen: TrainSettings, which: str) -> None:
+    """One step on two images, which changes nothing but the copy."""
+    pair = splits.fit.select(torch.arange(2)) if len(splits.fit) > 1 else splits.fit
+    step = replace(chosen, epochs=1, batch_size=2, lr=0.0, distill_weight=0.0, bf16=False)
+    try:
+        fit_network(copied(model), pair, step, seed=0)
+        return
+    except DivergedError:
+        problem = "the loss is not a number"
+    except UserError:
+        raise
+    except Exception as error:
+        problem = summarised(error)
+    raise UserError(
+        f"The network{which} answers in evaluation mode and cannot be trained ({problem}); prune without training:",
+        python="finetune=None and recover=None, or give a training loop of your own: finetune=FUNCTION.",
+        typed="finetune.epochs=0 recovery.train.epochs=0, or from Python with a training loop of your own.",
+    )
+
+
+def check_fineness(drop_bound: float, n_images: int) -> None:
+    """Say, as a `Notice`, that a drop bound is finer than one reward image."""
+    if 0 < drop_bound * n_images < 1 - 1e-9:
+        warnings.warn(
+            f"drop_bound is {drop_bound:g}, and one of the {n_images} reward images is {1 / n_images:.2g}: no image "
+            "may be lost; expected a wider bound, or more reward images.",
+            Notice,
+            stacklevel=3,
         )
 
 

@@ -90,5 +90,5 @@ def call_policy_factory(factory: PolicyFactory, n_filters: int, n_weights: int, 
     try:
         wanted = inspect.signature(factory).parameters
         return factory(**{name: value for name, value in offered.items() if name in wanted})
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError, MemoryError) as error:
         raise UserError(f"policy could not be built: {error}") from error

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
 
 from ...envs.networks.copying import copied
 from ...envs.task import PruningTask, replace_model
+from ...ranges import IMAGES_OR_NONE, check_numbers
 from ..runs.seeds import derive_seed
 from ..training.augment import Augment
-from ..training.loop import TrainProgress, TrainSettings, fit_network, recalibrate_bn
+from ..training.loop import DivergedError, TrainProgress, TrainSettings, fit_network, recalibrate_bn
+from ..training.rate import bearable_rate
 
-TRAIN = TrainSettings(epochs=2, batch_size=64, lr=0.02, distill_weight=0.5)
+TRAIN = TrainSettings(epochs=2, batch_size=64, top_lr=0.02, distill_weight=0.5)
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,9 @@ class RecoverySettings:
 
     bn_images: int = 0
     train: TrainSettings = TRAIN
+
+    def __post_init__(self) -> None:
+        check_numbers(self, bn_images=IMAGES_OR_NONE)
 
 
 class Recover:
@@ -71,15 +76,16 @@ class Recover:
     def _trained(self, model: nn.Module, task: PruningTask, seed: int) -> nn.Module:
         if self.settings.train.epochs <= 0:
             return model
-        model = copied(model)
-        fit_network(
-            model,
-            task.splits.fit,
-            self.settings.train,
-            seed=derive_seed(seed, "train"),
-            augment=self.augment,
-            teacher=self.teacher,
-            progress=self.progress,
-            device=task.device,
-        )
-        return model
+        trained, fit, chosen = copied(model), task.splits.fit, self.settings.train
+        shared = {
+            "seed": derive_seed(seed, "train"),
+            "augment": self.augment,
+            "teacher": self.teacher,
+            "device": task.device,
+        }
+        try:
+            chosen = replace(chosen, lr=bearable_rate(model, fit, chosen, **shared))
+            fit_network(trained, fit, chosen, **shared, progress=self.progress)
+        except DivergedError:  # judged like any other recovery that makes it worse
+            return model
+        return trained

@@ -8,7 +8,10 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
+from ...envs.data.images import LabelledImages
+from ...envs.data.objective import objective_of
 from ...errors import UserError
+from ...ranges import check_number
 
 Augment = Callable[[Tensor, Generator], Tensor]
 
@@ -23,7 +26,8 @@ class RandomCropFlip:
     def __init__(self, padding: int = 4, flip: bool = True) -> None:
         if padding < 0:
             raise UserError(f"Augmentation needs a padding of 0 or more pixels, got {padding}.")
-        self.padding, self.flip = padding, flip
+        check_number("augment.padding", padding, (0, 1024))
+        self.padding, self.flip = int(padding), flip
 
     def __call__(self, images: Tensor, generator: Generator) -> Tensor:
         """Images (B, C, H, W) -> a randomly shifted and mirrored copy."""
@@ -41,3 +45,15 @@ class RandomCropFlip:
         crops = padded.unfold(2, height, 1).unfold(3, width, 1)
         rows, columns = torch.randint(2 * self.padding + 1, (2, len(images)), generator=generator).to(images.device)
         return crops[torch.arange(len(images), device=images.device), :, rows, columns]
+
+
+def suits(data: LabelledImages) -> bool:
+    """Whether images may be shifted and mirrored without another look: images with classes, and not with maps of them.
+
+    Numbers may be coordinates, and classes of a map belong to places; signals and volumes are not shifted at all.
+    """
+    if len(data.image_shape) != 3 or data.n_classes > 0:
+        return len(data.image_shape) == 3
+    objective, targets = objective_of(data), data.batch(torch.arange(1))[1]
+    classes = bool(objective.binary) or bool(getattr(objective.metric, "needs_classes", False))
+    return classes and targets.shape[-2:] != data.image_shape[-2:]

@@ -1,8 +1,8 @@
 """Auxiliary heads: of what a network answers in training mode, the output that counts, and the further ones.
 
-GoogLeNet and Inception answer with a named tuple in training, deep supervision with a list, segmentation networks with a
-dictionary. The output that counts is the one that equals the answer in evaluation mode; outputs like it in dimensions
-and channels are auxiliary heads, everything else (features, attention maps) is left alone.
+GoogLeNet and Inception answer with a named tuple in training, deep supervision with a list, segmentation networks with
+a dictionary. The output that counts is the one that equals the answer in evaluation mode; outputs like it in
+dimensions and channels are auxiliary heads, everything else (features, attention maps) is left alone.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def main_output(model: nn.Module, images: Tensor) -> int:
     """The position of the output that counts among the tensors of a training-mode answer."""
     with modes_restored(model), torch.random.fork_rng(devices=[]):
         wanted = output_of(model.eval()(images))
-        for module in model.modules():  # heads run, but batch normalisation and dropout do as in evaluation
+        for module in nn.Module.modules(model):  # heads run, but batch normalisation and dropout do as in evaluation
             module.training = any(True for _ in module.children())
         outputs = _tensors(model(images))
     alike = [position for position, (_, value) in enumerate(outputs) if value.shape == wanted.shape]

@@ -20,7 +20,7 @@ from ...envs.data.objective import TOP1, Objective, objective_of
 from ...envs.networks.memory_layout import CONTIGUOUS, common_layout, layout_of
 from ...envs.networks.modes import modes_restored
 from ...errors import UserError
-from .augment import Augment
+from .augment import Augment, RandomCropFlip
 from .heads import Heads
 from .snapshot import TrainingState, load_snapshot, save_snapshot
 from .train_settings import TrainSettings
@@ -73,9 +73,9 @@ def fit_network(
     written. The model is moved to `device`, which defaults to its own. A network that is frozen as a whole is trained
     as a whole. Where it answers with several outputs in training mode, `heads` says which is which.
 
-    Raises UserError when the loss stops being finite (`Diverged`), there are no parameters, the data holds fewer than 2
-    images, the teacher is missing, `augment` would move images away from their target maps, or the snapshot belongs to
-    another training.
+    Raises DivergedError when the loss stops being finite, and UserError when there are no parameters, the data holds
+    fewer than 2 images, the teacher is missing, `augment` would move images away from their target maps, or the
+    snapshot belongs to another training.
     """
     with modes_restored(model, teacher), _thawed(model):
         run = _Run.build(model, data, replace(settings, lr=settings.rate), seed, augment, teacher, device)
@@ -176,7 +176,7 @@ class _Run:
         finite = all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters())
         if not (math.isfinite(loss) and finite):
             what = "the weights are no longer finite" if math.isfinite(loss) else f"the loss is {loss}"
-            raise Diverged(f"Training diverged in epoch {epoch + 1}: {what}; lower lr (it is {self.settings.lr}).")
+            raise DivergedError(f"Training diverged in epoch {epoch + 1}: {what}; lower lr (it is {self.settings.lr}).")
 
     def _step(self, step: int, indices: Tensor, generator: torch.Generator) -> None:
         images, labels = self.data.batch(indices)
@@ -227,12 +227,19 @@ def _steps_per_epoch(data: LabelledImages, settings: TrainSettings) -> int:
     return math.ceil(len(data) / settings.batch_size) - (len(data) % settings.batch_size == 1)
 
 
-class Diverged(UserError):
+class DivergedError(UserError):
     """Training whose loss or weights are no longer finite."""
 
 
 def check_augment(augment: Augment | None, data: LabelledImages) -> None:
-    """UserError where an augmentation would move images, but not the maps that are their targets."""
+    """UserError where an augmentation cannot move these images, or would not move the maps that are their targets."""
+    if isinstance(augment, RandomCropFlip) and len(data.image_shape) != 3:
+        raise UserError(
+            f"{type(augment).__name__} shifts and mirrors images (channels, height, width), and these are "
+            f"{data.image_shape}; leave it out",
+            python="(augment=None), or give a function of your own.",
+            typed="(augment=null), or give a function of your own.",
+        )
     if augment is None or data.n_classes > 0:
         return
     targets = data.batch(torch.arange(1))[1]
@@ -252,7 +259,9 @@ def recalibrate_bn(model: nn.Module, data: LabelledImages, n_images: int, seed: 
     Only the running statistics of `model` change (in place): after surgery they still describe the dense network.
     Batches are weighted equally, so a ragged last batch is left out where there is a full one.
     """
-    kinds = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    kinds = [
+        m for m in nn.Module.modules(model) if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
+    ]
     n_images = min(n_images, len(data))
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:n_images]
     batches = [batch for batch in order.split(batch_size) if len(batch) == min(batch_size, n_images)]

@@ -13,7 +13,7 @@ from ...envs.data.objective import objective_of, output_of
 from ...envs.networks.copying import copied
 from ...envs.networks.modes import evaluating
 from .augment import Augment
-from .loop import Diverged, fit_network, steps_of
+from .loop import DivergedError, fit_network, steps_of
 from .train_settings import TrainSettings
 
 FEWEST, MOST = 20, 40  # steps of a trial; in between a twentieth of the training
@@ -96,7 +96,7 @@ class _Trial:
                 teacher=self.teacher,
                 device=self.device,
             )
-        except Diverged:
+        except DivergedError:
             return math.inf, -math.inf
         return self._judged(model)
 
@@ -119,4 +119,4 @@ class _Trial:
 
 def _has_normalisation(model: nn.Module) -> bool:
     kinds = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
-    return any(isinstance(module, kinds) for module in model.modules())
+    return any(isinstance(module, kinds) for module in nn.Module.modules(model))

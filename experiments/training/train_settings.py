@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from ...errors import UserError
+from ...ranges import NOT_NEGATIVE, POSITIVE, check_numbers
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ class TrainSettings:
         for name in ("momentum", "warmup", "final_lr", "label_smoothing", "distill_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} must lie in [0, 1], got {getattr(self, name)}.")
+        check_numbers(self, epochs=(0, 1e6), batch_size=(2, 10**7), lr=NOT_NEGATIVE, top_lr=NOT_NEGATIVE)
+        check_numbers(self, weight_decay=NOT_NEGATIVE, temperature=POSITIVE, auxiliary=NOT_NEGATIVE)
 
     @property
     def rate(self) -> float:
