@@ -22,8 +22,8 @@ from .data.objective import TOP1, Objective
 from .networks.modes import evaluating
 from .networks.module_kinds import is_transposed
 from .surgery.filter_group import Cut, FilterGroup
-from .surgery.folding import by_input
-from .surgery.masking import channel_dim
+from .surgery.folding import by_input, reading_weight
+from .surgery.masking import batch_dim, channel_dim
 
 STATISTIC_NAMES: tuple[str, ...] = (
     "l1",
@@ -135,7 +135,7 @@ def _consumer_columns(model: nn.Module, group: FilterGroup) -> dict[str, Tensor]
     read = []
     for cut in group.consumers:
         module = model.get_submodule(cut.module)
-        weight = by_input(module, _weight(module))
+        weight = by_input(module, reading_weight(module).detach().float())
         read.append(weight[_rows(cut, weight)].reshape(group.n_filters, -1))
     weights = torch.cat(read, dim=1)
     return {"consumer_l1": weights.abs().mean(1), "consumer_l2": weights.square().mean(1).sqrt()}
@@ -220,8 +220,8 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 def _gated(cut: Cut, gate: Tensor, sums: _Sums) -> Callable[[nn.Module, tuple[Tensor, ...]], Any]:
     def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        dim = channel_dim(module, inputs[0])
-        value = inputs[0].movedim(dim, 1)
+        dims = batch_dim(module, inputs[0]), channel_dim(module, inputs[0])
+        value = inputs[0].movedim(dims, (0, 1))
         rows = _rows(cut, value)
         sums.add(value.detach()[:, rows].transpose(0, 1).flatten(1))
         # Images may have been cut into several rows each (patches, frames).
@@ -230,7 +230,7 @@ def _gated(cut: Cut, gate: Tensor, sums: _Sums) -> Callable[[nn.Module, tuple[Te
         scale[:, rows] = per_image[:, :, None]
         # A copy, since the network may overwrite in place what autograd still needs.
         gated = value.clone() * scale.reshape(*scale.shape, *[1] * (value.dim() - 2))
-        return (gated.movedim(1, dim), *inputs[1:])
+        return (gated.movedim((0, 1), dims), *inputs[1:])
 
     return hook
 

@@ -87,8 +87,11 @@ def _products_per_element(module: Any) -> int:
 
 def _by_name(model: nn.Module, calls: Mapping[nn.Module, list[int]], n_images: int) -> dict[str, ModuleCost]:
     modules = {}
+    counted: set[nn.Parameter] = set()  # one that several modules share counts at the first
     for name, module in model.named_modules():
-        params = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+        own = set(module.parameters(recurse=False)) - counted
+        counted |= own
+        params = sum(parameter.numel() for parameter in own)
         macs = calls.get(module, [])
         if params or macs:
             modules[name] = ModuleCost(type(module).__name__, sum(macs) // n_images, params, len(macs))

@@ -34,10 +34,11 @@ def places(sizes: tuple[int, ...], count: int) -> Places:
     return (torch.arange(n_images)[:, None], *reversed(found))
 
 
-def outputs_at(value: Tensor, count: int) -> Tensor:
-    """Rows (S, C) of an activation (B, C, *spatial) or (..., C) of a linear layer."""
+def outputs_at(value: Tensor, count: int, *, last: bool = False) -> Tensor:
+    """Rows (S, C) of an activation (B, C, *spatial), or with `last`, as linear layers make it, (B, *spatial, C)."""
     if value.dim() == 2:
         return value
+    value = value.movedim(-1, 1) if last else value
     where = places((value.shape[0], *value.shape[2:]), count)
     return value.movedim(1, -1)[where].reshape(-1, value.shape[1])
 
@@ -62,7 +63,7 @@ def patches_at(conv: _ConvNd, images: Tensor, count: int) -> Tensor:
 
 def inputs_at(module: nn.Module, value: Tensor, count: int) -> Tensor:
     """The regressors (S, K) of a convolution or of a linear layer."""
-    return patches_at(module, value, count) if isinstance(module, _ConvNd) else value
+    return patches_at(module, value, count) if isinstance(module, _ConvNd) else outputs_at(value, count, last=True)
 
 
 def obstacle(module: nn.Module, max_inputs: int) -> str:

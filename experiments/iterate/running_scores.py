@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...envs.data.metrics import as_float64
 from ...envs.surgery.filter_group import Cut, FilterGroup
-from ...envs.surgery.masking import channel_dim
+from ...envs.surgery.masking import batch_dim, channel_dim
 
 RUNNING = ("taylor", "mean_activation", "apoz")
 
@@ -112,13 +112,13 @@ def _reader(scores: RunningScores, cuts: Sequence[tuple[str, Cut]]) -> Callable[
         # A view of its own: its gradient is this consumer's alone, whoever else reads the same tensor.
         value = inputs[0].view_as(inputs[0])
         seen = value.detach()
-        dim = channel_dim(module, value)
+        dims = batch_dim(module, value), channel_dim(module, value)
         for name, cut in cuts:
-            scores._read(name, _samples(seen, dim, cut))
+            scores._read(name, _samples(seen, dims, cut))
 
         def slopes(gradient: Tensor) -> None:
             for name, cut in cuts:
-                scores._slide(name, (_samples(seen, dim, cut) * _samples(gradient, dim, cut)).sum(2))
+                scores._slide(name, (_samples(seen, dims, cut) * _samples(gradient, dims, cut)).sum(2))
 
         value.register_hook(slopes)
         return (value, *inputs[1:])
@@ -126,8 +126,8 @@ def _reader(scores: RunningScores, cuts: Sequence[tuple[str, Cut]]) -> Callable[
     return hook
 
 
-def _samples(value: Tensor, dim: int, cut: Cut) -> Tensor:
+def _samples(value: Tensor, dims: tuple[int, int], cut: Cut) -> Tensor:
     """(B, N, S) float64 of a consumer's input or its gradient."""
     rows = torch.as_tensor(cut.channels, device=value.device)
-    picked = value.movedim(dim, 1)[:, rows]  # (B, N, R, ...)
+    picked = value.movedim(dims, (0, 1))[:, rows]  # (B, N, R, ...)
     return as_float64(picked.flatten(2))

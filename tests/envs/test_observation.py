@@ -10,7 +10,7 @@ from keepdrop.envs.groups.finding import find_groups
 from keepdrop.envs.groups.verification import randomised
 from keepdrop.envs.networks.built_in import small_cnn
 from keepdrop.envs.observation import STATISTIC_NAMES, filter_weights, observe
-from keepdrop.envs.surgery.masking import channel_dim, masked_inputs
+from keepdrop.envs.surgery.masking import batch_dim, channel_dim, masked_inputs
 from keepdrop.errors import UserError
 from torch import nn
 from torch.nn import functional as F
@@ -101,7 +101,8 @@ def _samples(model, group, images):
 
     def reader(cut):
         def hook(module, inputs):
-            value = inputs[0].movedim(channel_dim(module, inputs[0]), 1)
+            dims = batch_dim(module, inputs[0]), channel_dim(module, inputs[0])
+            value = inputs[0].movedim(dims, (0, 1))
             seen.append(torch.stack([value[:, rows].flatten(1) for rows in cut.channels.tolist()], dim=1))
 
         return hook

@@ -458,12 +458,64 @@ class Attending(nn.Module):
         return self.linear((x + self.attention(x, x, x, need_weights=False)[0]).mean(1))
 
 
+class Auxiliary(nn.Module):
+    """A head that runs in training only, behind a dropout of whole channels; training returns a dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 8, 3, padding=1)
+        self.side, self.norm, self.extra = nn.Conv2d(8, 5, 1), nn.BatchNorm1d(5), nn.Linear(5, 4)
+        self.linear = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor | dict[str, Tensor]:
+        x = F.relu(self.body(F.relu(self.stem(x))))
+        out = self.linear(F.dropout(x.mean((2, 3)), training=self.training))
+        if not self.training:
+            return out
+        return {"out": out, "aux": self.extra(self.norm(self.side(F.dropout2d(x)).mean((2, 3))))}
+
+
+class Tied(nn.Module):
+    """Two convolutions with one weight, and a transposed one with the weight of the convolution that it undoes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.first, self.second = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.second.weight = self.first.weight
+        self.down, self.up = nn.Conv2d(8, 6, 2, stride=2), nn.ConvTranspose2d(6, 8, 2, stride=2)
+        self.up.weight = self.down.weight
+        self.head, self.linear = nn.Conv2d(8, 5, 3, padding=1), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.second(F.relu(self.first(F.relu(self.stem(x))))))
+        x = F.relu(self.up(F.relu(self.down(x))))
+        return self.linear(F.relu(self.head(x)).mean((2, 3)))
+
+
+class MadeTensors(nn.Module):
+    """Tensors made from sizes: beside channels, added to them, multiplied with them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.middle = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(8, 7, 3, padding=1)
+        self.head, self.linear = nn.Conv2d(7, 5, 3, padding=1), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        x = torch.cat([x, x.new_zeros(x.size(0), 2, x.size(2), x.size(3))], 1)
+        x = self.middle(x)
+        x = F.relu(x + x.new_full(x.shape, 0.5)) * torch.ones(x.size(0), x.size(1), 1, 1, dtype=x.dtype)
+        return self.linear(F.relu(self.head(x)).mean((2, 3)))
+
+
 ZOO = {
     each.__name__: each
     for each in (
         ResidualStream, PadShortcut, Concat, Depthwise, Grouped, Reused, Chunked, Shuffled, Flattened, Gated, Decoder,
         Viewed, MaxOverChannels, Norms, PixelShuffle, Branching, OneDimensional, ThreeDimensional,
         Extended, LayerScaled, Vectors, MadeWeights, Recurrent, Attending,
+        Auxiliary, Tied, MadeTensors,
     )
 }  # fmt: skip
 IMAGES = (2, 3, 8, 8)

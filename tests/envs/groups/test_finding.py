@@ -43,6 +43,9 @@ EXPECTED = {
     "Vectors": {"stem": (8, {"again"}), "head": (6, set())},
     "MadeWeights": {"stem": (4, set()), "middle": (6, set()), "head": (6, set()), "normed": (5, set())},
     "Recurrent": {"stem": (6, set()), "side": (7, set())},
+    "Auxiliary": {"stem": (6, set()), "body": (8, set())},
+    "Tied": {"stem": (8, {"first", "second", "up"}), "down": (6, set()), "head": (5, set())},
+    "MadeTensors": {"stem": (6, set()), "middle": (7, set()), "head": (5, set())},
     "Attending": {"stem": (7, set()), "wide": (10, set())},
 }
 

@@ -35,6 +35,9 @@ BY_HAND = {
     "transposed_grouped": (nn.ConvTranspose2d(6, 4, 3, stride=2, groups=2), (6, 5, 5), 6 * 25 * 2 * 9),
     "linear": (nn.Linear(7, 5), (7,), 35),
     "linear_over_positions": (nn.Linear(7, 5), (4, 7), 4 * 35),
+    "lstm": (nn.LSTM(7, 5, batch_first=True), (4, 7), 4 * 4 * 5 * (7 + 5)),
+    "gru_of_two_directions": (nn.GRU(7, 5, 2, bidirectional=True, batch_first=True), (4, 7), 4 * 2 * 3 * 5 * (12 + 15)),
+    "cell": (nn.RNNCell(7, 5), (7,), 5 * (7 + 5)),
 }
 
 
@@ -239,7 +242,11 @@ def test_macs_agree_with_a_peers_counter():
     assert (cost.macs, cost.params) == (macs - relu, params) and cost.macs > 10_000
 
 
-@pytest.mark.parametrize("name", [*BY_HAND, *ZOO, "small_cnn", "cifar_resnet", "vgg16_bn"])
+# It knows no recurrent layers, and counts the products of attention.
+OTHERWISE = {"lstm", "gru_of_two_directions", "cell", "Recurrent", "Attending"}
+
+
+@pytest.mark.parametrize("name", sorted({*BY_HAND, *ZOO, "small_cnn", "cifar_resnet", "vgg16_bn"} - OTHERWISE))
 def test_macs_agree_with_torchs_own_counter(name):
     """It counts two flops a multiply-accumulate, of convolutions and matrix products alike."""
     networks = {"small_cnn": (small_cnn, 1), "cifar_resnet": (lambda: cifar_resnet(20), 3), "vgg16_bn": (vgg16_bn, 3)}
