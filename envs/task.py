@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -80,6 +81,7 @@ class PruningTask:
         limits: what every decision must respect (widths, protected filters), in the dense network's numbers and names.
         origin: the task of the dense network, if `model` was pruned already; `replace_model` sets it.
         kept: which of the dense network's channels are left; None if that is not known.
+        trained: the task of the network as it was trained last, which compensation aims at; None: the dense one.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class PruningTask:
         limits: Limits | None = None,
         origin: PruningTask | None = None,
         kept: KeptChannels | None = None,
+        trained: PruningTask | None = None,
     ) -> None:
         self.model = model
         self.splits = splits
@@ -104,6 +107,7 @@ class PruningTask:
         self.device = torch.device(device)
         self.base = base or measure_baseline(model, splits, device)
         self.origin = origin or self
+        self.trained = trained or self.origin
         self.kept = KeptChannels() if origin is None else kept
         self._limits = limits or Limits()
 
@@ -120,10 +124,29 @@ class PruningTask:
 
     def dense_twin(self, group: FilterGroup) -> FilterGroup | None:
         """The dense network's group that `group` is what is left of; None before any cut, or where that is unknown."""
-        if self.origin is self or self.kept is None:
+        return self._twin(group, self.origin)
+
+    def compensation_target(self, group: FilterGroup) -> tuple[nn.Module, FilterGroup] | None:
+        """The network whose channels compensation aims at, and what `group` is there; None: this network itself."""
+        if self.settings.target == "current":
+            return None
+        source = self.origin if self.settings.target == "dense" else self.trained
+        twin = self._twin(group, source)
+        return None if twin is None else (source.model, twin)
+
+    def _twin(self, group: FilterGroup, before: PruningTask) -> FilterGroup | None:
+        """The group of an earlier state of the network that `group` is left of; None for this state."""
+        if before is self or self.kept is None or before.kept is None:
             return None
         found = dense_rows(group, self.origin.plan, self.kept)
-        return None if found is None else restricted(*found)
+        if found is None or before is self.origin:
+            return None if found is None else restricted(*found)
+        named = [each for each in before.plan.groups if each.name == found[0].name]
+        there = dense_rows(named[0], self.origin.plan, before.kept) if named else None
+        if there is None:
+            return None
+        place = {int(row): position for position, row in enumerate(there[1])}
+        return restricted(named[0], np.array([place[int(row)] for row in found[1]], dtype=np.int64))
 
     def limits_of(self, group: FilterGroup) -> Limits:
         """The limits of one group, its protected filters numbered as they are now."""
@@ -214,22 +237,26 @@ class PruningTask:
             device=self.device,
             origin=None if self.origin is self else self.origin,
             kept=self.kept,
+            trained=None if self.trained is self else self.trained,
         )
+        task.trained = task if self.trained is self else task.trained
         task.plan, task.groups, task.limits = self.plan, self.groups, self.limits
         task.cost, task.reward_images = self.cost, self.reward_images
         return task
 
 
-def replace_model(task: PruningTask, model: nn.Module, kept: KeptChannels | None = None) -> PruningTask:
+def replace_model(
+    task: PruningTask, model: nn.Module, kept: KeptChannels | None = None, *, trained: bool = False
+) -> PruningTask:
     """The same task on another state of the network (after surgery or fine-tuning).
 
     `kept` says which of the dense network's channels `model` has (`KeptChannels.after`); it can be left out for other
     weights in the same shapes. After a cut without it, groups have the names of the smaller network, and compensation
-    cannot aim at the dense one.
+    cannot aim at the dense one. With `trained` it aims at `model` from now on (`EvaluationSettings.target`).
     """
     if kept is None and _shapes(model) == _shapes(task.model):
         kept = task.kept
-    return PruningTask(
+    replaced = PruningTask(
         model,
         task.splits,
         base=task.base,
@@ -239,7 +266,10 @@ def replace_model(task: PruningTask, model: nn.Module, kept: KeptChannels | None
         device=task.device,
         origin=task.origin,
         kept=kept,
+        trained=task.trained,
     )
+    replaced.trained = replaced if trained else replaced.trained
+    return replaced
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -306,8 +336,7 @@ class LayerTask:
         if not settings.compensate:
             return None
         images, _ = self.task.fit_images(settings.compensation_images)
-        twin = self.task.dense_twin(self.group) if settings.target == "dense" else None
-        dense = None if twin is None else self.task.origin.model
+        dense, twin = self.task.compensation_target(self.group) or (None, None)
         return Compensation.fit(
             self.task.model, self.group, images, dense=dense, dense_group=twin, ridge=settings.ridge
         )

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...errors import UserError
+from ...ranges import IMAGES, IMAGES_OR_NONE, NOT_NEGATIVE, POSITIVE, check_numbers
 from .masked_network import DTYPES
 
-TARGETS = ("dense", "current")
+TARGETS = ("trained", "dense", "current")
 
 
 @dataclass(frozen=True)
@@ -17,8 +18,9 @@ class EvaluationSettings:
     Args:
         compensate: regress dropped channels on the kept ones and fold the result into the consumers, in the reward as
             well as in the surgery (design page, fact 11).
-        target: what the regression aims at: the channels of the "dense" network, so that the drift of earlier cuts is
-            corrected too, or those of the "current" network, right before the cut.
+        target: whose channels the regression aims at: those of the network as it was "trained" last (the dense one, or
+            what recovery left), so that the drift of the cuts since then is corrected too; those of the "dense"
+            network whatever recovery made of it; or those of the "current" network, right before the cut.
         ridge: strength of that regression's ridge, relative to the mean channel energy.
         compensation_images: images of the fit split behind the regression.
         statistics_images: images of the fit split behind an observation.
@@ -32,7 +34,7 @@ class EvaluationSettings:
     """
 
     compensate: bool = True
-    target: str = "dense"
+    target: str = "trained"
     ridge: float = 1e-3
     compensation_images: int = 1000
     statistics_images: int = 512
@@ -49,3 +51,5 @@ class EvaluationSettings:
             raise UserError(f"evaluation.dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}.")
         if self.memory < 0:
             raise UserError(f"evaluation.memory is {self.memory}; expected a number of masks, 0 for none.")
+        check_numbers(self, ridge=POSITIVE, compensation_images=IMAGES, statistics_images=IMAGES)
+        check_numbers(self, cache_gib=NOT_NEGATIVE, memory=IMAGES_OR_NONE)

@@ -99,12 +99,12 @@ def _after_first_cut(settings):
     return task, later, later.layer("conv2")
 
 
-@pytest.mark.parametrize("target", ["dense", "current"])
+@pytest.mark.parametrize("target", ["trained", "dense", "current"])
 def test_compensation_aims_at_the_dense_network(target):
     settings = dataclasses.replace(QUICK, target=target)
     task, later, layer = _after_first_cut(settings)
     images, _ = later.fit_images(settings.compensation_images)
-    there = {"dense": task.model, "dense_group": task.layer("conv2").group} if target == "dense" else {}
+    there = {"dense": task.model, "dense_group": task.layer("conv2").group} if target != "current" else {}
     expected = Compensation.fit(later.model, layer.group, images, ridge=settings.ridge, **there)
     masks = _masks(10)
     masks[0], masks[1] = True, torch.arange(10) > 0
@@ -117,6 +117,34 @@ def test_compensation_aims_at_the_dense_network(target):
     assert torch.equal(mixes["conv2", "conv3"][0], identity)
     for mask, outcome in zip(masks, layer.outcomes(masks), strict=True):
         assert outcome.pruned_accuracy == _accuracy(layer.cut(mask), task.splits.reward)
+
+
+def _cut(task, name, keep, **how):
+    """The task once a layer has kept these filters."""
+    layer = task.layer(name)
+    return replace_model(task, layer.cut(keep), task.kept.after(task.model, {layer.group: keep}), **how)
+
+
+def test_compensation_aims_at_the_network_as_it_was_trained_last():
+    dense = make_task(QUICK)
+    assert dense.compensation_target(dense.layer("conv1").group) is None
+    trained = _cut(dense, "conv1", torch.arange(8) % 3 > 0, trained=True)
+    group = trained.layer("conv2").group
+    assert trained.compensation_target(group) is None
+    drifted = _cut(trained, "conv2", torch.arange(10) % 4 > 0)
+    again = drifted.with_settings(dataclasses.replace(QUICK, memory=8))
+    for task in (drifted, again, replace_model(drifted, copy.deepcopy(drifted.model))):
+        model, twin = task.compensation_target(task.layer("conv2").group)
+        assert model is trained.model
+        # Filters of the trained network: conv2 lost 0, 4 and 8, and what it reads lost nothing since.
+        assert twin.cuts[0].channels.flatten().tolist() == [1, 2, 3, 5, 6, 7, 9]
+        assert task.compensation_target(task.layer("conv1").group)[1].n_filters == 5
+        assert task.dense_twin(task.layer("conv1").group).cuts[0].channels.flatten().tolist() == [1, 2, 4, 5, 7]
+    settled = replace_model(drifted, drifted.model, trained=True)
+    assert settled.compensation_target(settled.layer("conv3").group) is None
+    assert settled.with_settings(MASKED).trained is not settled
+    dense_again = settled.with_settings(dataclasses.replace(QUICK, target="dense"))
+    assert dense_again.compensation_target(dense_again.layer("conv3").group)[0] is dense.model
 
 
 def _left_behind(settings):
@@ -158,7 +186,7 @@ def test_keeping_everything_is_the_network_bit_for_bit(settings):
 
 def test_a_dense_network_left_behind_would_cost_what_is_kept():
     """What the identity is for: the same regression, asked to make up for one filter, wrecks the trained network."""
-    layer = _left_behind(QUICK)
+    layer = _left_behind(dataclasses.replace(QUICK, target="dense"))
     assert layer.outcomes((torch.arange(10) != 4)[None])[0].pruned_accuracy < layer.task.accuracy - 0.1
 
 
@@ -171,7 +199,7 @@ def test_a_cut_whose_channels_nobody_told_is_compensated_as_it_is():
 
 
 def test_an_unknown_target_is_refused():
-    with pytest.raises(UserError, match=r"evaluation.target is 'dence'; expected one of dense, current"):
+    with pytest.raises(UserError, match=r"evaluation.target is 'dence'; expected one of trained, dense, current"):
         dataclasses.replace(QUICK, target="dence")
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import shutil
 
 import pytest
 import torch
@@ -46,7 +47,7 @@ def weights(folder, stage):
     return load_file(folder / stage / "network.safetensors")
 
 
-@pytest.mark.parametrize("target", ["dense", "current"])
+@pytest.mark.parametrize("target", ["trained", "dense", "current"])
 def test_a_layer_that_keeps_everything_leaves_the_network_bit_for_bit(tmp_path, target):
     task = make_task(dataclasses.replace(QUICK, target=target))
     schedule = Schedule(drop_one_then_nothing, None, 0.05, away_from_the_dense_network)
@@ -72,3 +73,30 @@ def test_a_network_that_keeps_everything_is_neither_repaired_nor_trained(tmp_pat
     left, _, records = schedule.run(task, RunFolder(tmp_path), Unwatched())
     assert all(torch.equal(value, left.model.state_dict()[name]) for name, value in task.model.state_dict().items())
     assert {each.pruned_accuracy for each in records} == {task.accuracy} and all(each.within_bound for each in records)
+
+
+def drop_one(layer, _working, _seed):
+    return Decision(torch.arange(layer.n_filters) != 4, "agent")
+
+
+@pytest.mark.parametrize(("target", "lost"), [("trained", False), ("current", False), ("dense", True)])
+def test_once_recovery_has_trained_compensation_leaves_the_dense_network_behind(tmp_path, target, lost):
+    task = make_task(dataclasses.replace(QUICK, target=target))
+    schedule, folder = Schedule(drop_one, None, None, away_from_the_dense_network), RunFolder(tmp_path)
+    _, _, records = schedule.run(task, folder, Unwatched())
+    assert all(each.facts["recovered"] for each in records)
+    assert (records[1].pruned_accuracy < records[0].recovered_accuracy - 0.1) == lost
+    # A resumed run decides the same: what recovery did is on disk.
+    shutil.rmtree(tmp_path / "layers/02-conv3")
+    _, _, again = schedule.run(task, folder, Unwatched())
+    assert again[2].pruned_accuracy == records[2].pruned_accuracy
+
+
+def test_without_a_recovery_drift_is_corrected_from_the_dense_network(tmp_path):
+    accuracies = {}
+    for target in ("trained", "dense"):
+        task = make_task(dataclasses.replace(QUICK, target=target))
+        left, _, records = Schedule(drop_one, None, None).run(task, RunFolder(tmp_path / target), Unwatched())
+        assert left.trained is task and not any(each.facts["recovered"] for each in records)
+        accuracies[target] = [each.pruned_accuracy for each in records]
+    assert accuracies["trained"] == accuracies["dense"]
