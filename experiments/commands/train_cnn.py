@@ -13,16 +13,17 @@ from ...envs.data.splits import Splits
 from ...envs.evaluation.mask_evaluator import accuracy_on
 from ...envs.networks.checkpoint import save_weights
 from ...envs.networks.cost import count_cost
-from ..config.build import NetworkConstructor, build_augment, build_splits
+from ..config.build import NetworkConstructor, build_splits
 from ..config.entry_point import run_with_hydra, settings
 from ..config.ignored import BASE_TRAINING, refuse_ignored
+from ..config.prepare import check_augmentation
 from ..config.training import WEIGHTS, train_baseline
 from ..pruning.input_checks import resolve_device, try_network
 from ..runs.context import RunContext
 from ..runs.folder import FACTS, METRICS
 from ..runs.provenance import provenance
 from ..runs.seeds import derive_seed
-from ..training.loop import TrainSettings, check_augment
+from ..training.train_settings import TrainSettings
 from .running import carry_out
 
 
@@ -41,8 +42,8 @@ def check(config: DictConfig) -> Splits:
     refuse_ignored(config, BASE_TRAINING)
     settings(config.base, TrainSettings)
     resolve_device(config.device)
-    augment, splits = build_augment(config.augment), build_splits(config)
-    check_augment(augment, splits.fit)
+    splits = build_splits(config)
+    check_augmentation(config, splits)
     try_network(NetworkConstructor(config.network, 0, one_image(splits))(), splits)
     return splits
 

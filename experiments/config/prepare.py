@@ -111,7 +111,7 @@ def prepare(config: DictConfig, layers: Sequence[str] | None) -> Inputs:
 
 
 def check_augmentation(config: DictConfig, splits: Splits) -> None:
-    """Check the augmentation of the fit images; where nobody typed it and it does not suit, leave it out with a `Notice`.
+    """Check the augmentation of the fit images; where nobody typed it and it does not suit, a `Notice` leaves it out.
 
     Shifts and mirroring suit images with classes: they move what coordinates and maps are about.
     """
