@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer
 
 from ...errors import UserError, summarised
 
@@ -59,7 +60,9 @@ def _ease(value: Any, memo: dict[int, Any], seen: set[int]) -> None:
     if id(value) in seen or isinstance(value, nn.Module):
         return
     seen.add(id(value))
-    if isinstance(value, Tensor):
+    if isinstance(value, UninitializedBuffer):  # of a lazy module, and without a copy of its own
+        memo[id(value)] = UninitializedBuffer(False, value.device, value.dtype)
+    elif isinstance(value, Tensor):
         if not value.is_leaf:
             memo[id(value)] = value.detach().clone()
     elif isinstance(value, torch.Generator):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 
 class ResidualStream(nn.Module):
@@ -179,6 +182,25 @@ class ViewedBySize(Viewed):
 
     def flat(self, x: Tensor) -> Tensor:
         return x.view(-1, 8 * 2 * 2)
+
+
+class Brought(nn.Module):
+    """What tutorials' networks bring along: lazy layers, an activation and a lock kept on self, a pruning mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.LazyConv2d(6, 3, padding=1), nn.Conv2d(6, 8, 3, padding=1)
+        self.linear, self.lock = nn.LazyLinear(10), threading.Lock()
+        prune.random_unstructured(self.conv2, "weight", 0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.features = F.max_pool2d(F.relu(self.conv1(x)), 2)
+        return self.linear(F.max_pool2d(F.relu(self.conv2(self.features)), 2).flatten(1))
+
+
+def parallel() -> nn.DataParallel:
+    """`Brought`, as several GPUs train it."""
+    return nn.DataParallel(Brought())
 
 
 class MaxOverChannels(nn.Module):
@@ -505,7 +527,7 @@ class MadeTensors(nn.Module):
         x = F.relu(self.stem(x))
         x = torch.cat([x, x.new_zeros(x.size(0), 2, x.size(2), x.size(3))], 1)
         x = self.middle(x)
-        x = F.relu(x + x.new_full(x.shape, 0.5)) * torch.ones(x.size(0), x.size(1), 1, 1, dtype=x.dtype)
+        x = F.relu(x + x.new_full(x.shape, 0.5)) * x.new_ones(x.size(0), x.size(1), 1, 1)
         return self.linear(F.relu(self.head(x)).mean((2, 3)))
 
 

@@ -50,6 +50,21 @@ WRAPS = {
     "model": lambda state: {"model": state, "epoch": 3},
     "data_parallel": lambda state: {"state_dict": OrderedDict((f"module.{k}", v) for k, v in state.items())},
     "compiled": lambda state: {f"_orig_mod.module.{k}": v for k, v in state.items()},
+    "compiled_part": lambda state: {k.replace("conv2.", "conv2._orig_mod."): v for k, v in state.items()},
+    "averaged": lambda state: {"n_averaged": torch.tensor(3), **{f"module.{k}": v for k, v in state.items()}},
+    "ema": lambda state: {"state_dict_ema": state},
+    "lightning": lambda state: {"state_dict": {f"net.{k}": v for k, v in state.items()}, "epoch": 3},
+    "with_a_loss": lambda state: {**{f"net.{k}": v for k, v in state.items()}, "loss.weight": torch.ones(3)},
+    "ema_and_online": lambda state: {
+        **{f"online_model.module.{k}": 0 * v for k, v in state.items()},
+        **{f"ema_model.module.{k}": v for k, v in state.items()},
+        "initted": torch.tensor(1),
+    },
+    "masked": lambda state: {
+        **{k.replace("conv2.weight", "conv2.weight_orig"): v for k, v in state.items()},
+        "conv2.weight_mask": torch.ones_like(state["conv2.weight"]),
+    },
+    "thop": lambda state: state | {"total_ops": torch.zeros(1), "conv1.total_params": torch.zeros(1)},
     "without_counters": lambda state: {k: v for k, v in state.items() if "num_batches" not in k},
 }
 
@@ -59,6 +74,39 @@ def test_loads_bitwise_through_every_wrapping(tmp_path, model, other, wrap):
     torch.save(WRAPS[wrap](other.state_dict()), tmp_path / "weights.pt")
     load_checkpoint(model, tmp_path / "weights.pt")
     assert hash_state(model) == hash_state(other)
+
+
+WRAPPED = {
+    "parallel": nn.DataParallel,
+    "own": lambda model: nn.Sequential(OrderedDict(module=model)),
+    "own_name": lambda model: nn.Sequential(OrderedDict(backbone=model)),
+    "twice": lambda model: nn.DataParallel(nn.DataParallel(model)),
+    "plain": lambda model: model,
+}
+
+
+@pytest.mark.parametrize("theirs", WRAPPED)
+@pytest.mark.parametrize("ours", WRAPPED)
+def test_wrapped_networks_load_each_others_files(tmp_path, model, other, ours, theirs):
+    model, other = WRAPPED[ours](model), WRAPPED[theirs](other)
+    save_weights(other, tmp_path / "weights.safetensors")
+    load_checkpoint(model, tmp_path / "weights.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def test_masks_of_prune_are_multiplied_in(tmp_path, model, other):
+    nn.utils.prune.random_unstructured(other.conv2, "weight", 0.5)
+    torch.save(other.state_dict(), tmp_path / "w.pt")
+    load_checkpoint(model, tmp_path / "w.pt")
+    assert torch.equal(model.conv2.weight, other.conv2.weight) and (model.conv2.weight == 0).any()
+
+
+def test_two_networks_that_fit_are_refused(tmp_path, model, other):
+    state = {f"{name}.{key}": value for name in ("student", "teacher") for key, value in other.state_dict().items()}
+    torch.save(state, tmp_path / "w.pt")
+    assert "holds 2 networks that fit (student, teacher); save the state dict of one" in refusal(
+        model, tmp_path / "w.pt"
+    )
 
 
 def test_loads_legacy_torch_format(tmp_path, model, other):

@@ -1,0 +1,132 @@
+"""The plain network inside wrappers, holders, masks and lazy modules; what came in stays as it was."""
+
+import pytest
+import torch
+from keepdrop.envs.networks.checkpoint import hash_state
+from keepdrop.envs.networks.unwrapping import plain_network
+from keepdrop.errors import UserError
+from torch import nn
+from torch.nn.utils import prune
+from torch.optim.swa_utils import AveragedModel
+from zoo import Viewed
+
+IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Compiled(nn.Module):
+    """As `torch.compile` wraps a network, without the seconds that its import takes."""
+
+    def __init__(self, network):
+        super().__init__()
+        self._orig_mod = network
+
+    def forward(self, x):
+        return self._orig_mod(x)
+
+
+class Ema(nn.Module):
+    """timm's ModelEmaV2: it holds the averaged network and has no forward."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.module, self.decay = network, 0.99
+
+
+class Shadow:
+    """No module at all."""
+
+    def __init__(self, network):
+        self.ema = network
+
+
+class Standardising(nn.Module):
+    """A wrapper that computes something: part of the network."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.module = network
+
+    def forward(self, x):
+        return self.module((x - 0.5) * 2)
+
+
+class Lazy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.linear = nn.LazyConv2d(6, 3), nn.LazyBatchNorm2d(), nn.LazyLinear(4)
+
+    def forward(self, x):
+        return self.linear(self.norm(self.conv(x)).flatten(1))
+
+
+WRAPPERS = {
+    "DataParallel": nn.DataParallel,
+    "AveragedModel": AveragedModel,
+    "torch.compile": Compiled,
+    "Ema": Ema,
+    "DataParallel, torch.compile": lambda network: nn.DataParallel(Compiled(network)),
+}
+
+
+@pytest.mark.parametrize("kinds", WRAPPERS)
+def test_wrappers_are_taken_off_and_named(kinds):
+    wrapped = WRAPPERS[kinds](Viewed())
+    before = hash_state(wrapped)
+    plain, notes = plain_network(wrapped)
+    assert type(plain) is Viewed and plain(IMAGES).shape == (2, 4)
+    assert notes == (f"The network came wrapped ({kinds}); it is pruned and given back plain, without the wrapper.",)
+    with torch.no_grad():
+        plain.conv1.weight.zero_()
+    assert hash_state(wrapped) == before
+
+
+@pytest.mark.slow
+def test_torch_compile_itself():
+    plain, notes = plain_network(torch.compile(network := Viewed()))
+    assert type(plain) is Viewed and "torch.compile" in notes[0] and torch.equal(plain(IMAGES), network(IMAGES))
+
+
+def test_an_object_that_holds_a_network():
+    assert type(plain_network(Shadow(Viewed()))[0]) is Viewed
+    with pytest.raises(UserError, match=r"model is a OrderedDict; expected a network, a torch\.nn\.Module\."):
+        plain_network(Viewed().state_dict())
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, Compiled])
+def test_wrappers_of_parts_are_taken_off(wrap):
+    network = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(216, 4))
+    answer = network(IMAGES)
+    network[0] = wrap(network[0])
+    plain, notes = plain_network(network)
+    assert type(plain[0]) is nn.Conv2d and type(network[0]) is wrap and len(notes) == 1
+    assert torch.equal(plain(IMAGES), answer)
+
+
+def test_wrappers_that_compute_and_containers_stay():
+    for network in (Standardising(Viewed()), nn.Sequential(nn.ModuleDict({"model": nn.Linear(2, 2)}))):
+        plain, notes = plain_network(network)
+        assert list(plain.state_dict()) == list(network.state_dict()) and notes == ()
+
+
+def test_pruning_masks_are_made_permanent():
+    network = Viewed()
+    prune.random_unstructured(network.conv2, "weight", 0.5)
+    prune.l1_unstructured(network.conv2, "weight", 0.2)
+    prune.random_unstructured(network.fc1, "bias", 0.5)
+    plain, notes = plain_network(network)
+    assert plain.state_dict().keys() == Viewed().state_dict().keys()
+    assert torch.equal(plain(IMAGES), network(IMAGES))
+    assert "Masks of torch.nn.utils.prune on conv2.weight, fc1.bias were made permanent" in notes[0]
+    assert "conv2.weight_orig" in network.state_dict()
+
+
+def test_lazy_modules_get_their_sizes_from_one_image():
+    network = Lazy().train()
+    plain, notes = plain_network(network, IMAGES[:1])
+    assert plain.conv.weight.shape == (6, 3, 3, 3) and plain.linear.in_features == 216 and plain.training
+    assert notes == ("Lazy modules got their sizes from one image.",)
+    assert type(network.conv) is nn.LazyConv2d
+    with pytest.raises(UserError, match="Lazy has lazy modules, whose sizes nobody knows yet; run it on one image"):
+        plain_network(Lazy())
+    with pytest.raises(UserError, match="Lazy has lazy modules and fails on one image"):
+        plain_network(Lazy(), torch.zeros(1, 3, 1, 1))
