@@ -112,5 +112,5 @@ def _close(a: Tensor, b: Tensor) -> bool:
     if not a.is_floating_point() or not a.numel():
         return torch.equal(a, b)
     tolerance = 1e-3 if a.dtype in (torch.float32, torch.float64) else 0.1
-    largest = float(a.abs().max())
+    largest = float(a.nan_to_num(0.0, 0.0, 0.0).abs().max())
     return torch.allclose(a, b, rtol=tolerance, atol=tolerance / 10 * largest, equal_nan=True)
