@@ -164,10 +164,15 @@ def test_overlapping_data(refused, arrays):
 
 def test_empty_splits(refused):
     assert refused("prune", "split.reward_size=0").startswith("The reward split would be empty: reward_size=0;")
-    assert refused("prune", "split.reward_size=2000").startswith("The fit split would be empty: reward_size=2000 takes")
-    sentence = refused("prune", "split.reward_from=test", "split.reward_size=449")
-    assert sentence.startswith("The report split would be empty: reward_size=449 takes all 449 test images;")
     assert refused("prune", "split.reward_from=both") == "reward_from must be 'train' or 'test', got 'both'."
+
+
+def test_a_reward_split_that_is_too_large_is_said_and_halved(keepdrop):
+    """The README's command on a small test set."""
+    done = keepdrop("train-cnn", "base.epochs=1", "split.reward_from=test", "split.reward_size=2000", "run_dir=run")
+    assert done.code == 0, done.err
+    sentence = "reward_size=2000 would take all 449 test images and leave none for the report split; 224 are taken, half"
+    assert done.err == f"warning: {sentence} of them.\n" and "225 report images" in done.out
 
 
 @pytest.mark.parametrize("layers", ["[conv3]", "[conv3,conv4]"])
