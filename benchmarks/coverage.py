@@ -65,10 +65,14 @@ def main() -> None:
             write(store, json.dumps(known, indent=1))
             print(name, {key: value for key, value in known[name].items() if key != "reasons"}, flush=True)
         if arguments.only == "*":
-            write(
-                PAGE,
-                page({each: known[each] for each in wanted if each in known}, [n for n in wanted if n not in known]),
-            )
+            done = {each: known[each] for each in wanted if each in known}
+            write(PAGE, page(done, [each for each in wanted if each not in known]) + trained(PAGE))
+
+
+def trained(path: Path) -> str:
+    """The section of the page that zoo.py wrote, which stays."""
+    _, found, rest = (path.read_text() if path.is_file() else "").partition("<!-- trained networks -->")
+    return f"\n{found}{rest}" if found else ""
 
 
 def parsed() -> argparse.Namespace:
