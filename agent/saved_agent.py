@@ -9,14 +9,16 @@ import importlib.metadata
 import json
 import platform
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
-from torch import nn
+from torch import Tensor, nn
 
 from ..atomic import write_atomically
 from ..errors import UserError
@@ -26,6 +28,7 @@ from .policies.policy import Policy
 from .policies.set_policy import SetPolicy
 
 FORMAT_VERSION = 1
+LARGEST_WEIGHT = 1e9  # far above what training leads to; beyond it scores overflow
 WEIGHTS, FACTS = "policy.safetensors", "facts.json"
 POLICIES: dict[str, Callable[..., Any]] = {
     "SetPolicy": SetPolicy,
@@ -78,7 +81,7 @@ def save_agent(folder: Path | str, policy: Policy | NetworkPolicy, facts: Mappin
         **facts,
     }
     header = json.dumps(full, allow_nan=False)
-    data = save_tensors(state, metadata={"facts": header})
+    data = save_tensors(state, metadata={"facts": header, "sha256": _digest(header, state)})
     write_atomically(folder / WEIGHTS, data)
     readable = {**full, "weights_sha256": hashlib.sha256(data).hexdigest()}
     write_atomically(folder / FACTS, (json.dumps(readable, indent=2, allow_nan=False) + "\n").encode())
@@ -104,7 +107,7 @@ def load_agent(folder: Path | str, policies: Mapping[str, Callable[..., Policy]]
             f"the agent in {folder} has format version {version}, but this keepdrop reads {FORMAT_VERSION}; "
             "train it again or install the version named in its facts.json"
         )
-    policy = _rebuild(folder, facts, {**POLICIES, **(policies or {})})
+    policy = _rebuild(folder, facts, data, {**POLICIES, **(policies or {})})
     _load_weights(folder, policy, data)
     return SavedAgent(policy, facts, folder)
 
@@ -141,15 +144,26 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
+def _digest(facts: str, state: Mapping[str, Tensor]) -> str:
+    """sha256 over the facts and the tensors, which stands in the weights file beside them."""
+    digest = hashlib.sha256(facts.encode())
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _read(folder: Path) -> bytes:
     try:
         return (folder / WEIGHTS).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise AgentMismatch(f"there is no agent in {folder}: {WEIGHTS} is missing; give an agent's folder") from None
+    except OSError as error:
+        raise AgentMismatch(f"cannot read {folder / WEIGHTS}: {error.strerror or error}") from error
 
 
 def _facts(folder: Path, data: bytes) -> dict[str, Any]:
-    embedded = _parse(folder, WEIGHTS, _header(folder, data))
+    embedded = _parse(folder, WEIGHTS, _header(folder, data)["facts"])
     try:
         text = (folder / FACTS).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -162,11 +176,12 @@ def _facts(folder: Path, data: bytes) -> dict[str, Any]:
     return facts
 
 
-def _header(folder: Path, data: bytes) -> str:
+def _header(folder: Path, data: bytes) -> dict[str, str]:
     # A safetensors file is 8 bytes of header length, the header in JSON, the tensors.
     try:
         length = int.from_bytes(data[:8], "little")
-        return str(json.loads(data[8 : 8 + length])["__metadata__"]["facts"])
+        found = json.loads(data[8 : 8 + length])["__metadata__"]
+        return {**found, "facts": str(found["facts"])}
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         raise AgentMismatch(
             f"{folder / WEIGHTS} is damaged or was not written by keepdrop; train the agent again"
@@ -187,7 +202,9 @@ def _parse(folder: Path, name: str, text: str) -> dict[str, Any]:
     return facts
 
 
-def _rebuild(folder: Path, facts: Mapping[str, Any], policies: Mapping[str, Callable[..., Policy]]) -> Policy:
+def _rebuild(
+    folder: Path, facts: Mapping[str, Any], data: bytes, policies: Mapping[str, Callable[..., Policy]]
+) -> Policy:
     described = facts.get("policy")
     described = described if isinstance(described, dict) else {}
     kind, kwargs = described.get("kind"), described.get("kwargs")
@@ -195,23 +212,50 @@ def _rebuild(folder: Path, facts: Mapping[str, Any], policies: Mapping[str, Call
         known = ", ".join(sorted(policies))
         raise AgentMismatch(f"the agent in {folder} uses the policy {kind!r}, but known are {known}; give its class")
     try:
-        return policies[kind](**kwargs)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        # Without storage at first: numbers in a file must not ask for memory before they fit the file's own tensors.
+        with torch.device("meta") if policies[kind] is POLICIES.get(kind) else nullcontext():
+            shown = policies[kind](**kwargs)
+        _check_shapes(folder, shown, data)
+        return shown if not _on_meta(shown) else policies[kind](**kwargs)
+    except AgentMismatch:
+        raise
+    except (TypeError, ValueError, RuntimeError, OverflowError, IndexError, MemoryError) as error:
         raise AgentMismatch(f"the {kind} in {folder} cannot be rebuilt from its facts: {error}") from error
 
 
-def _load_weights(folder: Path, policy: Policy, data: bytes) -> None:
+def _on_meta(policy: Policy) -> bool:
+    return any(value.is_meta for value in _module(policy).state_dict().values())
+
+
+def _tensors(folder: Path, data: bytes) -> dict[str, Tensor]:
     try:
-        state = load_tensors(data)
-    except (SafetensorError, ValueError, RuntimeError) as error:
+        state: dict[str, Tensor] = load_tensors(data)
+    except (SafetensorError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise AgentMismatch(f"{folder / WEIGHTS} is damaged: {error}; train the agent again") from error
-    wanted = _module(policy).state_dict()
+    return state
+
+
+def _check_shapes(folder: Path, policy: Policy, data: bytes) -> None:
+    state, wanted = _tensors(folder, data), _module(policy).state_dict()
     for key in sorted(wanted.keys() | state.keys()):
         have = tuple(state[key].shape) if key in state else "missing"
         want = tuple(wanted[key].shape) if key in wanted else "not part of it"
         if have != want:
             raise AgentMismatch(
                 f"weights in {folder} do not fit its policy: {key} is {have}, but the policy has {want}"
+            )
+
+
+def _load_weights(folder: Path, policy: Policy, data: bytes) -> None:
+    state, header = _tensors(folder, data), _header(folder, data)
+    if "sha256" in header and header["sha256"] != _digest(header["facts"], state):  # not in files of version 0.1.0
+        raise AgentMismatch(
+            f"{folder / WEIGHTS} is damaged (its sha256 differs); copy it again, or train anew"
+        )
+    for key, tensor in state.items():
+        if not bool((tensor.double().abs() <= LARGEST_WEIGHT).all()):  # NaN is not, either
+            raise AgentMismatch(
+                f"the agent in {folder} has NaN, infinite or absurdly large weights in {key}; train it again"
             )
     _module(policy).load_state_dict(state)
     _module(policy).eval()

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
+from ...ranges import COUNT, COUNT_OR_NONE, NOT_NEGATIVE, POSITIVE, check_numbers
 from ..policies.network import NetworkPolicy
 from .best_masks import BestMasks
 from .rollout import evaluate_masks, observe
@@ -59,6 +60,8 @@ class NetworkAgentSettings:
             )
         if not 0 < self.anneal <= 1:
             raise UserError(f"anneal is {self.anneal}, but it must be above 0 and at most 1")
+        check_numbers(self, updates=COUNT_OR_NONE, weight_scale=POSITIVE, mix_scale=NOT_NEGATIVE, lr=POSITIVE)
+        check_numbers(self, scale_lr=NOT_NEGATIVE, top_k=COUNT)
 
 
 def utilities(rewards_M: Tensor) -> Tensor:

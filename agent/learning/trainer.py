@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
+from ...ranges import COUNT, COUNT_OR_NONE, NOT_NEGATIVE, POSITIVE, check_numbers
 from ..policies.distributions import top_mask
 from ..policies.policy import Policy
 from .best_masks import BestMasks, ScoredMask
@@ -63,6 +64,8 @@ class AgentSettings:
             raise UserError(f"patience is {self.patience}, but it must be at least 1, or None for all updates")
         if not 0.0 <= self.smoothing < 1.0:
             raise UserError(f"smoothing is {self.smoothing}, but it must lie in [0, 1)")
+        check_numbers(self, updates=COUNT_OR_NONE, lr=POSITIVE, entropy_weight=NOT_NEGATIVE, clip=POSITIVE)
+        check_numbers(self, max_grad_norm=POSITIVE, patience=COUNT, min_gain=NOT_NEGATIVE, top_k=COUNT)
 
     def reinforce(self) -> ReinforceSettings:
         """The part that the learner reads."""

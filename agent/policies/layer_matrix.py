@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...ranges import COUNT, POSITIVE, check_number
 from .distributions import MaskDistribution
 from .features import check_observation
 from .policy import Exploration, ThresholdHead, check_keep
@@ -64,6 +65,10 @@ class LayerMatrixPolicy(nn.Module):
             "seed": seed,
         }
         check_keep(initial_keep)
+        for name, value in (("n_filters", n_filters), ("n_weights", n_weights), ("hidden", hidden)):
+            check_number(name, value, COUNT)
+        check_number("channels", channels, COUNT)
+        check_number("initial_scale", initial_scale, POSITIVE)
         self.n_filters, self.n_weights = n_filters, n_weights
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UserError
+from ...ranges import COUNT, FRACTION, check_number
 from .features import check_observation, ranks, weight_quantiles
 
 
@@ -49,6 +50,9 @@ class NetworkPolicy(nn.Module):
             "statistic_names": None if statistic_names is None else list(statistic_names),
             "quantiles": list(quantiles),
         }
+        check_number("n_groups", n_groups, COUNT)
+        check_number("n_statistics", n_statistics, COUNT)
+        check_number("quantiles", quantiles, FRACTION)
         self.quantiles = tuple(quantiles)
         mix = torch.zeros(n_statistics + len(self.quantiles), dtype=torch.float64)
         if warm_start is not None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UserError
+from ...ranges import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE, check_number
 from .distributions import MaskDistribution
 from .features import check_observation, layer_context, ranks, standardise, weight_quantiles
 from .policy import Exploration, ThresholdHead, check_keep
@@ -69,6 +70,11 @@ class SetPolicy(nn.Module):
         check_keep(initial_keep)
         if not initial_scale > 0.0:
             raise UserError(f"initial_scale is {initial_scale}; expected a spread above 0.")
+        check_number("n_statistics", n_statistics, COUNT)
+        check_number("hidden", hidden, COUNT)
+        check_number("quantiles", quantiles, FRACTION)
+        check_number("initial_scale", initial_scale, POSITIVE)
+        check_number("sharpness", sharpness, NOT_NEGATIVE)
         self.n_statistics = n_statistics
         self.quantiles = tuple(quantiles)
         n_features = 2 * (n_statistics + len(self.quantiles))
@@ -140,7 +146,7 @@ def _warm_column(name: str | None, names: Sequence[str] | None, n_statistics: in
 
 def _location_for(initial_keep: float, spread: float) -> float:
     """The threshold that scores spread evenly over +-spread pass with mean probability initial_keep."""
-    scores = torch.linspace(-spread, spread, 257, dtype=torch.float64)
+    scores = torch.linspace(-spread, spread, 257, dtype=torch.float64, device="cpu")
     low, high = -spread - 20.0, spread + 20.0
     for _ in range(60):
         middle = (low + high) / 2

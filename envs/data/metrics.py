@@ -9,6 +9,7 @@ Shapes: B images, C classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -49,7 +50,12 @@ class TopK:
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Logits (B, C), labels (B,) -> (B,)."""
         outputs, targets = as_classes(outputs, targets)
-        best = outputs.topk(min(self.k, outputs.shape[1]), dim=1).indices
+        if self.k >= outputs.shape[1]:
+            raise UserError(
+                f"Top-k accuracy was given k={self.k}, and with {outputs.shape[1]} classes every answer is right; "
+                "expected fewer than there are classes."
+            )
+        best = outputs.topk(self.k, dim=1).indices
         return (best == targets[:, None]).any(1)
 
 
@@ -220,7 +226,7 @@ class Within:
     needs_numbers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not self.tolerance > 0:
+        if not 0 < self.tolerance < math.inf:
             raise UserError(f"The metric Within was given tolerance={self.tolerance}; expected more than 0.")
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -239,7 +245,7 @@ class Closeness:
     needs_numbers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not self.scale > 0:
+        if not 0 < self.scale < math.inf:
             raise UserError(f"The metric Closeness was given scale={self.scale}; expected more than 0.")
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:

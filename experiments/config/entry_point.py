@@ -6,8 +6,9 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, get_type_hints
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -19,9 +20,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import ValidationError
 
 from ...errors import UserError
+from ...ranges import check_number
 from ..runs.folder import CONFIG, FACTS, RunFolder, first_free
 from .cli_errors import expected
-from .schema import register_schemas, structured
+from .schema import RANGES, ROOTS, register_schemas, structured
 from .stored import check_targets, is_offered, targets_in
 
 SettingsT = TypeVar("SettingsT")
@@ -40,6 +42,7 @@ def run_with_hydra(name: str, run: Callable[[DictConfig], Any]) -> None:
 
     def job(config: DictConfig) -> Any:
         try:
+            check_settings(config, ROOTS[name])
             return run(config)
         except Exception as error:
             if os.getpid() != process:  # a launcher's worker: this list is a copy, and only Hydra tells the parent
@@ -129,6 +132,7 @@ def _stored(config: DictConfig, folder: RunFolder) -> DictConfig:
     for key in config:
         if key not in stored:
             stored[key] = config[key]
+    check_settings(stored, ROOTS[command_name().replace("-", "_")])
     stored.quiet = config.quiet
     return stored
 
@@ -244,6 +248,21 @@ def settings(node: Any, kind: type[SettingsT]) -> SettingsT:
         key = str(error.full_key)
         where = ".".join(part for part in (str(node._get_full_key(None)), key) if part)
         raise UserError(f"{where} is {OmegaConf.select(node, key)!r}; expected {expected(error)}.") from error
-    built = OmegaConf.to_object(merged)
+    try:
+        built = OmegaConf.to_object(merged)
+    except UserError as error:  # which of several sections of one kind it is about
+        where, first = str(node._get_full_key(None)) if OmegaConf.is_config(node) else "", str(error).split()[0]
+        known = where and first in {each.name for each in fields(kind)}  # type: ignore[arg-type]
+        raise UserError(f"{where}.{error}" if known else str(error)) from error
     assert isinstance(built, kind)
     return built
+
+
+def check_settings(config: DictConfig, root: type) -> None:
+    """Refuse values of a root configuration that make no sense, whatever the command then uses; `UserError`."""
+    kinds = get_type_hints(root)
+    for name in (str(key) for key in config):
+        if isinstance(kind := kinds.get(name), type) and is_dataclass(kind):
+            settings(config[name], kind)
+        elif name in RANGES and not OmegaConf.is_missing(config, name):
+            check_number(name, plain(config[name]), RANGES[name])

@@ -18,6 +18,7 @@ from ...envs.repair.reconstruction import ReconstructionSettings
 from ...envs.surgery.limits import Limits
 from ...envs.task import EvaluationSettings
 from ...errors import UserError
+from ...ranges import COUNT, COUNT_OR_NONE, IMAGES, MASKS, NOT_NEGATIVE, SEED, check_numbers
 from ..api.settings import FINETUNE
 from ..pruning.network_search import NetworkSearchSettings
 from ..pruning.recover import RecoverySettings
@@ -36,6 +37,9 @@ class SplitConfig:
     reward_size: int = 300
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        check_numbers(self, reward_size=IMAGES, seed=SEED)
+
 
 @dataclass
 class SearchConfig:
@@ -49,6 +53,7 @@ class SearchConfig:
             raise UserError(f"search.masks is {self.masks}; expected 2 or more: rewards are compared with one another.")
         if self.images is not None and self.images < 1:
             raise UserError(f"search.images is {self.images}; expected 1 or more, or null for all reward images.")
+        check_numbers(self, masks=MASKS, images=IMAGES)
 
 
 @dataclass
@@ -66,6 +71,7 @@ class LatencyConfig:
                 f"latency is batch_sizes={list(self.batch_sizes)}, repeats={self.repeats}, warmup={self.warmup}; "
                 "expected batch sizes and repeats of 1 or more, and a warmup of 0 or more."
             )
+        check_numbers(self, batch_sizes=COUNT, repeats=COUNT, warmup=COUNT_OR_NONE)
 
 
 @dataclass
@@ -89,6 +95,9 @@ class RandomBestConfig:
     """A random search: masks judged; null: as many as the agent had judged, 100 without one."""
 
     evaluations: int | None = None
+
+    def __post_init__(self) -> None:
+        check_numbers(self, evaluations=COUNT)
 
 
 @dataclass
@@ -271,6 +280,19 @@ class ReportConfig:
     out: str = "comparison.html"
     quiet: bool = False
 
+
+# Of the settings that stand in no section.
+RANGES: dict[str, tuple[float, float]] = {
+    "seed": SEED,
+    "seeds": SEED,
+    "random_seeds": COUNT,
+    "bn_images": IMAGES,
+    "workers": (1, 1024),
+    "step": COUNT,
+    "minibatches": COUNT,
+    "macs_weight": NOT_NEGATIVE,
+    "input_shape": COUNT,
+}
 
 ROOTS = {
     "inspect": InspectConfig,

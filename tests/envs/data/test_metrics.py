@@ -78,7 +78,9 @@ def test_scores_of_hand_made_answers():
     logits = torch.tensor([[0.1, 0.9, 0.5], [3.0, 1.0, 2.0]])
     labels = torch.tensor([2, 0])
     assert Top1()(logits, labels).tolist() == [False, True]
-    assert TopK(2)(logits, labels).tolist() == [True, True] and TopK(9)(logits, labels).all()
+    assert TopK(2)(logits, labels).tolist() == [True, True]
+    with pytest.raises(UserError, match="k=9, and with 3 classes every answer is right"):
+        TopK(9)(logits, labels)
     found = functional.one_hot(torch.tensor([[[0, 0], [1, 1]], [[2, 2], [2, 2]]]), 3).movedim(-1, 1).float()
     truth = torch.tensor([[[0, 1], [1, 1]], [[2, 2], [2, 2]]])
     assert PixelAccuracy()(found, truth).tolist() == [0.75, 1.0]

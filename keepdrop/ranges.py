@@ -1,0 +1,39 @@
+"""Ranges of numeric settings: nan, infinite, negative and absurd values are one sentence, before anything runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from .errors import UserError
+
+COUNT = (1, 10**6)
+COUNT_OR_NONE = (0, 10**6)
+IMAGES = (1, 10**9)  # more than there are is all of them
+IMAGES_OR_NONE = (0, 10**9)
+MASKS = (2, 10**5)  # at a time
+FRACTION = (0.0, 1.0)
+POSITIVE = (1e-30, 1e6)  # a rate, a weight, a scale
+NOT_NEGATIVE = (0.0, 1e6)
+SEED = (0, 2**63 - 1)
+
+
+def check_numbers(settings: Any, **ranges: tuple[float, float]) -> None:
+    """Raise a `UserError` for the first number outside its range, both ends inside; None passes.
+
+    Args:
+        settings: an object with the attributes named, each a number, a list of them or None.
+        ranges: lowest and highest value by attribute.
+    """
+    for name, bounds in ranges.items():
+        check_number(name, getattr(settings, name), bounds)
+
+
+def check_number(name: str, value: Any, bounds: tuple[float, float]) -> None:
+    """The same for one value."""
+    low, high = bounds
+    for each in value if isinstance(value, Iterable) and not isinstance(value, str) else [value]:
+        if each is not None and not (math.isfinite(each) and low <= each <= high):
+            wanted = "above 0" if 0 < low < 1e-9 else f"from {low:g}"
+            raise UserError(f"{name} is {each:g}; expected a number {wanted} to {high:g}.")
