@@ -69,6 +69,8 @@ def partition(model: nn.Module, groups: Sequence[FilterGroup], example: Tensor, 
     functionalise(traced)
     fold_batch_norms(traced)
     consumers = {cut.module for group in groups for cut in group.consumers}
+    for name in consumers - {node.target for node in traced.graph.nodes}:
+        traced.add_submodule(name, ready.get_submodule(name))  # it runs in training mode only
     with torch.inference_mode():
         _Shapes(traced).run(example)
         made = _Partitioner(traced, consumers, len(example)).partition(fusing and layout == CHANNELS_LAST)

@@ -56,7 +56,9 @@ REDUCING = words(
     _log_softmax log_softmax cumsum argmax argmin any all"""
 )
 # Pointwise, though torch does not tag them so.
-POINTWISE = words("hardswish hardswish_ hardsigmoid hardsigmoid_ hardtanh_ relu6 copy_ copy threshold_ celu_")
+POINTWISE = words(
+    "hardswish hardswish_ hardsigmoid hardsigmoid_ hardtanh_ relu6 copy_ copy threshold_ celu_ _prelu_kernel"
+)
 
 HARD_SIZE = (
     "a tensor made by zeros, ones, full or a random generator meets its channels: sized by the data, as "
@@ -108,9 +110,29 @@ def apply_operator(
         return _batch_norm(forest, labelled, inputs, out)
     if name == "_weight_norm_interface" and args[2:] in ((), (0,)):
         return _weight_norm(forest, labelled, args, out)
+    if name == "embedding" and id(args[0]) in labelled:
+        return spread(per_channel(forest, labelled[id(args[0])][1], 1), out.dim() - 1, out.shape)
+    if name in ("bmm", "mm"):
+        return _product(forest, name, known, [labelled.get(id(value), (value, None))[1] for value in inputs], out)
     reason = f"the operation {name!r} is not one that keeps channels apart"
     fix_all(forest, known, next((why for part, why in REASONS.items() if part in name), reason))
     return None
+
+
+def _product(
+    forest: ChannelLabels, name: str, known: Sequence[Tensor], both: Sequence[Tensor | None], out: Tensor
+) -> Tensor | None:
+    """Matrices multiplied along positions leave the channels of the one apart (the values of an attention of one head).
+
+    Those of several heads, and channels that are summed over, stay.
+    """
+    left, right = both
+    kept = left if right is None else right
+    outer, inner = (out.dim() - 2, out.dim() - 1) if right is None else (out.dim() - 1, out.dim() - 2)
+    if len(known) != 1 or kept is None or varying(kept) != [outer]:
+        fix_all(forest, known, f"the operation {name!r} is not one that keeps channels apart")
+        return None
+    return kept.narrow(inner, 0, 1).expand(out.shape)
 
 
 def _batch_norm(forest: ChannelLabels, labelled: Labelled, inputs: Sequence[Tensor], out: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -107,6 +108,8 @@ class Verifier:
             except Exception as error:
                 blamed = self._hints.get(groups[0].name) or self._fixed_shape(error, choices, inputs)
                 return f"the network does not run without some of its filters ({blamed or summarised(error)})"
+            if math.isnan(worst):
+                return "the network answers NaN on random inputs, so that cut and masked it cannot be compared"
             if not worst <= self._tolerance:
                 unequal = f"cutting it does not equal masking it (relative difference {worst:.1e})"
                 return self._why_random(inputs) or unequal

@@ -210,11 +210,12 @@ class MaxOverChannels(nn.Module):
         super().__init__()
         self.conv1, self.conv2 = nn.Conv2d(in_channels, 6, 3, padding=1), nn.Conv2d(6, 12, 3, padding=1)
         self.pool = nn.MaxPool3d((2, 1, 1))
+        self.bn1, self.bn2 = nn.BatchNorm2d(6), nn.BatchNorm2d(8)
         self.conv3, self.linear = nn.Conv2d(6, 8, 3), nn.Linear(8, n_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.pool(F.relu(self.conv2(F.relu(self.conv1(x)))))
-        return self.linear(F.relu(self.conv3(x)).mean((2, 3)))
+        x = self.pool(F.relu(self.conv2(F.relu(self.bn1(self.conv1(x))))))
+        return self.linear(F.relu(self.bn2(self.conv3(x))).mean((2, 3)))
 
 
 class Gated(nn.Module):

@@ -48,6 +48,24 @@ def saved(tmp_path):
         return tmp_path / "net", model, kept, images, model(images)
 
 
+@pytest.mark.parametrize("counted", [("dense", "loaded"), ("dense",), ("loaded",)])
+def test_counters_that_a_profiler_left_do_not_stand_in_the_way(counted, tmp_path):
+    def profiled(model):
+        for module in model.modules():
+            module.register_buffer("total_ops", torch.zeros(1, dtype=torch.float64))
+            module.register_buffer("total_params", torch.ones(1, dtype=torch.float64))
+        return model
+
+    def make(when):
+        return profiled(ZOO["Concat"]()) if when in counted else ZOO["Concat"]()
+
+    model, kept, images = _pruned(lambda: make("dense"), IMAGES)
+    save_pruned(model, tmp_path, kept=kept)
+    assert not [name for name in load_file(tmp_path / "model.safetensors") if "total_" in name]
+    loaded = load_pruned(tmp_path, lambda: make("loaded"))
+    assert torch.equal(loaded(images), model(images))
+
+
 @pytest.mark.parametrize("name", ZOO)
 def test_round_trip_of_every_kind_of_network(name, tmp_path):
     model, kept, images = _pruned(ZOO[name], IMAGES)

@@ -157,6 +157,84 @@ def test_an_operation_that_cannot_be_followed_costs_only_its_group(odd, reason):
     assert reason in skipped.reason
 
 
+class _Norm(nn.Module):
+    """Batch norm written by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain, self.shift = nn.Parameter(torch.ones(6)), nn.Parameter(torch.zeros(6))
+        self.register_buffer("mean", torch.zeros(6))
+        self.register_buffer("var", torch.ones(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.mean, self.var, self.gain, self.shift, self.training)
+
+
+def _table(net, x):
+    return (x.flatten(2).transpose(1, 2) + net.held(torch.arange(16))).transpose(1, 2).reshape(x.shape)
+
+
+def _of_one_head(net, x):
+    rows = x.flatten(2)
+    return (rows @ torch.softmax(net.odd_key(x).flatten(2), -1).mean(1, keepdim=True).mT).unsqueeze(3)
+
+
+@pytest.mark.parametrize(
+    ("held", "use", "cuts"),
+    [
+        (nn.Parameter(torch.ones(6, 1, 1)), lambda net, x: x * net.held.sigmoid(), {("", "held:0")}),
+        (nn.Parameter(torch.ones(1, 6, 1, 1)), lambda net, x: torch.maximum(x, net.held), {("", "held:1")}),
+        (nn.Parameter(torch.ones(6)), lambda net, x: F.prelu(x, net.held), {("", "held:0")}),
+        (nn.Parameter(torch.ones(6)), lambda net, x: (x.movedim(1, 3) * net.held).movedim(3, 1), {("", "held:0")}),
+        (nn.Parameter(torch.ones(6, 4, 4)), lambda net, x: x + net.held, {("", "held:0")}),
+        (nn.Parameter(torch.ones(4)), lambda net, x: x * net.held, set()),  # a number per column
+        (nn.Parameter(torch.ones(2)), lambda net, x: x * net.held[0], set()),
+        (nn.Embedding(16, 6), _table, {("held", "weight:1")}),
+        (torch.linspace(0, 1, 6), lambda net, x: x - net.held[:, None, None], {("", "held:0")}),
+        (_Norm(), lambda net, x: net.held(x), {("held", f"{key}:0") for key in ("gain", "shift", "mean", "var")}),
+        (None, _of_one_head, set()),
+    ],
+)
+def test_what_a_module_holds_per_channel_is_cut_with_the_filters(held, use, cuts):
+    model = _Odd(use)
+    model.held, model.odd_key = held, nn.Conv2d(6, 3, 1)
+    (group,) = [each for each in find_groups(model, torch.randn(2, 3, 4, 4)).groups if each.name == "b"]
+    assert group.n_filters == 6
+    assert {(cut.module, cut.axis) for cut in group.cuts if cut.kind == "pass"} == cuts
+    assert "c" in {cut.module for cut in group.consumers}
+
+
+class _Steps(nn.Module):
+    """A convolution read by something that looks at more than one step."""
+
+    def __init__(self, layer, use):
+        super().__init__()
+        self.conv, self.layer, self.use, self.linear = nn.Conv1d(3, 6, 3, padding=1), layer, use, nn.LazyLinear(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.use(self.layer, F.relu(self.conv(x))))
+
+
+@pytest.mark.parametrize(
+    ("layer", "use", "reason"),
+    [
+        (nn.GRU(8, 4), lambda gru, x: gru(x)[0].mean(1), "reads its channels as steps"),
+        (nn.GRU(6, 6), lambda gru, x: gru(x.movedim(2, 0), x.mean(2)[None])[0].mean(0), "first state of a recurrent"),
+        (nn.MultiheadAttention(6, 2), lambda att, x: att(*[x.movedim(2, 0)] * 3)[0].mean(0), "as many channels as it"),
+        (
+            None,
+            lambda _, x: F.scaled_dot_product_attention(x.mT, x.mT, x.mT).mean(1),
+            "keeps channels apart",
+        ),
+    ],
+)
+def test_readers_that_are_not_linear_are_named(layer, use, reason):
+    model = _Steps(layer, use)
+    model(torch.randn(2, 3, 8))
+    plan = find_groups(model, torch.randn(2, 3, 8))
+    assert plan.names == () and reason in plan.skipped[0].reason
+
+
 def test_outputs_are_never_prunable():
     class Segmenter(nn.Module):
         def __init__(self):
