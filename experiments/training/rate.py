@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -35,8 +36,8 @@ def bearable_rate(
 
     A trial is the same training squeezed into 20 to 40 steps; it is judged by the loss on 256 fit images. A network
     with normalisation layers takes big steps and comes back, so only a rate at which it diverges, or loses more than
-    half of its score, is lowered. Without them it is lowered as long as a tenth ends better. Same seed, same rate; with
-    fewer steps in all than two trials take, none is made.
+    half of its score, is lowered. Without them it is lowered until it ends no worse than it began, and no worse than a
+    tenth of it. Same seed, same rate; with fewer steps in all than two trials take, none is made.
     """
     n_steps = steps_of(data, settings)
     if settings.lr is not None or n_steps < 2 * FEWEST:
@@ -66,13 +67,14 @@ class _Trial:
         self.probed = order[:PROBED]
 
     def lowest(self) -> float:
-        """The first rate that ends at a lower loss than a tenth of it."""
-        rates = self._rates()
-        losses = [self._ended(rates[0])[0]]
-        for rate in rates[1:]:
-            losses.append(self._ended(rate)[0])
-            if losses[-1] >= losses[-2] and math.isfinite(losses[-2]):
-                return rate * 10
+        """The highest rate that ends no worse than it began, and no worse than a tenth of it."""
+        before, rates = self._judged(self.model)[0], self._rates()
+        higher = self._ended(rates[0])[0]
+        for rate, tenth in pairwise(rates):
+            lower = self._ended(tenth)[0]
+            if higher <= min(before, lower):
+                return rate
+            higher = lower
         return rates[-1]
 
     def first_that_holds(self) -> float:
@@ -82,7 +84,7 @@ class _Trial:
         return next(held, self._rates()[-1])
 
     def _rates(self) -> list[float]:
-        return [self.settings.rate / 10**tenth for tenth in range(TENTHS + 1)]
+        return [float(f"{self.settings.rate / 10**tenth:.9g}") for tenth in range(TENTHS + 1)]
 
     def _ended(self, rate: float) -> tuple[float, float]:
         model = copied(self.model)

@@ -1,0 +1,134 @@
+"""Guarded fine-tuning and its learning rate: what is kept, at which rate, and that no good network gets lost."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from keepdrop.envs.data.metrics import Closeness
+from keepdrop.envs.data.objective import TOP1, Objective
+from keepdrop.envs.data.sources import ArrayImages
+from keepdrop.envs.data.splits import LabelledData, split
+from keepdrop.envs.networks.checkpoint import hash_state
+from keepdrop.experiments.training import guarded
+from keepdrop.experiments.training.guarded import best_file, fine_tune, keep_better
+from keepdrop.experiments.training.loop import DivergedError, TrainSettings, fit_network
+from keepdrop.experiments.training.rate import bearable_rate
+from torch import nn
+
+SHORT = TrainSettings(epochs=4, batch_size=16)
+
+
+def splits(scale=0.0):
+    """Images of noise whose mean is the target times `scale`, or with 0 whether it is positive."""
+    generator = torch.Generator().manual_seed(0)
+    level = torch.randn(360, generator=generator)
+    pixels = level.view(-1, 1, 1, 1) + 0.5 * torch.randn(360, 1, 6, 6, generator=generator)
+    targets = level * scale if scale else (level > 0).long()
+    made = ArrayImages(pixels, targets, (0.0,), (1.0,), 0 if scale else 2)
+    objective = Objective(Closeness(scale)) if scale else TOP1
+    data = LabelledData(made.select(torch.arange(240)), made.select(torch.arange(240, 360)))
+    return split(data, reward_from="test", reward_size=60, seed=0, objective=objective)
+
+
+def network(n_outputs, norm=False):
+    torch.manual_seed(1)
+    conv = [nn.Conv2d(1, 6, 3), *([nn.BatchNorm2d(6)] if norm else []), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.ReLU()]
+    return nn.Sequential(*conv, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, n_outputs))
+
+
+def trained(data, n_outputs, norm=False, lr=0.05, epochs=6):
+    model = network(n_outputs, norm)
+    fit_network(model, data.fit, TrainSettings(epochs=epochs, batch_size=16, lr=lr), seed=0)
+    return model.eval()
+
+
+def test_a_rate_is_lowered_until_the_network_bears_it():
+    data = splits(scale=100.0)
+    model = trained(data, 1, lr=1e-5)
+    before = hash_state(model)
+    rate = bearable_rate(model, data.fit, SHORT, seed=0)
+    assert rate < 0.05 and rate == bearable_rate(model, data.fit, SHORT, seed=0) and hash_state(model) == before
+    assert f"{0.05 / rate:.0e}".startswith("1")  # by tenths
+    assert bearable_rate(model, data.fit, replace(SHORT, lr=0.3), seed=0) == 0.3  # one's own is one's own
+    assert bearable_rate(model, data.fit, replace(SHORT, epochs=1), seed=0) == 0.05  # too short for a trial
+    _, judged = fine_tune(model, data, SHORT, seed=0)
+    assert judged.lr == rate and judged.lowered and judged.kept_accuracy >= judged.before
+    assert judged.sentence("m").startswith("The network does not bear a higher") or judged.kept != "last epoch"
+
+
+def test_a_network_with_batch_norm_keeps_the_rate_that_works():
+    data = splits()
+    model = trained(data, 2, norm=True)
+    assert bearable_rate(model, data.fit, SHORT, seed=0) == SHORT.top_lr
+    same = copy.deepcopy(model)
+    fit_network(same, data.fit, replace(SHORT, lr=0.05), seed=0)
+    tuned, judged = fine_tune(model, data, SHORT, seed=0)
+    if judged.kept == "last epoch":
+        assert hash_state(tuned) == hash_state(same) and judged.sentence(None) is None
+    assert judged.kept_accuracy >= judged.before
+
+
+@pytest.mark.parametrize("lr", [3.0, 1e6])
+def test_a_training_that_ruins_the_network_leaves_it_as_cut(lr):
+    data = splits()
+    model = trained(data, 2)
+    tuned, judged = fine_tune(model, data, replace(SHORT, lr=lr, momentum=0.0, warmup=0.0), seed=0)
+    assert hash_state(tuned) == hash_state(model) and tuned is not model and not tuned.training
+    assert (judged.kept, judged.epoch, judged.kept_accuracy) == ("as cut", None, judged.before)
+    assert judged.sentence(None).endswith("(accuracy on the reward images): the network is kept as it was cut.")
+    assert ("diverged" in judged.sentence(None)) == (judged.after is None) == (lr == 1e6)
+
+
+def scripted(monkeypatch, accuracies):
+    """Accuracies on the reward split as given, in order."""
+    left = iter(accuracies)
+    monkeypatch.setattr(guarded, "accuracy_on", lambda *_: next(left))
+
+
+def test_the_best_epoch_is_kept_where_the_last_is_worse(monkeypatch):
+    data = splits()
+    model, states = trained(data, 2, epochs=1), []
+    scripted(monkeypatch, [0.5, 0.4, 0.7, 0.6, 0.3])
+    given = replace(SHORT, lr=0.01)
+    fit_network(
+        copied := copy.deepcopy(model), data.fit, given, seed=0, progress=lambda _: states.append(hash_state(copied))
+    )
+    tuned, judged = fine_tune(model, data, given, seed=0)
+    assert (judged.kept, judged.epoch, judged.kept_accuracy, judged.after) == ("best epoch", 2, 0.7, 0.3)
+    assert hash_state(tuned) == states[1]
+    assert judged.sentence(None).endswith(": epoch 2 is kept, at 70.00 %.")
+
+
+def test_the_best_epoch_survives_a_kill(monkeypatch, tmp_path):
+    data = splits()
+    model, given, snapshot = trained(data, 2, epochs=1), replace(SHORT, lr=0.01), tmp_path / "snapshot.pt"
+    scripted(monkeypatch, [0.5, 0.7, 0.6, 0.4, 0.3])
+    whole, _ = fine_tune(model, data, given, seed=0)
+    scripted(monkeypatch, [0.5, 0.7, 0.6])
+
+    def killed(progress):
+        if progress.epoch == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fine_tune(model, data, given, seed=0, snapshot=snapshot, progress=killed)
+    assert best_file(snapshot).exists()
+    scripted(monkeypatch, [0.5, 0.4, 0.3])
+    resumed, judged = fine_tune(model, data, given, seed=0, snapshot=snapshot)
+    assert hash_state(resumed) == hash_state(whole) and (judged.kept, judged.epoch) == ("best epoch", 1)
+
+
+def test_the_better_of_two_is_kept():
+    data = splits()
+    model, other = trained(data, 2), network(2).eval()
+    assert keep_better(other, model, data)[0] is model
+    kept, judged = keep_better(model, other, data)
+    assert hash_state(kept) == hash_state(model) and judged.kept == "as cut" and judged.lr is None
+    assert judged.sentence(None).startswith("Fine-tuning ended at ")
+
+
+def test_divergence_is_told_from_a_metric_that_meets_no_numbers():
+    data = splits(scale=100.0)
+    with pytest.raises(DivergedError, match="lower lr"):
+        fit_network(network(1), data.fit, TrainSettings(epochs=3, batch_size=16, lr=1e4, warmup=0.0), seed=0)
