@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import torch
@@ -142,9 +143,11 @@ def _thumbnail(images: Tensor) -> Tensor:
     # By the golden ratio: no two channels weigh the same, as the planes of a chess board must not.
     weights = 1 + (torch.arange(images.shape[1]) * 0.618034).frac()
     grey = torch.tensordot(images, weights, dims=([1], [0]))[:, None]
-    sides = POINTS[grey.dim() - 2]
-    pools = {1: functional.adaptive_avg_pool1d, 2: functional.adaptive_avg_pool2d, 3: functional.adaptive_avg_pool3d}
-    return pools[len(sides)](grey, sides).flatten(1)
+    sides: Any = POINTS[grey.dim() - 2]
+    if len(sides) == 1:
+        return functional.adaptive_avg_pool1d(grey, sides[0]).flatten(1)
+    pool = functional.adaptive_avg_pool2d if len(sides) == 2 else functional.adaptive_avg_pool3d
+    return pool(grey, sides).flatten(1)
 
 
 def _bands(thumbnails: np.ndarray, n_columns: int) -> np.ndarray:

@@ -229,8 +229,8 @@ class ImagesWithObjective:
         self.images, self.objective = images, objective
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of every image."""
+    def image_shape(self) -> tuple[int, ...]:
+        """(channels, height, width) of every image; (channels, length) of signals and so on."""
         return self.images.image_shape
 
     @property

@@ -171,8 +171,8 @@ def test_a_reward_split_that_is_too_large_is_said_and_halved(keepdrop):
     """The README's command on a small test set."""
     done = keepdrop("train-cnn", "base.epochs=1", "split.reward_from=test", "split.reward_size=2000", "run_dir=run")
     assert done.code == 0, done.err
-    sentence = "reward_size=2000 would take all 449 test images and leave none for the report split; 224 are taken, half"
-    assert done.err == f"warning: {sentence} of them.\n" and "225 report images" in done.out
+    sentence = "reward_size=2000 would take all 449 test images and leave none for the report split; 224 are taken,"
+    assert done.err == f"warning: {sentence} half of them.\n" and "225 report images" in done.out
 
 
 @pytest.mark.parametrize("layers", ["[conv3]", "[conv3,conv4]"])
