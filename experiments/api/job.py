@@ -67,6 +67,8 @@ class Job:
         self.splits = three_splits(data, chosen.reward_from, chosen.reward_size, chosen.split_seed, objective)
         check_augment(augment, self.splits.fit)
         plain, self.notes = plain_network(model, self.splits.reward.batch(torch.arange(1))[0])
+        for note in self.notes:
+            warnings.warn(note, Notice, stacklevel=4)
         self.dense = plain.eval().to(where)
         try_network(self.dense, self.splits)
         self.task = PruningTask(
