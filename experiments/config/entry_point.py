@@ -253,7 +253,8 @@ def settings(node: Any, kind: type[SettingsT]) -> SettingsT:
     except UserError as error:  # which of several sections of one kind it is about
         where, first = str(node._get_full_key(None)) if OmegaConf.is_config(node) else "", str(error).split()[0]
         known = where and first in {each.name for each in fields(kind)}  # type: ignore[arg-type]
-        raise UserError(f"{where}.{error}" if known else str(error)) from error
+        said = error.typed if isinstance(error, UserError) else str(error)
+        raise UserError(f"{where}.{said}" if known else said) from error
     assert isinstance(built, kind)
     return built
 

@@ -7,12 +7,14 @@ import shutil
 
 import pytest
 from keepdrop.experiments.commands.report import write_report
-from keepdrop.experiments.reporting.cards import bound_sentence
+from keepdrop.experiments.reporting.cards import bound_sentence, points, standard_error
+from keepdrop.experiments.reporting.cards import change as relative
 from keepdrop.experiments.reporting.charts import Axis, Series, line_chart, ranges, span, strip, ticks
 from keepdrop.experiments.reporting.markup import Markup, page, table, tag
 from keepdrop.experiments.reporting.run_data import original_masks, read_run
 from keepdrop.experiments.reporting.run_page import run_page
 from keepdrop.experiments.reporting.runs_page import unique_names
+from keepdrop.experiments.runs.console import signed
 from keepdrop.experiments.runs.folder import RunFolder
 from page import BROWSER, Checker, looked_at
 
@@ -45,6 +47,39 @@ def test_ticks_are_round(low, high, expected):
 
 def test_span_is_never_empty():
     assert span([]) == (-1.0, 1.0) and span([3.0]) == pytest.approx((2.82, 3.18)) and span([0, 10], 0.1) == (-1, 11)
+
+
+def test_an_axis_of_accuracies_ends_at_100():
+    assert span([98.0, 100.0], most=100) == pytest.approx((97.88, 100.0))
+    assert span([100.0, 100.0], most=100) == pytest.approx((94.0, 100.0))
+
+
+def test_what_rounds_to_zero_has_no_sign():
+    assert [signed(-0.001), signed(0.004), signed(-0.04, 1), signed(-0.05), signed(10)] == [
+        "0.00", "0.00", "0.0", "-0.05", "+10.00"
+    ]  # fmt: skip
+    assert points(-1e-6) == "0.00 points" and relative(1000, 999.9) == "0.0 %"
+
+
+def test_standard_error_of_an_accuracy():
+    assert standard_error(0.9, 100) == pytest.approx(0.03) and standard_error(1.0, 397) == 0.0
+
+
+def test_drop_bound_and_uncertainty_are_in_the_chart(run):
+    facts = json.loads((run / "facts.json").read_text())
+    n_images = facts["splits"]["reward"]["n_images"]
+    checker = Checker(run_page(read_run(run)))
+    assert f"one image of {n_images:,} is {100 / n_images:.2f} points" in checker.words()
+    assert "points below the base" in checker.words()
+    assert sum(each.get("class") == "line bound" for _, each in checker.found) >= 2  # wide, narrow and the legend
+
+
+def test_a_slash_in_a_layers_name(run):
+    (folder,) = run.glob("layers/00-*")
+    (run / "layers/00-left").mkdir()
+    folder.rename(run / "layers/00-left/conv")
+    change(run / "layers/00-left/conv/decision.json", name="left/conv")
+    assert read_run(run).layers[0].name == "left/conv" and len(read_run(run).layers) == 2
 
 
 def test_ranges_join_runs():

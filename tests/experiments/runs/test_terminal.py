@@ -210,3 +210,14 @@ def test_list_of_commands_comes_without_torch(tmp_path):
     program += "; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=True)
     assert done.stdout.split() == ["False"]
+
+
+def test_shares_of_more_than_all_macs_are_explained(capsys):
+    rows = [
+        {"name": name, "n_filters": 4, "macs": 90, "params": 5, "coupled_with": [], "consumers": []} for name in "ab"
+    ]
+    described = {"macs": 100, "params": 10, "skipped": [], "groups": rows}
+    Terminal().inspection(described)
+    assert "The shares add up to 180 %" in capsys.readouterr().out
+    Terminal().inspection(described | {"groups": rows[:1]})
+    assert "add up" not in capsys.readouterr().out
