@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
@@ -91,6 +92,7 @@ class LabelTrace(TorchDispatchMode):
             made = self._made_weight(func, args)
             if made is not None:
                 name, module = self._extended[-1]
+                assert isinstance(module, _ConvNd)
                 return apply_made_conv(self.owners, name, module, self._labels_of(args[0]), made, out)
             for value in filter(self._blanks.has, tree_leaves((args, kwargs))):
                 self._labelled[id(value)] = (value, self._blanks.labels(value))

@@ -14,7 +14,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ..networks.module_kinds import is_attention, is_depthwise, is_extended, is_leaf, is_recurrent, is_transposed
 from ..surgery.filter_group import Axis, Kind
-from ..surgery.slicing import tensor_axis
+from ..surgery.slicing import tensor_axis, width
 from .channel_labels import ChannelLabels, Ids, compact, per_channel, spread, varying
 
 LAYER_NORM_MIXES = "a LayerNorm mixes its channels, so that removing one changes the others"
@@ -59,7 +59,8 @@ def apply_module(owners: Ownership, name: str, module: nn.Module, labels: Tensor
     if isinstance(module, nn.LayerNorm):
         return _layer_norm(owners, module, labels)
     if is_recurrent(module):
-        return _recurrent(owners, name, module, labels)
+        _recurrent(owners, name, module, labels)
+        return None
     if is_attention(module):
         fix_all(owners.forest, [labels], ATTENTION)
         return None
@@ -172,7 +173,7 @@ def _recurrent(owners: Ownership, name: str, module: nn.Module, labels: Tensor |
     if labels is not None and any(dim != last for dim in varying(labels)):
         fix_all(owners.forest, [labels], READS_STEPS)
         labels = None
-    owners.own(name, "in", "consumer", _channel_ids(owners.forest, labels, last, int(module.input_size)))
+    owners.own(name, "in", "consumer", _channel_ids(owners.forest, labels, last, width(module, "in")))
 
 
 def _layer_norm(owners: Ownership, module: nn.LayerNorm, labels: Tensor | None) -> Tensor | None:

@@ -104,8 +104,8 @@ def apply_operator(
     if name in REDUCING and len(known) == 1 and len(inputs) == 1:
         return _reduce(forest, name, known[0], args, kwargs, out)
     if (torch.Tag.pointwise in func.tags or name in POINTWISE) and isinstance(out, Tensor):
-        labels = [labelled.get(id(value), (value, None))[1] for value in inputs]
-        return pointwise(forest, inputs, labels, [id(value) in data for value in inputs], out, name)
+        operands = [labelled.get(id(value), (value, None))[1] for value in inputs]
+        return pointwise(forest, inputs, operands, [id(value) in data for value in inputs], out, name)
     if name in BATCH_NORMS:
         return _batch_norm(forest, labelled, inputs, out)
     if name == "_weight_norm_interface" and args[2:] in ((), (0,)):

@@ -72,7 +72,7 @@ def checked_rows(name: str, module: nn.Module, axis: str, rows: Sequence[int] | 
 def slice_module(name: str, module: nn.Module, out: Rows | None, into: Rows | None) -> None:
     """Keep only these channels of `module`, in place; None for an axis that it does not have."""
     if is_recurrent(module):
-        assert into is not None
+        assert into is not None and isinstance(module, nn.RNNBase | nn.RNNCellBase)
         for each in reading_weights(module):
             weight = getattr(module, each)
             _replace(module, each, weight[:, _on(into, weight)])

@@ -194,6 +194,12 @@ def test_a_stale_group_is_refused():
         ({"conv1": {"up": [1]}}, "has no axis 'up' to cut"),
         ({"bn1": {"in": [1]}}, r"\(BatchNorm2d\) has no axis 'in' to cut"),
         ({"relu1": {"out": [1]}}, "A ReLU has no 'out' channels that can be cut"),
+        ({"bn1": {"nothing:0": [1]}}, "A BatchNorm2d holds no tensor for 'nothing:0' that can be cut"),
+        ({"bn1": {"training:0": [1]}}, "holds no tensor for 'training:0'"),
+        ({"bn1": {"weight:1": [1]}}, "holds no tensor for 'weight:1'"),
+        ({"bn1": {"weight:-1": [1]}}, "holds no tensor for 'weight:-1'"),
+        ({"": {"conv1.weight:0": [1]}}, "holds no tensor for 'conv1.weight:0'"),
+        ({"bn1": {"weight:0": [16]}}, "must lie between 0 and 15"),
     ],
 )
 def test_bad_indices_are_refused(kept, message):
@@ -209,6 +215,7 @@ def test_bad_indices_are_refused(kept, message):
         (nn.Conv2d(4, 8, 1, groups=4), {"out": [0, 1, 2]}, "2 filters of one channel of the depthwise '0'"),
         (nn.GroupNorm(2, 8), {"out": [0, 1, 2, 3, 4]}, "4 channels of one group of the GroupNorm '0'"),
         (nn.LayerNorm(8), {"out": [0]}, "A LayerNorm has no 'out' channels"),
+        (nn.LSTM(4, 8), {"out": [0]}, "has no axis 'out' to cut"),
     ],
 )
 def test_cuts_a_module_cannot_bear_are_refused(module, kept, message):
