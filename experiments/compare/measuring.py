@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 from torch import nn
@@ -70,7 +71,7 @@ def train_to_stage(
         recalibrate_bn(model, task.splits.fit, settings.bn_images, derive_seed(seed, "bn"))
         return model
     schedule, fit = settings.schedule(stage), task.splits.fit
-    shared = {
+    shared: dict[str, Any] = {
         "seed": derive_seed(seed, "finetune"),
         "augment": settings.augment,
         "teacher": task.model if schedule.distill_weight > 0 else None,

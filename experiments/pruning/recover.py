@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -77,7 +78,7 @@ class Recover:
         if self.settings.train.epochs <= 0:
             return model
         trained, fit, chosen = copied(model), task.splits.fit, self.settings.train
-        shared = {
+        shared: dict[str, Any] = {
             "seed": derive_seed(seed, "train"),
             "augment": self.augment,
             "teacher": self.teacher,
