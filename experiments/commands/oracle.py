@@ -29,7 +29,7 @@ from ..pruning.network_decide import check_network_fit
 from ..pruning.trained_agents import agents_of, check_agents, check_fit, load_agents
 from ..runs.console import Terminal
 from ..runs.context import RunContext
-from ..runs.folder import RunFolder
+from ..runs.folder import RunFolder, file_name
 from ..runs.seeds import derive_seed
 from ..training.loop import TrainSettings
 from .running import carry_out
@@ -133,7 +133,7 @@ def layer_facts(
     done: int,
 ) -> dict[str, Any]:
     """One layer's oracle and every method's scores, filter by filter; kept in `layers/NAME.json`."""
-    file = f"layers/{name}.json"
+    file = f"layers/{file_name(name)}.json"
     known = folder.read_json(file)
     if known is not None:
         return dict(known)

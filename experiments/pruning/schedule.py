@@ -20,7 +20,7 @@ from ...envs.surgery.kept_channels import KeptChannels
 from ...envs.task import LayerTask, PruningTask, replace_model
 from ...errors import UserError, first_line
 from ...rewards.outcome import Outcome, RewardFunction
-from ..runs.folder import RunFolder, read_json
+from ..runs.folder import RunFolder, file_name, read_json
 from ..runs.seeds import derive_seed
 from .decide import Decider, Decision
 
@@ -124,7 +124,7 @@ class Schedule:
         names = self.ordered(task)
         kept, records = KeptChannels(), []
         for position, name in enumerate(names):
-            stage = f"layers/{position:02d}-{name}"
+            stage = f"layers/{position:02d}-{file_name(name)}"
             if not (folder / stage).is_dir():
                 layer = task.layer(name)
                 watcher.layer_begins(position, len(names), layer)

@@ -18,6 +18,8 @@ from .decide import AGENT, Decision, observation_tensors
 from .network_decide import check_network_fit
 from .search import fit_facts
 
+PLACES = ("network", "layers/**")  # in a run's folder
+
 
 class AskAgents:
     """Asks trained agents, without training them.
@@ -93,7 +95,11 @@ def load_agents(run: str | Path, policies: Mapping[str, Callable[..., Policy]] |
     path, run = Path(run), str(run)
     if not path.is_dir():
         raise UserError(f"{run!r} is not a folder; expected", FOLDER, RUN)
-    folders = [facts.parent for facts in sorted(path.glob(f"**/{AGENT}/{WEIGHTS}")) if ".partial" not in str(facts)]
+    # A run, or the jobs of a sweep; `/` or a home folder by mistake is not searched through.
+    found = {
+        each for start in ("", "*/") for place in PLACES for each in path.glob(f"{start}{place}/{AGENT}/{WEIGHTS}")
+    }
+    folders = [file.parent for file in sorted(found) if ".partial" not in str(file)]
     agents = {str(agent.facts.get("group")): agent for agent in (load_agent(each, policies) for each in folders)}
     if not agents:
         raise UserError(

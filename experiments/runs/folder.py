@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -267,6 +268,13 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not content:
         raise UserError(f"The {CONFIG} of {str(path.parent)!r} holds no settings; put back the one that the run wrote.")
     return {str(key): value for key, value in content.items()}
+
+
+def file_name(name: str) -> str:
+    """A layer's name as that of a file, in which `/` and the like have no place; different for different names."""
+    if re.fullmatch(r"[\w.-]{1,100}", name, re.ASCII) and set(name) != {"."}:
+        return name
+    return f"{re.sub(r'[^A-Za-z0-9_.-]', '_', name)[:80]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def sha256_of(path: Path) -> str:
