@@ -91,7 +91,8 @@ def _notes(owners: Ownership) -> list[str]:
 
 def _hints(owners: Ownership, groups: Iterable[FilterGroup]) -> dict[str, str]:
     """What may be to blame if a group turns out not to be removable, by its name."""
-    known, found = owners.forest.hints, {}
+    known = owners.forest.hints
+    found: dict[str, str] = {}
     for group in groups if known else ():
         root = group.cuts[0]
         for label in owners.ids[root.module, root.axis][root.channels[:, 0]].tolist():
@@ -135,7 +136,7 @@ def _axes_by_dimension(owners: Ownership, model: nn.Module, name: str, key: str)
     module = model.get_submodule(name)
     axes = axes_of_parameter(module, key)
     if not axes:
-        return [(name, tensor_axis(key, dim)) for dim in range(module._parameters[key].dim())]
+        return [(name, tensor_axis(key, dim)) for dim in range(getattr(module, key).dim())]
     return [(name, axis) for axis in (reversed(axes) if is_transposed(module) else axes)]
 
 

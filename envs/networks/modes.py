@@ -35,7 +35,7 @@ def evaluating(*models: nn.Module | None) -> Iterator[None]:
 def random_states() -> dict[str, object]:
     """Where the generators of Python, NumPy and torch are: another state means that numbers were drawn."""
     torchs = torch.random.get_rng_state().numpy().tobytes()
-    return {"Python's random": random.getstate(), "numpy.random": np.random.get_state()[2:], "torch": torchs}
+    return {"Python's random": random.getstate(), "numpy.random": str(np.random.get_state()), "torch": torchs}
 
 
 @contextmanager

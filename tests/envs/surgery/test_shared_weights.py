@@ -67,7 +67,8 @@ def test_compensation_leaves_them_alone_and_is_what_was_evaluated(tied):
         compensation = Compensation.fit(model, group, images)
         assert set(compensation.skipped) == {cut.module for cut in group.consumers} & {"first", "second", "down", "up"}
         evaluator = MaskEvaluator(model, [group], images, labels)
-        judged = evaluator.correct({group.name: choices[group][None]}, mixes=compensation.matrices(choices[group][None]))
+        mask = choices[group][None]
+        judged = evaluator.correct({group.name: mask}, mixes=compensation.matrices(mask))
         smaller = prune(model, {group: choices[group]})
         compensation.fold(smaller, group, choices[group])
         assert shared_parameters(smaller) == TIED
