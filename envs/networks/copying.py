@@ -61,7 +61,8 @@ def _ease(value: Any, memo: dict[int, Any], seen: set[int]) -> None:
         return
     seen.add(id(value))
     if isinstance(value, UninitializedBuffer):  # of a lazy module, and without a copy of its own
-        memo[id(value)] = UninitializedBuffer(False, value.device, value.dtype)
+        kind: Any = UninitializedBuffer  # torch's stubs know another constructor
+        memo[id(value)] = kind(False, value.device, value.dtype)
     elif isinstance(value, Tensor):
         if not value.is_leaf:
             memo[id(value)] = value.detach().clone()

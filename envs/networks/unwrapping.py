@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel
 
@@ -56,7 +56,7 @@ def plain_network(model: Any, example_inputs: Inputs | None = None) -> tuple[nn.
 def is_lazy(model: nn.Module) -> bool:
     """Whether some sizes are unknown until the first forward pass."""
     tensors = (*model.parameters(), *model.buffers())
-    return any(isinstance(each, UninitializedTensorMixin) for each in tensors)
+    return any(isinstance(each, (UninitializedParameter, UninitializedBuffer)) for each in tensors)
 
 
 def _module_in(model: Any) -> nn.Module:
