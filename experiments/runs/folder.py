@@ -142,7 +142,7 @@ class RunFolder:
         self.write_text(name, text)
         self.note_hashes({path: path})
 
-    def read_json(self, name: str) -> dict[str, Any] | None:
+    def read_json(self, name: str) -> Any:
         """A parsed JSON object, or None where the file is not there yet; a damaged one is a `UserError`."""
         path = self.path / name
         return read_json(path) if path.is_file() else None

@@ -210,3 +210,34 @@ def test_a_kill_between_the_two_files_is_no_mixture(tmp_path: Path) -> None:
     save_agent(tmp_path, SetPolicy(2, seed=1), {"group": "new"})
     (tmp_path / "facts.json").write_bytes(old_facts)
     assert load_agent(tmp_path).facts["group"] == "new"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e30])
+def test_nan_and_absurd_weights_are_refused(tmp_path: Path, value: float) -> None:
+    policy = SetPolicy(2)
+    with torch.no_grad():
+        policy.residual.weight[0, 0] = value
+    save_agent(tmp_path, policy, FACTS)
+    with pytest.raises(AgentMismatch, match=r"NaN, infinite or absurdly large weights in residual\.weight"):
+        load_agent(tmp_path)
+
+
+def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    save_agent(tmp_path, SetPolicy(2), FACTS)
+    content = bytearray((tmp_path / "policy.safetensors").read_bytes())
+    content[-100] ^= 1
+    (tmp_path / "policy.safetensors").write_bytes(content)
+    with pytest.raises(AgentMismatch, match="its sha256 differs"):
+        load_agent(tmp_path)
+
+
+@pytest.mark.parametrize("size", [200_000, 10**6, 10**12, -1])
+def test_sizes_are_compared_before_memory_is_asked_for(tmp_path: Path, size: int) -> None:
+    """Two matrices of 10**6 x 2 * 10**6 would be 16 terabytes; 200,000 x 400,000 are 320 gigabytes."""
+    from safetensors.torch import save
+
+    facts = {"format_version": 1, "policy": {"kind": "SetPolicy", "kwargs": {"n_statistics": 2, "hidden": size}}}
+    state = {key: value.contiguous() for key, value in SetPolicy(2).state_dict().items()}
+    (tmp_path / "policy.safetensors").write_bytes(save(state, metadata={"facts": json.dumps(facts)}))
+    with pytest.raises(AgentMismatch, match=r"do not fit its policy|cannot be rebuilt from its facts: hidden is"):
+        load_agent(tmp_path)
