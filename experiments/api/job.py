@@ -24,6 +24,7 @@ from ...envs.surgery.kept_channels import KeptChannels
 from ...envs.surgery.limits import check_limits
 from ...envs.task import PruningTask
 from ...errors import Notice
+from ...ranges import SEED, check_number
 from ..pruning.input_checks import resolve_device, try_network, try_training
 from ..pruning.network_schedule import NetworkSchedule
 from ..pruning.recover import Recover, RecoverySettings
@@ -62,6 +63,7 @@ class Job:
         device: str,
     ) -> None:
         self.settings, self.augment, self.seed = settings or Settings(), augment, seed
+        check_number("seed", seed, SEED)
         chosen, where = self.settings, resolve_device(device)
         data, objective = from_datasets(train, test), Objective(chosen.metric, chosen.loss)
         self.splits = three_splits(data, chosen.reward_from, chosen.reward_size, chosen.split_seed, objective)
