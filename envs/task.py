@@ -377,10 +377,10 @@ class LayerTask:
         ]
 
     def _points(self, masks_MN: Tensor, image_indices: Tensor | None) -> Tensor:
-        """Right answers, or points, of each image under each mask: (M, B)."""
+        """Right answers, or points, of each image under each mask: (M, B), or (M, B, W) where points are rows."""
         whole = masks_MN.all(1)
-        n_images = self.n_images if image_indices is None else len(image_indices)
-        points = torch.empty(len(masks_MN), n_images, dtype=self.task.objective.dtype)
+        labels = self.task.reward_images[1]
+        points = self.task.objective.room(len(masks_MN), labels if image_indices is None else labels[image_indices])
         if bool(whole.any()):
             # The network itself: an evaluator, which folds batch norms and may round to bfloat16, comes close only.
             own = self.task.correct
@@ -404,7 +404,8 @@ class LayerTask:
         quick = self.search_evaluator.correct_per_image(masks, mixes=mixes)
         score = self.task.objective.fraction
         apart = max(abs(score(one) - score(other)) for one, other in zip(exact, quick, strict=True))
-        return {"answers": float((exact != quick).double().mean()), "accuracy": apart}
+        differ = (exact != quick).reshape(*exact.shape[:2], -1).any(2)
+        return {"answers": float(differ.double().mean()), "accuracy": apart}
 
     def cut(self, keep: Tensor) -> nn.Module:
         """A new, smaller network without the filters that `keep` (N,) bool drops; a plain copy where it drops none."""

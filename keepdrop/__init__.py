@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .agent.learning.trainer import AgentSettings
+    from .envs.data.average_precision import MeanAveragePrecision
+    from .envs.data.boxes import boxes_of
     from .envs.data.datasets import from_datasets
     from .envs.data.metrics import (
         F1,
@@ -50,6 +52,7 @@ _HOME = {
     "EvaluationSettings": "envs.task",
     "F1": "envs.data.metrics",
     "Limits": "envs.surgery.limits",
+    "MeanAveragePrecision": "envs.data.average_precision",
     "MeanIoU": "envs.data.metrics",
     "Outcome": "rewards.outcome",
     "PixelAccuracy": "envs.data.metrics",
@@ -65,6 +68,7 @@ _HOME = {
     "UserError": "errors",
     "Within": "envs.data.metrics",
     "apply_agents": "experiments.api.prune_and_apply",
+    "boxes_of": "envs.data.boxes",
     "find_groups": "envs.groups.finding",
     "from_datasets": "envs.data.datasets",
     "load_pruned": "envs.files.pruned_network",
@@ -82,6 +86,7 @@ __all__ = [
     "Dice",
     "EvaluationSettings",
     "Limits",
+    "MeanAveragePrecision",
     "MeanIoU",
     "Outcome",
     "PixelAccuracy",
@@ -97,6 +102,7 @@ __all__ = [
     "UserError",
     "Within",
     "apply_agents",
+    "boxes_of",
     "find_groups",
     "from_datasets",
     "load_pruned",

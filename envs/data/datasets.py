@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset, default_collate
 
 from ...errors import UserError
+from .boxes import as_boxes, holds_boxes, padded
 from .images import ArrayImages, LabelledData, LabelledImages, as_targets
 
 IMAGE_KEYS = ("image", "images", "img", "pixel_values", "x", "input", "inputs", "data")
@@ -37,7 +38,8 @@ def from_datasets(train: Any, test: Any, n_classes: int | None = None) -> Labell
             transforms, its `collate_fn` and its subset are kept, its shuffling is not), or a pair (images, targets) of
             tensors or numpy arrays. An image is floating and normalised as the network takes it: (channels, height,
             width), (channels, length) of a signal, (channels, depth, height, width) of a volume or video. A target is
-            an integer label from 0, or, for another metric than accuracy, anything of one shape.
+            an integer label from 0, or, for another metric than accuracy, anything of one shape, or boxes:
+            {'boxes': (n, 4) as x1, y1, x2, y2, 'labels': (n,)}, any number of them per image (`boxes`).
         n_classes: labels lie in [0, n_classes). None: as many as the labels of both parts need. 0: targets are not
             labels, integers neither.
 
@@ -50,6 +52,10 @@ def from_datasets(train: Any, test: Any, n_classes: int | None = None) -> Labell
     counted = n_classes is None and min(ours.n_classes, theirs.n_classes) > 0
     if counted and isinstance(ours, _OURS) and isinstance(theirs, _OURS):
         ours.n_classes = theirs.n_classes = max(ours.n_classes, theirs.n_classes)
+    rooms = [each.box_room for each in (ours, theirs) if isinstance(each, DatasetImages)]
+    if len(rooms) == 2 and None not in rooms:
+        for each in (ours, theirs):
+            each.box_room = max(rooms)
     return LabelledData(ours, theirs)
 
 
@@ -106,30 +112,60 @@ class DatasetImages:
     """Any map-style dataset of (image, target): images are floating (C, ...), tensors or arrays; targets see below.
 
     Where the first target is a single integer, and `n_classes` is not 0, targets are labels; else they are numbers or
-    arrays of one shape. Items may be mappings (`image`, `label`), and may hold more behind image and label. Labels that
-    the dataset lists (`targets`) are taken where they are those of its items, else every item is read once; without
-    `n_classes` there are as many classes as labels need. Raises UserError for items of another form.
+    arrays of one shape, or boxes, padded to those of the image that has most. Items may be mappings (`image`,
+    `label`), and may hold more behind image and label. Labels that the dataset lists (`targets`) are taken where they
+    are those of its items, else every item is read once; without `n_classes` there are as many classes as labels need.
+    Raises UserError for items of another form.
     """
 
-    def __init__(self, dataset: Any, n_classes: int | None = None, indices: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        n_classes: int | None = None,
+        indices: Tensor | None = None,
+        box_room: int | None = None,
+    ) -> None:
         self._dataset = dataset
+        self.box_room = box_room
         self._indices = torch.arange(len(dataset)) if indices is None else indices
         if len(self._indices) == 0:
             raise UserError("The dataset is empty; give at least one image.")
+        if box_room is None and holds_boxes(pair_of(dataset[int(self._indices[0])])[1]):
+            self.box_room = self._most_boxes()
         image, first = self._item(0)
         self.image_shape: tuple[int, ...] = tuple(image.shape)
         self._labels: Tensor | None = None
         self._digest: str | None = None
         whole = not first.is_floating_point() or bool(n_classes)  # a number of classes means labels
         self._classified = n_classes != 0 and first.numel() == 1 and whole
-        self.target_shape = () if self._classified else tuple(first.shape)
+        self._shape = () if self._classified else tuple(first.shape)
         self.n_classes = n_classes or 0 if self._classified else 0
         if self._classified and not n_classes:
             self.n_classes = max(1, int(self.labels.max()) + 1)
 
     def _item(self, position: int) -> tuple[Tensor, Tensor]:
         image, target = pair_of(self._dataset[int(self._indices[position])])
-        return _image(image), _target(target)
+        if self.box_room is None:
+            return _image(image), _target(target)
+        return _image(image), padded(self._boxes(target), self.box_room)
+
+    def _most_boxes(self) -> int:
+        """Boxes of the image that has most; twice as many where they are not the same when they are read again."""
+        with undisturbed():
+            targets = (pair_of(self._dataset[int(index)])[1] for index in self._indices)
+            most = max(len(self._boxes(target)) for target in targets)
+            self.box_room = 2 * max(1, most)
+            return max(1, most) if self._repeats_itself() else self.box_room
+
+    def _boxes(self, target: Any) -> Tensor:
+        if not holds_boxes(target):
+            raise UserError(f"A dataset's first target held boxes, another one is {_shown(target)}; expected boxes.")
+        return as_boxes(target)
+
+    @property
+    def target_shape(self) -> tuple[int, ...]:
+        """Of one target; () of labels."""
+        return self._shape if self.box_room is None else (self.box_room, 5)
 
     @property
     def labels(self) -> Tensor:
@@ -192,7 +228,7 @@ class DatasetImages:
 
     def select(self, indices: Tensor) -> Self:
         """Only the images at `indices` int64, in that order (a view)."""
-        selected = type(self)(self._dataset, self.n_classes, self._indices[indices])
+        selected = type(self)(self._dataset, self.n_classes, self._indices[indices], self.box_room)
         selected._labels = None if self._labels is None else self._labels[indices]
         return selected
 
@@ -258,6 +294,8 @@ def pair_of(item: Any) -> tuple[Any, Any]:
     """Image and target of a dataset's item: of a mapping by their names, else the first two; more may follow labels."""
     if isinstance(item, Mapping):
         keys = [next((key for key in known if key in item), None) for known in (IMAGE_KEYS, TARGET_KEYS)]
+        if keys[0] is not None and holds_boxes(item):
+            return item[keys[0]], item
         if None in keys:
             raise UserError(
                 f"A dataset's item is a mapping of {', '.join(map(str, item))}; expected an image under one of "

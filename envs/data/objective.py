@@ -62,6 +62,11 @@ class Objective:
         return bool(getattr(self.metric, "is_of_set", False))
 
     @property
+    def needs_boxes(self) -> bool:
+        """Whether targets are boxes, which belong to places of the image (`MeanAveragePrecision`)."""
+        return bool(getattr(self.metric, "needs_boxes", False))
+
+    @property
     def name(self) -> str:
         """The metric's name for display, with the arguments that differ from the defaults."""
         return _name(self.metric)
@@ -76,8 +81,19 @@ class Objective:
         """Type of an image's points."""
         return torch.bool if self.is_top1 else torch.int32
 
+    def points_shape(self, targets: Tensor) -> tuple[int, ...]:
+        """Shape of one image's points for such targets (B, ...): () but for a metric of sets with an `answer_shape`."""
+        return self.metric.answer_shape(targets) if hasattr(self.metric, "answer_shape") else ()
+
+    def room(self, n_masks: int, targets: Tensor) -> Tensor:
+        """Room for the points of images with such targets (B, ...) under M masks, (M, B) or more, on the CPU."""
+        return torch.empty(n_masks, len(targets), *self.points_shape(targets), dtype=self.dtype)
+
     def points(self, outputs: Any, targets: Tensor) -> Tensor:
-        """Each image's score in points, (B,) bool for `Top1`, else int32; UserError for what is not a score."""
+        """Each image's score in points, (B,) bool for `Top1`, else int32; UserError for what is not a score.
+
+        Points of a metric of sets are its answers, (B,) or (B, W); the first number of each is not negative.
+        """
         if self.is_top1 or self.is_of_set:
             return self.metric(output_of(outputs), targets)
         scores = self.metric(self._fitted(output_of(outputs).float(), targets), targets)
@@ -85,7 +101,7 @@ class Objective:
         return points.to(targets.device)
 
     def fraction(self, points: Tensor) -> float:
-        """Mean score of the images with these points (B,), or the score of their set."""
+        """Mean score of the images with these points (B,), or the score of their set, (B,) or (B, W)."""
         if self.is_of_set:
             return float(self.metric.of_set(points))  # type: ignore[attr-defined]
         return int(points.sum()) / (self.unit * len(points))
@@ -93,6 +109,12 @@ class Objective:
     def mean_loss(self, outputs: Any, targets: Tensor, smoothing: float = 0.0) -> Tensor:
         """The loss, averaged over the batch."""
         outputs = self._fitted(output_of(outputs), targets)
+        if self.loss is None and self.needs_boxes:
+            raise UserError(
+                "Detection has no loss that fits every network; give the one that yours was trained with:",
+                python="Settings(loss=FUNCTION), a function of outputs and targets.",
+                typed="loss=custom loss._target_=mine.name.",
+            )
         if self.loss is not None:
             return self.loss(outputs, targets.to(outputs.dtype) if targets.is_floating_point() else targets)
         if self._has_numbers(targets):
@@ -267,9 +289,10 @@ def with_objective(images: LabelledImages, objective: Objective) -> LabelledImag
         raise UserError(
             f"A target is {_shown(images.batch(torch.arange(1))[1][0])}, but top-1 accuracy needs one integer label "
             "per image; choose another metric, e.g.",
-            python="MeanIoU for class maps, BinaryAccuracy for several yes-or-no labels, Within for numbers, as in "
-            "Settings(metric=keepdrop.Within(0.1)).",
-            typed="metric=mean_iou for class maps, metric=binary for yes-or-no labels, metric=within for numbers.",
+            python="MeanIoU for class maps, BinaryAccuracy for several yes-or-no labels, MeanAveragePrecision for "
+            "boxes, Within for numbers, as in Settings(metric=keepdrop.Within(0.1)).",
+            typed="metric=mean_iou for class maps, metric=binary for yes-or-no labels, metric=mean_average_precision "
+            "for boxes, metric=within for numbers.",
         )
     bare = images.images if isinstance(images, ImagesWithObjective) else images
     return bare if objective == TOP1 else ImagesWithObjective(bare, objective)
@@ -316,7 +339,8 @@ def _check_one_each(outputs: Tensor, targets: Tensor) -> None:
 def _name(function: Any) -> str:
     if dataclasses.is_dataclass(function) and not isinstance(function, type):
         given = {each.name: getattr(function, each.name) for each in fields(function)}
-        chosen = [f"{each.name}={given[each.name]}" for each in fields(function) if given[each.name] != each.default]
+        shown = {name: _name(value) if callable(value) else value for name, value in given.items()}
+        chosen = [f"{each.name}={shown[each.name]}" for each in fields(function) if given[each.name] != each.default]
         return type(function).__name__ + (f"({', '.join(chosen)})" if chosen else "")
     function = getattr(function, "func", function)  # of a partial
     return str(getattr(function, "__name__", type(function).__name__))

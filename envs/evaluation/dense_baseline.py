@@ -5,13 +5,14 @@ Shapes: B images.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import UserError
-from ..data.metrics import BalancedAccuracy, classes_of
+from ..data.metrics import BalancedAccuracy, ClassCounts, classes_of
 from ..data.objective import TOP1, Objective
 from ..data.splits import Splits
 from ..networks.cost import Cost, count_cost
@@ -19,6 +20,7 @@ from .mask_evaluator import correct_flags
 
 SIGMAS = 3  # standard deviations above chance from which on a network is trained
 P_VALUE = 0.005  # of a permutation test, where these reach beyond what can be had
+GUESSES = 5  # orders of targets that a score of a set has to beat
 FEW = 200  # reward images below which chance may be a matter of their number
 
 
@@ -49,10 +51,16 @@ def measure_baseline(model: nn.Module, splits: Splits, device: torch.device | st
     )
     if objective.is_top1:
         _refuse_chance(base, labels.cpu(), model, images)
-    elif objective.is_of_set:
+    elif isinstance(objective.metric, ClassCounts):
         _refuse_guessed_classes(base, *classes_of(base.correct))
+    elif objective.is_of_set:
+        orders = [_of_others(labels).roll(shift, 0) for shift in range(GUESSES)]
+        points = [correct_flags(model, images, each, objective=objective) for each in orders]
+        _refuse_guessed_set(base, [objective.fraction(each) for each in points])
     else:
-        _refuse_guessing(base, correct_flags(model, images, labels.roll(1, 0), objective=objective))
+        others = _of_others(labels)
+        elsewhere = correct_flags(model, images, others, objective=objective)
+        _refuse_guessing(base, elsewhere, differ=not torch.equal(labels, others))
     return base
 
 
@@ -134,10 +142,38 @@ def _shuffled(labels: Tensor, found: Tensor) -> _Shuffled:
     return _Shuffled(n_right, mean / count, beaten and deviation > 0, nearly)
 
 
-def _refuse_guessing(base: DenseBaseline, elsewhere: Tensor) -> None:
-    """Refuse a network whose answers fit other images' targets, `elsewhere` (B,) in points, as well as their own."""
+def _refuse_guessed_set(base: DenseBaseline, elsewhere: Sequence[float]) -> None:
+    """Refuse answers whose score as a set, with other images' targets, is `elsewhere` in some order as high."""
+    if base.accuracy <= max(elsewhere):
+        raise UserError(
+            f"The base network's {base.objective.name} on the {len(base.correct)} reward images is "
+            f"{base.accuracy:.4f}, and {max(elsewhere):.4f} against other images' targets, which is guessing; expected "
+            "a trained network: check the checkpoint, the normalisation (mean and std), the targets and how answers "
+            "are read (decode)."
+        )
+
+
+def _of_others(targets: Tensor) -> Tensor:
+    """Targets (B, ...) in an order in which no image has its own; random, because images may come sorted by them."""
+    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0)).to(targets.device)
+    others = targets.clone()
+    others[order] = targets[order.roll(1)]
+    return others
+
+
+def _refuse_guessing(base: DenseBaseline, elsewhere: Tensor, differ: bool) -> None:
+    """Refuse answers that fit other images' targets, `elsewhere` (B,) in points, as well as their own.
+
+    `differ` says whether those targets are others at all; where all are alike, nothing can be told.
+    """
     gain = (base.correct.double() - elsewhere.double()) / base.objective.unit
-    # No difference at all: targets that are all alike, or a metric that does not look at them.
+    if differ and base.accuracy > 0 and not gain.any():
+        raise UserError(
+            f"{base.objective.name} scores each of the {len(gain)} reward images the same against another image's "
+            f"target as against its own ({base.accuracy:.4f} on average), so it cannot tell right answers from wrong "
+            "ones; choose a metric that looks at the targets, and check that it does not ignore the class that "
+            "matters (ignore_index) or tolerate every error."
+        )
     guesses = bool(gain.any()) and float(gain.mean()) <= 3 * float(gain.std(correction=0)) / len(gain) ** 0.5
     if guesses or base.accuracy == 0:
         raise UserError(

@@ -10,6 +10,7 @@ Shapes: M masks, N filters, B images.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from ..surgery.masking import MixKey
 from .masked_network import Frontier, MaskedNetwork
 
 GIB = 2**30
+MOST_REMEMBERED = 2**26  # numbers of four bytes, where an image has a row of them
 Masks = Mapping[str, Tensor]
 Mixes = Mapping[MixKey, Tensor]
 
@@ -79,7 +81,7 @@ class MaskEvaluator:
         self.network = MaskedNetwork(
             model, groups, self._images[:3], method=method, dtype=dtype, compile=compile, stack=stack
         )
-        self._memory = MaskMemory(len(labels), memory, objective.dtype)
+        self._memory = MaskMemory(len(labels), memory, objective.dtype, objective.points_shape(labels))
         self._passes = MaskPasses(self.network, objective, batch or default_batch(labels.device))
         self._frontier = self._cache(int(cache_gib * GIB))
         if batch is None and self._frontier is not None:
@@ -119,7 +121,10 @@ class MaskEvaluator:
         image_indices: Tensor | None = None,
         mixes: Mixes | None = None,
     ) -> Tensor:
-        """Points under each mask, (M, B) or (M, B') with `image_indices`: bool, right or not, for top-1, else int32."""
+        """Points under each mask, (M, B) or (M, B') with `image_indices`: bool, right or not, for top-1, else int32.
+
+        A row of them per image, (M, B, W), where the objective's points are rows.
+        """
         n_masks = self._checked(masks)
         indices = torch.arange(len(self._labels)) if image_indices is None else image_indices.cpu()
         keys = [mask_key(masks, mixes, index) for index in range(n_masks)]
@@ -198,7 +203,7 @@ class MaskPasses:
         """Points (M, B) of the frontier's images under M masks, on the CPU."""
         n_masks = len(next(iter(masks.values())))
         run = self._in_one_batch if self.network.stacks and n_masks > 1 else self._one_by_one
-        found = torch.empty(n_masks, len(labels), dtype=self.objective.dtype)
+        found = self.objective.room(n_masks, labels)
         while True:
             try:
                 run(found, frontier, labels, masks, mixes)
@@ -220,7 +225,7 @@ class MaskPasses:
         for rows in chunks(len(labels), self.batch // n_masks):
             logits = run(tuple(value[rows] for value in frontier))
             targets = labels[rows].expand(n_masks, *labels[rows].shape).flatten(0, 1)
-            found[:, rows] = self.objective.points(logits.flatten(0, 1), targets).view(n_masks, -1).cpu()
+            found[:, rows] = self.objective.points(logits.flatten(0, 1), targets).unflatten(0, (n_masks, -1)).cpu()
 
 
 class MaskMemory:
@@ -230,10 +235,12 @@ class MaskMemory:
         n_images: B; an entry takes B bytes, or four times as many for other points than right and wrong.
         size: entries kept; the one used longest ago goes first.
         dtype: of an image's points.
+        shape: of an image's points; where they are rows, no more entries are kept than fit into a quarter of a GiB.
     """
 
-    def __init__(self, n_images: int, size: int, dtype: torch.dtype = torch.bool) -> None:
-        self.n_images, self.size = n_images, size
+    def __init__(self, n_images: int, size: int, dtype: torch.dtype = torch.bool, shape: tuple[int, ...] = ()) -> None:
+        self.shape = (n_images, *shape)
+        self.size = min(size, max(1, MOST_REMEMBERED // math.prod(self.shape))) if shape else size
         self.dtype = torch.int8 if dtype == torch.bool else dtype
         self._entries: OrderedDict[bytes, Tensor] = OrderedDict()
 
@@ -241,10 +248,10 @@ class MaskMemory:
         return len(self._entries)
 
     def entry(self, key: bytes) -> Tensor:
-        """(B,) to read and fill: 1 right, 0 wrong (or points), -1 unknown. It outlives its place in here."""
+        """(B,) or (B, W) to read and fill: 1 right, 0 wrong (or points), -1 unknown. It outlives its place in here."""
         found = self._entries.pop(key, None)
         if found is None:
-            found = torch.full((self.n_images,), -1, dtype=self.dtype)
+            found = torch.full(self.shape, -1, dtype=self.dtype)
         self._entries[key] = found
         while len(self._entries) > self.size:
             self._entries.popitem(last=False)
@@ -267,7 +274,8 @@ def _by_images(
     """Images (B',) not yet known, and the rows of the distinct masks of which exactly these are not known."""
     groups: dict[bytes, tuple[Tensor, list[int]]] = {}
     for row, key in enumerate(keys):
-        missing = indices[known[key][indices] < 0]
+        answers = known[key][indices]
+        missing = indices[(answers if answers.dim() == 1 else answers[:, 0]) < 0]
         if len(missing) and keys.index(key) == row:
             groups.setdefault(missing.numpy().tobytes(), (missing, []))[1].append(row)
     yield from groups.values()

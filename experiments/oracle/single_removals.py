@@ -61,7 +61,7 @@ def filter_oracle(
     # Row 0 keeps everything: its loss is measured in the same arithmetic as the others.
     masks = ~torch.cat([torch.zeros(1, group.n_filters), torch.eye(group.n_filters)]).bool()
     losses = torch.zeros(len(masks), dtype=torch.float64)
-    points = torch.empty(len(masks), len(images), dtype=objective.dtype)
+    points = objective.room(len(masks), labels)
     for start in range(0, len(images), batch):
         rows = slice(start, start + batch)
         frontier = network.prefix(arranged(images[rows], layout))

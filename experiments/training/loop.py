@@ -242,6 +242,12 @@ def check_augment(augment: Augment | None, data: LabelledImages) -> None:
         )
     if augment is None or data.n_classes > 0:
         return
+    if isinstance(augment, RandomCropFlip) and objective_of(data).needs_boxes:
+        raise UserError(
+            f"{type(augment).__name__} moves the images and not the boxes that are their targets; leave it out",
+            python="(augment=None) and augment in your own data set.",
+            typed="(augment=null) and augment in your own data set.",
+        )
     targets = data.batch(torch.arange(1))[1]
     if targets.shape[-2:] == data.image_shape[-2:]:
         raise UserError(
