@@ -13,8 +13,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from ...errors import UserError, first_line
 from .copying import copied
-from .inputs import mapped
-from .modes import evaluating
+from .inputs import mapped, resized
+from .modes import evaluating, modes_restored, randomness_restored
 from .module_kinds import Inputs, run
 
 _WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel)
@@ -55,7 +55,12 @@ def plain_network(model: Any, example_inputs: Inputs | None = None) -> tuple[nn.
 
 def is_lazy(model: nn.Module) -> bool:
     """Whether some sizes are unknown until the first forward pass."""
-    tensors = (*model.parameters(), *model.buffers())
+    return any(_is_lazy_itself(module) for module in nn.Module.modules(model))
+
+
+def _is_lazy_itself(module: nn.Module) -> bool:
+    """Whether this module, without its parts, has sizes that are unknown until the first forward pass."""
+    tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
     return any(isinstance(each, (UninitializedParameter, UninitializedBuffer)) for each in tensors)
 
 
@@ -123,11 +128,34 @@ def _materialise(network: nn.Module, example_inputs: Inputs | None) -> None:
             f"{type(network).__name__} has lazy modules, whose sizes nobody knows yet; run it on one image first."
         )
     device = next(network.parameters()).device
+    inputs = mapped(example_inputs, lambda value: value.to(device))
     try:
         with torch.no_grad(), evaluating(network):
-            run(network, mapped(example_inputs, lambda value: value.to(device)))
+            run(network, inputs)
+        if is_lazy(network):
+            _materialise_heads(network, inputs)
     except Exception as error:
         raise UserError(
             f"{type(network).__name__} has lazy modules and fails on one image ({type(error).__name__}: "
             f"{first_line(error)}); give images that it takes."
         ) from error
+    if is_lazy(network):
+        lazy = next(name for name, module in network.named_modules() if _is_lazy_itself(module))
+        raise UserError(
+            f"The lazy module '{lazy}' of {type(network).__name__} runs neither in evaluation nor in training mode, so "
+            "its sizes cannot be known; expected one that runs: leave it out."
+        )
+
+
+def _materialise_heads(network: nn.Module, inputs: Inputs) -> None:
+    """Sizes of what runs in training mode alone (auxiliary heads), from a pass that leaves statistics as they were."""
+    lazy = [module for module in nn.Module.modules(network) if _is_lazy_itself(module)]
+    known = {name: value.clone() for name, value in network.named_buffers() if type(value) is not UninitializedBuffer}
+    with torch.no_grad(), modes_restored(network), randomness_restored():
+        run(network.train(), resized(inputs, 2))
+    buffers = dict(network.named_buffers())
+    for name, value in known.items():
+        buffers[name].data.copy_(value)
+    for module in lazy:
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            module.reset_running_stats()

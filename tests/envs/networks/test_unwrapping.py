@@ -130,3 +130,26 @@ def test_lazy_modules_get_their_sizes_from_one_image():
         plain_network(Lazy())
     with pytest.raises(UserError, match="Lazy has lazy modules and fails on one image"):
         plain_network(Lazy(), torch.zeros(1, 3, 1, 1))
+
+
+class LazyHead(Lazy):
+    """The second half runs in training mode alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.known, self.aux = nn.BatchNorm2d(3), nn.Sequential(nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(4))
+
+    def forward(self, x):
+        x = self.known(x)
+        return (super().forward(x), self.aux(x)) if self.training else super().forward(x)
+
+
+def test_lazy_heads_of_training_get_their_sizes_without_moving_statistics():
+    plain, _ = plain_network(LazyHead().eval(), IMAGES[:1] + 5)
+    assert plain.aux[2].in_features == 192 and not plain.training
+    for norm in (plain.known, plain.aux[0]):
+        assert norm.running_mean.eq(0).all() and norm.num_batches_tracked == 0
+    never = LazyHead()
+    never.spare = nn.LazyLinear(3)
+    with pytest.raises(UserError, match="lazy module 'spare' of LazyHead runs neither in evaluation nor in training"):
+        plain_network(never, IMAGES[:1])
