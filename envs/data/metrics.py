@@ -207,6 +207,16 @@ class F1(ClassCounts):
         if self.positive is not None and self.positive < 0:
             raise UserError(f"The metric F1 was given positive={self.positive}; expected a class, 0 or above.")
 
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Logits (B, C), or one each for labels 0 and 1, and labels (B,) -> answers (B,) int32."""
+        answers, classes = super().__call__(outputs, targets), max((2, *outputs.shape[1:]))
+        if self.positive is not None and self.positive >= classes:
+            raise UserError(
+                f"The metric F1 was given positive={self.positive}, and the network answers {classes} classes; "
+                f"expected 0 to {classes - 1}."
+            )
+        return answers
+
     def _score(self, right: Tensor, truth: Tensor, found: Tensor) -> float:
         both = truth + found
         scores = torch.where(both > 0, 2 * right.double() / both.clamp_min(1), 1.0)

@@ -31,6 +31,17 @@ CONFIG = "config.yaml"
 FACTS = "facts.json"
 METRICS = "metrics.json"
 HASHES = "hashes.json"
+UNWRITABLE = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS),  # full, or forbidden
+    *(
+        errno.ENOTDIR,
+        errno.EEXIST,
+        errno.ENOENT,
+        errno.ENAMETOOLONG,
+        errno.EINVAL,
+        errno.ELOOP,
+    ),  # no folder
+)
 LARGEST_INTEGER = 2**63  # of a JSON file of ours; more is damage, and floats do not hold it
 
 
@@ -210,7 +221,7 @@ def _disk_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR):
+        if error.errno not in UNWRITABLE:
             raise
         raise UserError(
             f"Could not write {str(target)!r} ({error.strerror}); what was there before is intact: free some space or "

@@ -328,7 +328,9 @@ def test_metrics_of_a_set_are_the_textbook_figures():
     per_class = [6 / 8, 2 / 4, 0, 0]
     assert F1().of_set(answers_of(F1(), truth, found)) == pytest.approx(sum(per_class) / 4)
     assert [F1(each).of_set(answers_of(F1(each), truth, found)) for each in range(4)] == pytest.approx(per_class)
-    assert F1(9).of_set(answers_of(F1(9), truth, found)) == 1
+    assert F1(3).of_set(answers_of(F1(3), truth[:4], found[:4])) == 1
+    with pytest.raises(UserError, match="positive=4, and the network answers 4 classes; expected 0 to 3"):
+        answers_of(F1(4), truth, found)
     one_logit = F1(1)(torch.tensor([[2.0], [-1.0], [0.5]]), torch.tensor([1, 0, 0]))
     assert F1(1).of_set(one_logit) == pytest.approx(2 / 3)
     with pytest.raises(UserError, match="The metric F1 was given positive=-1; expected a class, 0 or above"):
