@@ -31,17 +31,8 @@ CONFIG = "config.yaml"
 FACTS = "facts.json"
 METRICS = "metrics.json"
 HASHES = "hashes.json"
-UNWRITABLE = (
-    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS),  # full, or forbidden
-    *(
-        errno.ENOTDIR,
-        errno.EEXIST,
-        errno.ENOENT,
-        errno.ENAMETOOLONG,
-        errno.EINVAL,
-        errno.ELOOP,
-    ),  # no folder
-)
+FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+IMPOSSIBLE = (errno.ENOTDIR, errno.ENOENT, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP)
 LARGEST_INTEGER = 2**63  # of a JSON file of ours; more is damage, and floats do not hold it
 
 
@@ -69,9 +60,11 @@ class RunFolder:
         """
         from omegaconf import OmegaConf  # here, so that the Python interface does without it
 
-        made = [parent for parent in (path, *path.parents) if not parent.exists()]
         with _disk_errors(path):
+            made = [parent for parent in (path, *path.parents) if not parent.exists()]
             path = first_free(path) if numbered else path
+            if path.exists() and not path.is_dir():
+                raise UserError(f"The run folder {str(path)!r} exists and is no folder; choose another run_dir.")
             path.mkdir(parents=True, exist_ok=True)
         folder = cls(path)
         try:
@@ -221,7 +214,7 @@ def _disk_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in UNWRITABLE:
+        if error.errno not in FORBIDDEN + IMPOSSIBLE:
             raise
         raise UserError(
             f"Could not write {str(target)!r} ({error.strerror}); what was there before is intact: free some space or "

@@ -305,7 +305,8 @@ def test_run_folder_that_is_a_file(refused, tmp_path):
     (tmp_path / "file").write_text("mine")
     assert refused("prune", "run_dir=file").startswith("The run folder 'file' exists")
     assert refused("prune", "run_dir=file/run").startswith("Could not write 'file/run'")
-    for impossible in ("/proc/run", "/dev/null", "x" * 300):
+    assert refused("prune", "run_dir=/dev/null").startswith("The run folder '/dev/null' exists and is no folder")
+    for impossible in ("/proc/run", "x" * 300):
         assert refused("prune", f"run_dir={impossible}").startswith(f"Could not write '{impossible}'")
 
 
