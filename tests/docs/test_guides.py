@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import run_main
+from keepdrop import MeanAveragePrecision, from_datasets
+from keepdrop.errors import Notice
 
 GUIDES = Path(__file__).parents[2] / "docs" / "guides"
 SMALL = {
@@ -88,6 +90,16 @@ def test_networks_of_others(torchvision, folder, capsys):
     assert (folder / "renamed.safetensors").is_file()
 
 
+def test_bring_your_own(folder, capsys):
+    write_files("bring-your-own.md", folder)
+    with pytest.warns(Notice, match=r"came wrapped \(DataParallel\); it is pruned and given back plain"):
+        small = importlib.import_module("heartbeats").main(epochs=5, updates=2)
+    assert float(re.match(r"BalancedAccuracy ([\d.]+)%", capsys.readouterr().out)[1]) > 90
+    signals = torch.zeros(2, 2, 64)
+    assert small.first[0].out_channels < 12 and small(signals).shape == (2, 1)
+    assert [each.shape for each in small.train()(signals)] == [(2, 1), (2, 1)]
+
+
 def test_own_metric_for_segmentation(folder):
     write_files("own-metric.md", folder)
     commands = [" ".join(text.replace("\\\n", " ").split()) for _, text in blocks("own-metric.md", "sh")]
@@ -103,6 +115,52 @@ def test_own_metric_for_regression(folder):
     result = importlib.import_module("regression").main(epochs=6, updates=1)
     assert result.macs < result.base_macs and result.base_accuracy > 0.5
     assert result.accuracy > result.base_accuracy - 0.15
+
+
+@pytest.fixture
+def detector(folder, monkeypatch):
+    """The example as the guide includes it, and a checkpoint of a detector trained for a few seconds."""
+    write_files("detection.md", folder)
+    monkeypatch.syspath_prepend(str(GUIDES.parents[1] / "examples"))
+    (folder / "detection.py").unlink()  # the guide's block only names the file that it includes
+    module = importlib.import_module("detection")
+    small = module.data(120)
+    monkeypatch.setattr(module, "data", lambda: small)
+    torch.manual_seed(0)
+    model = module.Detector()
+    module.fit(model, small[0], 12, lr=1e-2)
+    torch.save(model.state_dict(), "detector.pt")
+    yield module, model.eval()
+    del sys.modules["detection"]
+
+
+def test_detection(detector, folder):
+    ((_, text),) = blocks("detection.md", "sh")
+    command = " ".join(text.replace("\\\n", " ").split())
+    more = ["layers=['head3.0.0','head4.0.0']", "controls=[]", "split.reward_size=40", "search.images=20"]
+    assert run_command(command, *more) == 0
+    metrics = json.loads((folder / "runs/detector/metrics.json").read_text())
+    assert metrics["metric"] == "MeanAveragePrecision(decode=decode, iou=0.5)" and metrics["base_accuracy"] > 0.05
+    assert metrics["pruned_macs"] < metrics["base_macs"]
+    small, again = importlib.import_module("train_further").main(images=40, epochs=1)
+    images = torch.rand(2, 3, 64, 64)
+    assert type(small) is detector[0].Detector and torch.equal(small(images), again(images))
+    assert small.head3[0][0].out_channels < 48 and small.head3[1].out_channels == 7
+
+
+@pytest.mark.filterwarnings("ignore")  # of torchmetrics
+def test_detection_with_torchmetrics(torchvision, detector):
+    for name in ("torchmetrics", "faster_coco_eval"):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed (extra 'detection')")
+    module, model = detector
+    data = from_datasets(*module.data()).test
+    images, targets = data.batch(torch.arange(len(data)))
+    metric = MeanAveragePrecision(module.decode, iou=0.5)
+    with torch.no_grad():
+        ours = metric.of_set(metric(model(images), targets))
+    theirs = importlib.import_module("with_torchmetrics").figure(model, module.data()[1])
+    assert ours == pytest.approx(theirs, abs=1e-3) and ours > 0.05
 
 
 def test_own_reward(folder):
