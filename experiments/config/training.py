@@ -26,7 +26,7 @@ from ..runs.context import RunContext
 from ..runs.folder import RunFolder
 from ..runs.provenance import keep_provenance
 from ..runs.seeds import derive_seed
-from ..training.guarded import best_file, fine_tune
+from ..training.guarded import fine_tune, snapshots_of
 from ..training.loop import TrainProgress, TrainSettings, fit_network
 from .build import Constructor, build_augment, load_network
 from .entry_point import settings
@@ -44,7 +44,7 @@ def begin_task(inputs: Inputs, context: RunContext) -> PruningTask:
     for note in inputs.construct.notes:
         context.terminal.say(note)
     task = inputs.task(dense)
-    keep_provenance(task, context.config, context.folder)
+    keep_provenance(task, context.config, context.folder, (*inputs.construct.notes, *inputs.notes))
     return task
 
 
@@ -94,7 +94,7 @@ def finetune(dense: nn.Module, pruned: nn.Module, splits: Splits, context: RunCo
             save_weights(model, working / WEIGHTS)
             (working / "seconds.txt").write_text(f"{seconds}\n")
             (working / JUDGED).write_text(json.dumps({**judged.facts(), "sentence": sentence}, indent=2) + "\n")
-        for file in (snapshot, best_file(snapshot)):
+        for file in snapshots_of(snapshot):
             file.unlink(missing_ok=True)
     model = copied(pruned)
     load_checkpoint(model, folder / "finetune" / WEIGHTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from ...envs.networks.copying import copied
 from ...errors import UserError
 from .augment import Augment
 from .loop import DivergedError, Progress, TrainProgress, fit_network
-from .rate import bearable_rate
+from .rate import bearable_rate, usable_rate
 from .train_settings import TrainSettings
 
 LAST, BEST, CUT = "last epoch", "best epoch", "as cut"
@@ -37,7 +38,9 @@ class Judgement:
         kept_accuracy: of the network that is kept.
         epoch: the one that is kept; None for "as cut", and for a loop of the user's.
         lr: highest learning rate; None for a loop of the user's.
-        lowered: whether it was lowered from `top_lr` because the network does not bear that.
+        lowered: whether it was lowered from `usable_rate` because the network does not bear that.
+        other_lr: highest learning rate of the attempt that is not kept, where there were two; else None.
+        other_after: after the last epoch of that one; None too if it diverged.
     """
 
     kept: str
@@ -47,6 +50,13 @@ class Judgement:
     epoch: int | None = None
     lr: float | None = None
     lowered: bool = False
+    other_lr: float | None = None
+    other_after: float | None = None
+
+    @property
+    def gained(self) -> bool:
+        """Whether what is kept is better than the network as cut."""
+        return self.kept_accuracy > self.before
 
     def facts(self) -> dict[str, Any]:
         """JSON types only."""
@@ -54,15 +64,28 @@ class Judgement:
 
     def sentence(self, metric: str | None) -> str | None:
         """What a reader has to know; None where the last epoch is kept at the rate that was set."""
-        name, rate = display_name(metric), "" if self.lr is None else f" at a learning rate of {self.lr:g}"
+        name = display_name(metric)
         before, kept = (f"{100 * value:.2f} %" for value in (self.before, self.kept_accuracy))
-        if self.kept == LAST:
+        if self.kept == LAST and self.other_lr is None:
+            rate = f" at a learning rate of {self.lr or 0:g}"
             return f"The network does not bear a higher learning rate: it was fine-tuned{rate}." * self.lowered or None
-        after = "diverged" if self.after is None else f"ended at {100 * self.after:.2f} %"
-        ended = f"Fine-tuning{rate} {after}, from {before} ({name} on the reward images)"
+        attempts = [(self.lr, self.after)]
+        if self.other_lr is not None:
+            attempts.append((self.other_lr, self.other_after))
+        attempts.sort(key=lambda attempt: -(attempt[0] or 0))
+        attempted = " and then".join(_ended(*attempt) for attempt in attempts)
+        ended = f"Fine-tuning{attempted}, from {before} ({name} on the reward images)"
+        if self.kept == CUT:
+            return f"{ended}: the network is kept as it was cut."
+        which = "" if self.other_lr is None else f" at {self.lr:g}"
         if self.kept == BEST:
-            return f"{ended}: epoch {self.epoch} is kept, at {kept}."
-        return f"{ended}: the network is kept as it was cut."
+            return f"{ended}: epoch {self.epoch}{which} is kept, at {kept}."
+        return f"{ended}: the one{which} is kept."
+
+
+def _ended(lr: float | None, after: float | None) -> str:
+    rate = "" if lr is None else f" at a learning rate of {lr:g}"
+    return f"{rate} " + ("diverged" if after is None else f"ended at {100 * after:.2f} %")
 
 
 def fine_tune(
@@ -80,12 +103,40 @@ def fine_tune(
     """A fine-tuned copy of `cut` in evaluation mode, or a copy of `cut` itself, and why; arguments as `fit_network`'s.
 
     Judged on the reward split before and after every epoch. The last epoch is kept if it is as good as `cut`, else the
-    best one that is, else `cut`; so is a training that diverges. Beside `snapshot` the best epoch so far has a file.
+    best one that is, else `cut`; so is a training that diverges. Where no rate was given and nothing was gained, there
+    is a second attempt at a tenth of the rate, kept if it is better. The files of `snapshots_of(snapshot)` make it
+    resumable.
     """
-    rate = bearable_rate(cut, splits.fit, settings, seed=seed, augment=augment, teacher=teacher, device=device)
-    chosen, before = replace(settings, lr=rate), accuracy_on(cut, splits.reward)
+    shared: dict[str, Any] = {"seed": seed, "augment": augment, "teacher": teacher, "device": device}
+    rate, before = bearable_rate(cut, splits.fit, settings, **shared), accuracy_on(cut, splits.reward)
     if settings.epochs <= 0:
         return copied(cut).eval(), Judgement(LAST, before, before, before, lr=rate)
+    lowered = rate < usable_rate(splits.fit, settings)
+
+    def attempt(lr: float, file: Path | None) -> tuple[nn.Module, Judgement]:
+        return _attempt(cut, splits, replace(settings, lr=lr), before, file, progress=progress, **shared)
+
+    model, judged = attempt(rate, snapshot)
+    judged = replace(judged, lowered=lowered)
+    if settings.lr is not None or judged.gained or before >= 1 or rate == 0:
+        return model, judged
+    second, again = attempt(float(f"{rate / 10:.9g}"), None if snapshot is None else tenth_file(snapshot))
+    if again.kept_accuracy > judged.kept_accuracy:
+        return second, replace(again, lowered=lowered, other_lr=judged.lr, other_after=judged.after)
+    return model, replace(judged, other_lr=again.lr, other_after=again.after)
+
+
+def _attempt(
+    cut: nn.Module,
+    splits: Splits,
+    chosen: TrainSettings,
+    before: float,
+    snapshot: Path | None,
+    *,
+    progress: Progress | None,
+    **shared: Any,
+) -> tuple[nn.Module, Judgement]:
+    """Train a copy at a given rate, and keep its last epoch, its best one or `cut`, which scores `before`."""
     model, best = copied(cut), _Best(None if snapshot is None else best_file(snapshot))
     last: list[tuple[float, int]] = []
 
@@ -94,22 +145,12 @@ def fine_tune(
         best.offer(model, *last[0], at_least=before)
 
     try:
-        fit_network(
-            model,
-            splits.fit,
-            chosen,
-            seed=seed,
-            augment=augment,
-            teacher=teacher,
-            progress=progress,
-            snapshot=snapshot,
-            device=device,
-            epoch_ends=judge,
-        )
-        after, epoch = last[0] if last else (accuracy_on(model, splits.reward), None)
+        fit_network(model, splits.fit, chosen, **shared, progress=progress, snapshot=snapshot, epoch_ends=judge)
+        # A training that an interrupted run had finished has no epochs left.
+        after, epoch = last[0] if last else (accuracy_on(model, splits.reward), math.ceil(chosen.epochs))
     except DivergedError:
         after, epoch = None, None
-    judged = Judgement(LAST, before, after, before if after is None else after, epoch, rate, rate < settings.rate)
+    judged = Judgement(LAST, before, after, before if after is None else after, epoch, chosen.lr)
     if after is not None and after >= before:
         return model.eval(), judged
     model = copied(cut).to(next(model.parameters()).device)
@@ -130,6 +171,17 @@ def keep_better(cut: nn.Module, tuned: nn.Module, splits: Splits) -> tuple[nn.Mo
 def best_file(snapshot: Path) -> Path:
     """Where the best epoch lies, beside the snapshot of a training."""
     return snapshot.with_name(f"{snapshot.stem}-best{snapshot.suffix}")
+
+
+def tenth_file(snapshot: Path) -> Path:
+    """The snapshot of the second attempt, beside that of the first."""
+    return snapshot.with_name(f"{snapshot.stem}-tenth{snapshot.suffix}")
+
+
+def snapshots_of(snapshot: Path) -> tuple[Path, ...]:
+    """All files that a fine-tuning with this snapshot may leave."""
+    tenth = tenth_file(snapshot)
+    return snapshot, best_file(snapshot), tenth, best_file(tenth)
 
 
 class _Best:

@@ -1,13 +1,12 @@
-"""Learning rate that a trained network bears: short trials on copies, from the highest rate down by tenths."""
+"""Learning rate of a fine-tuning that was given none: what its steps can use, lowered to what the network bears."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
-from itertools import pairwise
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...envs.data.images import LabelledImages
 from ...envs.data.objective import objective_of, output_of
@@ -17,9 +16,23 @@ from .augment import Augment
 from .loop import DivergedError, fit_network, steps_of
 from .train_settings import TrainSettings
 
-FEWEST, MOST = 20, 40  # steps of a trial; in between a twentieth of the training
+ENOUGH = 5000  # steps from which on a training can use all of `top_lr`
 TENTHS = 7  # that a rate is lowered by at most
-PROBED = 256  # fit images on which a trial is judged
+TRIED = 4  # rates at most: the highest, and three to find the right one among seven tenths
+SHARE = 20  # a trial costs a twentieth of the training at most, in images that pass forward
+FEWEST, MOST = 16, 256  # fit images on which a rate is judged
+BEARABLE = 2.0  # times the loss that one step may lead to
+
+
+def usable_rate(data: LabelledImages, settings: TrainSettings) -> float:
+    """`settings.lr`, or where that is None `top_lr` times the root of the share of 5,000 steps that there are.
+
+    A trained network that takes big steps loses at first, and a short training ends before it has won that back. Over
+    few steps it goes about as far as the root of their number times the rate.
+    """
+    if settings.lr is not None:
+        return settings.rate
+    return float(f"{settings.rate * min(1.0, steps_of(data, settings) / ENOUGH) ** 0.5:.2g}")
 
 
 def bearable_rate(
@@ -32,91 +45,96 @@ def bearable_rate(
     teacher: nn.Module | None = None,
     device: torch.device | str | None = None,
 ) -> float:
-    """`settings.lr`, or where that is None `top_lr`, lowered by tenths to what `model` (untouched) bears.
+    """`usable_rate`, lowered by tenths to what `model` (untouched) bears, where no rate was given.
 
-    A trial is the same training squeezed into 20 to 40 steps; it is judged by the loss on 256 fit images. A network
-    with normalisation layers takes big steps and comes back, so only a rate at which it diverges, or loses more than
-    half of its score, is lowered. Without them it is lowered until it ends no worse than it began, and no worse than a
-    tenth of it. Same seed, same rate; with fewer steps in all than two trials take, none is made.
+    One step of the training is taken, and its direction followed for as far as each rate leads, judged by up to 256
+    fit images: without normalisation layers the loss may double on the way that momentum makes of one gradient. A
+    network with them comes back from that, so only a rate is lowered at which the step itself, without momentum, costs
+    half of the score. At most four rates are tried; all of it costs less than 5 % of the training, and where that is
+    not enough for 16 images (below some 30 steps of 64), no trial is made. Same seed, same rate.
     """
-    n_steps = steps_of(data, settings)
-    if settings.lr is not None or n_steps < 2 * FEWEST:
-        return settings.rate
-    steps = min(MOST, max(FEWEST, n_steps // 20))
-    trial = _Trial(model, data, settings, steps * settings.epochs / n_steps, seed, augment, teacher, device)
-    return trial.lowest() if not _has_normalisation(model) else trial.first_that_holds()
+    rate, passes = usable_rate(data, settings), 3 * settings.batch_size  # a step: forward, and backward twice as long
+    n_images = int(passes * (steps_of(data, settings) / SHARE - 1) / (TRIED + 1))
+    if settings.lr is not None or min(n_images, len(data)) < FEWEST or rate == 0:
+        return rate
+    rates = [rate, *(float(f"{rate / 10**tenth:.9g}") for tenth in range(1, TENTHS + 1))]
+    one = replace(settings, lr=rate, momentum=0.0, schedule="constant", warmup=0.0)
+    one = replace(one, epochs=settings.epochs / steps_of(data, settings))
+    stepped = copied(model)
+    try:
+        fit_network(stepped, data, one, seed=seed, augment=augment, teacher=teacher, device=device)
+    except DivergedError:
+        return rates[-1]
+    return _Trial(model, stepped, data, settings, min(n_images, MOST), seed, teacher).highest(rates)
 
 
 class _Trial:
-    """One training, squeezed into a few steps at several rates."""
+    """One step, from `model` to `stepped` at the first of the rates, followed for as far as the others lead."""
 
     def __init__(
         self,
         model: nn.Module,
+        stepped: nn.Module,
         data: LabelledImages,
         settings: TrainSettings,
-        epochs: float,
+        n_images: int,
         seed: int,
-        augment: Augment | None,
         teacher: nn.Module | None,
-        device: torch.device | str | None,
     ) -> None:
-        self.model, self.data, self.settings, self.epochs = model, data, settings, epochs
-        self.seed, self.augment, self.teacher, self.device = seed, augment, teacher, device
+        self.settings, self.objective = settings, objective_of(data)
+        device = next(stepped.parameters()).device
+        # Of its own, because the step has moved statistics that tell nothing of the rate.
+        self.model = copied(model).to(device)
+        self.begun = {name: each.detach().clone() for name, each in self.model.named_parameters()}
+        self.ended = {name: each.detach() for name, each in stepped.named_parameters()}
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
-        self.probed = order[:PROBED]
+        self.images, self.targets = (value.to(device) for value in data.batch(order[:n_images]))
+        self.teacher = teacher if settings.distill_weight > 0 else None
+        self.dense = self._taught()
 
-    def lowest(self) -> float:
-        """The highest rate that ends no worse than it began, and no worse than a tenth of it."""
-        before, rates = self._judged(self.model)[0], self._rates()
-        higher = self._ended(rates[0])[0]
-        for rate, tenth in pairwise(rates):
-            lower = self._ended(tenth)[0]
-            if higher <= min(before, lower):
-                return rate
-            higher = lower
-        return rates[-1]
+    def highest(self, rates: list[float]) -> float:
+        """The highest of the rates (falling by tenths) that is borne, found in halves; the last one is not tried."""
+        loss, score = self._judged(0.0)
+        normalised = _has_normalisation(self.model)
+        length = 1.0 if normalised else 1 / (1 - min(self.settings.momentum, 0.99))
 
-    def first_that_holds(self) -> float:
-        """The highest rate after which at least half of the score is left."""
-        _, before = self._judged(self.model)
-        held = (rate for rate in self._rates() if self._ended(rate)[1] >= before / 2)
-        return next(held, self._rates()[-1])
+        def borne(tenth: int) -> bool:
+            now, left = self._judged(length / 10**tenth)
+            return left >= score / 2 if normalised else now <= BEARABLE * loss
 
-    def _rates(self) -> list[float]:
-        return [float(f"{self.settings.rate / 10**tenth:.9g}") for tenth in range(TENTHS + 1)]
+        if borne(0):
+            return rates[0]
+        low, high = 1, len(rates) - 1
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if borne(middle) else (middle + 1, high)
+        return rates[low]
 
-    def _ended(self, rate: float) -> tuple[float, float]:
-        model = copied(self.model)
-        try:
-            fit_network(
-                model,
-                self.data,
-                replace(self.settings, lr=rate, epochs=self.epochs),
-                seed=self.seed,
-                augment=self.augment,
-                teacher=self.teacher,
-                device=self.device,
-            )
-        except DivergedError:
-            return math.inf, -math.inf
-        return self._judged(model)
-
-    @torch.no_grad()
-    def _judged(self, model: nn.Module) -> tuple[float, float]:
-        """The loss in training, in evaluation mode, and the score; infinite and none where they are not finite."""
-        objective, chosen = objective_of(self.data), self.settings
-        device = next(model.parameters()).device
-        images, targets = (value.to(device) for value in self.data.batch(self.probed))
-        with evaluating(model, self.teacher):
-            outputs = output_of(model(images)).float()
-            loss = objective.mean_loss(outputs, targets, chosen.label_smoothing)
-            if self.teacher is not None and chosen.distill_weight > 0:
-                dense = self.teacher(images)
-                loss = objective.distilled(loss, outputs, dense, targets, chosen.distill_weight, chosen.temperature)
+    def _judged(self, length: float) -> tuple[float, float]:
+        """The loss in training and the score, `length` times the step from where it began; infinite and none if so."""
+        self._move(length)
+        with evaluating(self.model), torch.no_grad():
+            outputs = output_of(self.model(self.images)).float()
+            loss = self.objective.mean_loss(outputs, self.targets, self.settings.label_smoothing)
+            if self.dense is not None:
+                weight, temperature = self.settings.distill_weight, self.settings.temperature
+                loss = self.objective.distilled(loss, outputs, self.dense, self.targets, weight, temperature)
         if not math.isfinite(float(loss)):
             return math.inf, -math.inf
-        return float(loss), objective.fraction(objective.points(outputs, targets))
+        return float(loss), self.objective.fraction(self.objective.points(outputs, self.targets))
+
+    @torch.no_grad()
+    def _move(self, length: float) -> None:
+        for name, each in self.model.named_parameters():
+            began = self.begun[name]
+            each.copy_(began + length * (self.ended[name] - began) if length else began)
+
+    @torch.no_grad()
+    def _taught(self) -> Tensor | None:
+        if self.teacher is None:
+            return None
+        with evaluating(self.teacher):
+            return self.teacher(self.images)
 
 
 def _has_normalisation(model: nn.Module) -> bool:

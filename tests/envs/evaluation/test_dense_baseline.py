@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from keepdrop.envs.data.images import ArrayImages, LabelledData
-from keepdrop.envs.data.metrics import F1, BalancedAccuracy
+from keepdrop.envs.data.metrics import F1, BalancedAccuracy, MeanIoU, PixelAccuracy
 from keepdrop.envs.data.objective import TOP1, Objective
 from keepdrop.envs.data.splits import splits_at
 from keepdrop.envs.evaluation.dense_baseline import measure_baseline
@@ -96,3 +96,33 @@ def test_metrics_of_a_set_are_for_those_networks():
     for metric, shown in ((BalancedAccuracy(), "BalancedAccuracy"), (F1(), "F1")):
         with pytest.raises(UserError, match=rf"network's {shown} on the 200 reward images is 0\.\d+, which is chance"):
             measure_baseline(*answering([0, 1] * 100, shares(200, 0.5), Objective(metric)))
+
+
+def maps(targets, objective):
+    """A network that answers class 0 everywhere, surer here than there, with these targets (B, H, W)."""
+    pixels = torch.rand(len(targets), 2, *targets.shape[1:], generator=torch.Generator().manual_seed(0))
+    images = ArrayImages(pixels, targets, [0.0, 0.0], [1.0, 1.0], 0)
+    rows = {"fit": [0, 1], "reward": list(range(len(targets))), "report": [2, 3]}
+    sources = {"fit": "train", "reward": "test", "report": "train"}
+    indices = {role: torch.tensor(each).numpy() for role, each in rows.items()}
+    head = nn.Conv2d(2, 2, 1, bias=False)
+    with torch.no_grad():
+        head.weight.copy_(torch.tensor([[1.0, 1.0], [0.0, 0.0]])[:, :, None, None])
+    return nn.Sequential(head), splits_at(LabelledData(images, images), indices, sources, objective)
+
+
+def never_wrong(outputs, targets):
+    """A metric that does not look at the targets."""
+    return torch.ones(len(targets))
+
+
+@pytest.mark.parametrize("metric", [MeanIoU(ignore_index=1), PixelAccuracy(ignore_index=1), never_wrong])
+def test_a_metric_that_cannot_tell_right_from_wrong_is_refused(metric):
+    """Class 0 alone is left of two where 1 is ignored, so that whoever answers 0 everywhere scores 1."""
+    targets = torch.randint(2, (20, 4, 4), generator=torch.Generator().manual_seed(1))
+    with pytest.raises(UserError, match=r"scores each of the 20 reward images the same .* \(1\.0000 on average\)"):
+        measure_baseline(*maps(targets, Objective(metric)))
+
+
+def test_a_metric_is_not_blamed_where_all_targets_are_alike():
+    assert measure_baseline(*maps(torch.zeros(20, 4, 4).long(), Objective(never_wrong))).accuracy == 1

@@ -11,9 +11,9 @@ from keepdrop.envs.data.sources import ArrayImages
 from keepdrop.envs.data.splits import LabelledData, split
 from keepdrop.envs.networks.checkpoint import hash_state
 from keepdrop.experiments.training import guarded
-from keepdrop.experiments.training.guarded import best_file, fine_tune, keep_better
+from keepdrop.experiments.training.guarded import best_file, fine_tune, keep_better, snapshots_of
 from keepdrop.experiments.training.loop import DivergedError, TrainSettings, fit_network
-from keepdrop.experiments.training.rate import bearable_rate
+from keepdrop.experiments.training.rate import bearable_rate, usable_rate
 from torch import nn
 
 SHORT = TrainSettings(epochs=4, batch_size=16)
@@ -48,23 +48,53 @@ def test_a_rate_is_lowered_until_the_network_bears_it():
     model = trained(data, 1, lr=1e-5)
     before = hash_state(model)
     rate = bearable_rate(model, data.fit, SHORT, seed=0)
-    assert rate < 0.05 and rate == bearable_rate(model, data.fit, SHORT, seed=0) and hash_state(model) == before
-    assert f"{0.05 / rate:.0e}".startswith("1")  # by tenths
+    usable = usable_rate(data.fit, SHORT)
+    assert rate < usable and rate == bearable_rate(model, data.fit, SHORT, seed=0) and hash_state(model) == before
+    assert f"{usable / rate:.1e}".startswith("1.0e")  # by tenths
     assert bearable_rate(model, data.fit, replace(SHORT, lr=0.3), seed=0) == 0.3  # one's own is one's own
-    assert bearable_rate(model, data.fit, replace(SHORT, epochs=1), seed=0) == 0.05  # too short for a trial
+    short = replace(SHORT, epochs=1)
+    assert bearable_rate(model, data.fit, short, seed=0) == usable_rate(data.fit, short)  # too short for a trial
     _, judged = fine_tune(model, data, SHORT, seed=0)
-    assert judged.lr == rate and judged.lowered and judged.kept_accuracy >= judged.before
-    assert judged.sentence("m").startswith("The network does not bear a higher") or judged.kept != "last epoch"
+    assert max(judged.lr, judged.other_lr or 0) == rate and judged.lowered and judged.kept_accuracy >= judged.before
+    assert judged.sentence("m").startswith("The network does not bear a higher") or judged.other_lr is not None
+
+
+@pytest.mark.parametrize(("steps", "rate"), [(20, 0.0032), (200, 0.01), (1125, 0.024), (5000, 0.05), (20000, 0.05)])
+def test_a_short_training_takes_smaller_steps(steps, rate):
+    data = splits()
+    settings = TrainSettings(epochs=steps / 15, batch_size=16)
+    assert usable_rate(data.fit, settings) == rate
+    assert usable_rate(data.fit, replace(settings, lr=0.4)) == 0.4
+
+
+@pytest.mark.parametrize("batch_size", [8, 64])
+@pytest.mark.parametrize("epochs", [2, 20, 300])
+def test_a_trial_costs_less_than_a_twentieth_of_the_training(monkeypatch, batch_size, epochs):
+    """In images that pass forward: a backward pass is worth two."""
+    data, settings = splits(), TrainSettings(epochs=epochs, batch_size=batch_size)
+    model, passed = network(2), []
+    monkeypatch.setattr(
+        nn.Flatten, "forward", lambda _, x: passed.append(len(x) * (1 + 2 * torch.is_grad_enabled())) or x.flatten(1)
+    )
+    nn.init.constant_(model[-1].weight, 1e3)  # bears little, so that every trial is made
+    bearable_rate(model, data.fit, settings, seed=0)
+    trial = sum(passed)
+    passed.clear()
+    fit_network(model, data.fit, replace(settings, lr=0.0, epochs=1), seed=0)
+    assert trial <= 0.05 * sum(passed) * epochs
+    assert (trial > 0) == (epochs > 2)
 
 
 def test_a_network_with_batch_norm_keeps_the_rate_that_works():
     data = splits()
     model = trained(data, 2, norm=True)
-    assert bearable_rate(model, data.fit, SHORT, seed=0) == SHORT.top_lr
+    assert bearable_rate(model, data.fit, replace(SHORT, epochs=340), seed=0) == SHORT.top_lr
+    rate = bearable_rate(model, data.fit, SHORT, seed=0)
+    assert rate == usable_rate(data.fit, SHORT)
     same = copy.deepcopy(model)
-    fit_network(same, data.fit, replace(SHORT, lr=0.05), seed=0)
+    fit_network(same, data.fit, replace(SHORT, lr=rate), seed=0)
     tuned, judged = fine_tune(model, data, SHORT, seed=0)
-    if judged.kept == "last epoch":
+    if judged.kept == "last epoch" and judged.other_lr is None:
         assert hash_state(tuned) == hash_state(same) and judged.sentence(None) is None
     assert judged.kept_accuracy >= judged.before
 
@@ -117,6 +147,70 @@ def test_the_best_epoch_survives_a_kill(monkeypatch, tmp_path):
     scripted(monkeypatch, [0.5, 0.4, 0.3])
     resumed, judged = fine_tune(model, data, given, seed=0, snapshot=snapshot)
     assert hash_state(resumed) == hash_state(whole) and (judged.kept, judged.epoch) == ("best epoch", 1)
+
+
+TENTH = [  # on the reward split: as cut, two epochs, two at a tenth of the rate; what is said
+    (
+        0.5,
+        0.4,
+        0.3,
+        0.6,
+        0.7,
+        "last epoch",
+        "ended at 30.00 % and then at a learning rate of {tenth:g} ended at 70.00 %",
+    ),
+    (
+        0.5,
+        0.4,
+        0.3,
+        0.6,
+        0.4,
+        "best epoch",
+        "(accuracy on the reward images): epoch 1 at {tenth:g} is kept, at 60.00 %.",
+    ),
+    (0.5, 0.4, 0.3, 0.5, 0.5, "as cut", "from 50.00 % (accuracy on the reward images): the network is kept as it was"),
+]
+
+
+@pytest.mark.parametrize("case", TENTH, ids=[case[5] for case in TENTH])
+def test_what_gained_nothing_is_tried_at_a_tenth(monkeypatch, tmp_path, case):
+    """With a kill in the second attempt, and without."""
+    *accuracies, kept, said = case
+    data, settings, snapshot = splits(), replace(SHORT, epochs=2), tmp_path / "snapshot.pt"
+    model = trained(data, 2, norm=True, epochs=1)
+    scripted(monkeypatch, accuracies)
+    whole, judged = fine_tune(model, data, settings, seed=0)
+    rate = usable_rate(data.fit, settings)
+    tenth = float(f"{rate / 10:g}")
+    assert judged.kept == kept and {judged.lr, judged.other_lr} == {rate, tenth}
+    assert said.format(tenth=tenth) in judged.sentence(None)
+    calls = []
+
+    def killed(progress):
+        calls.append(progress.epoch)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    scripted(monkeypatch, accuracies)
+    with pytest.raises(KeyboardInterrupt):
+        fine_tune(model, data, settings, seed=0, snapshot=snapshot, progress=killed)
+    scripted(monkeypatch, [accuracies[0], accuracies[2], accuracies[4]])
+    resumed, again = fine_tune(model, data, settings, seed=0, snapshot=snapshot)
+    assert again == judged and hash_state(resumed) == hash_state(whole)
+    assert {each.name for each in tmp_path.iterdir()} <= {each.name for each in snapshots_of(snapshot)}
+
+
+def test_no_second_attempt_where_the_rate_was_given_or_something_was_gained(monkeypatch):
+    data, settings = splits(), replace(SHORT, epochs=2)
+    model = trained(data, 2, norm=True, epochs=1)
+    for chosen, accuracies in (
+        (settings, [0.5, 0.4, 0.6]),
+        (settings, [1.0, 1.0, 1.0]),
+        (settings, [0.5, 0.6, 0.4]),
+        (replace(settings, lr=0.01), [0.5, 0.4, 0.3]),
+    ):
+        scripted(monkeypatch, accuracies)
+        assert fine_tune(model, data, chosen, seed=0)[1].other_lr is None
 
 
 def test_the_better_of_two_is_kept():
