@@ -54,9 +54,9 @@ class Judgement:
     other_after: float | None = None
 
     @property
-    def gained(self) -> bool:
-        """Whether what is kept is better than the network as cut."""
-        return self.kept_accuracy > self.before
+    def ended_better(self) -> bool:
+        """Whether the last epoch is better than the network as cut."""
+        return self.after is not None and self.after > self.before
 
     def facts(self) -> dict[str, Any]:
         """JSON types only."""
@@ -103,9 +103,9 @@ def fine_tune(
     """A fine-tuned copy of `cut` in evaluation mode, or a copy of `cut` itself, and why; arguments as `fit_network`'s.
 
     Judged on the reward split before and after every epoch. The last epoch is kept if it is as good as `cut`, else the
-    best one that is, else `cut`; so is a training that diverges. Where no rate was given and nothing was gained, there
-    is a second attempt at a tenth of the rate, kept if it is better. The files of `snapshots_of(snapshot)` make it
-    resumable.
+    best one that is, else `cut`; so is a training that diverges. Where no rate was given and the last epoch is no
+    better than `cut`, there is a second attempt at a tenth of the rate, kept if it is better. With the files of
+    `snapshots_of(snapshot)` an interrupted one is resumed.
     """
     shared: dict[str, Any] = {"seed": seed, "augment": augment, "teacher": teacher, "device": device}
     rate, before = bearable_rate(cut, splits.fit, settings, **shared), accuracy_on(cut, splits.reward)
@@ -118,7 +118,7 @@ def fine_tune(
 
     model, judged = attempt(rate, snapshot)
     judged = replace(judged, lowered=lowered)
-    if settings.lr is not None or judged.gained or before >= 1 or rate == 0:
+    if settings.lr is not None or judged.ended_better or before >= 1 or rate == 0:
         return model, judged
     second, again = attempt(float(f"{rate / 10:.9g}"), None if snapshot is None else tenth_file(snapshot))
     if again.kept_accuracy > judged.kept_accuracy:

@@ -21,8 +21,9 @@ class TrainSettings:
     Args:
         epochs: passes over the fit images, fractions allowed; 0 trains nothing.
         batch_size: images per step.
-        lr: highest learning rate. None: `top_lr`, which fine-tuning and recovery lower to what the network bears
-            (`bearable_rate`).
+        lr: highest learning rate. None: `top_lr`, which fine-tuning and recovery lower where there are fewer than 5,000
+            steps (by the root of their share) and by tenths to what the network bears; a training that ends no better
+            is tried once more at a tenth.
         momentum: of SGD, Nesterov's.
         weight_decay: spares biases and normalisation (parameters of one dimension).
         schedule: "cosine", "linear" or "constant", from `lr` down to `final_lr` times `lr`.
@@ -33,7 +34,7 @@ class TrainSettings:
         temperature: of the distillation.
         bf16: compute in bfloat16 where that is safe (autocast): 1.5 times faster on processors that have it, not
             bitwise equal to fp32.
-        top_lr: highest learning rate where `lr` is None.
+        top_lr: highest learning rate where `lr` is None, of a training of 5,000 steps or more.
         auxiliary: weight of the loss of every further head of a network that answers with several in training mode
             (GoogLeNet, Inception, deep supervision).
     """
