@@ -1,7 +1,5 @@
 """A detector of your own, pruned: boxes as targets, mean average precision as the metric, your loss and your loop."""
 
-import argparse
-
 import keepdrop
 import torch
 from keepdrop.envs.data.average_precision import box_iou
@@ -168,30 +166,36 @@ def fit(model, data, epochs, lr):
             schedule.step()
 
 
-def main(images=800, epochs=25, updates=20, tuning=10, drop_bound=0.1, folder="detector"):
-    """Train a detector, prune backbone and neck, train the small one in the same loop, and load it again."""
+def data(images=800):
+    """Training and test images, for the command line."""
+    return Shapes(images, seed=0), Shapes(images // 2, seed=1)
+
+
+def main(images=800, epochs=25, updates=20, tuning=10, layers=None, folder="detector"):
+    """Train a detector, prune its backbone and neck, train the small one in the same loop, and load it again."""
     torch.manual_seed(0)
-    train, test = Shapes(images, seed=0), Shapes(images // 2, seed=1)
-    model = Detector()
+    (train, test), model = data(images), Detector()
     fit(model, train, epochs, lr=1e-2)
-    metric = keepdrop.MeanAveragePrecision(decode, iou=0.5)
+    torch.save(model.state_dict(), f"{folder}.pt")
     result = keepdrop.prune(
         model,
         train,
         test,
-        drop_bound=drop_bound,
+        drop_bound=0.1,
+        layers=layers,
         finetune=lambda network: fit(network, train, tuning, lr=3e-3),
-        settings=keepdrop.Settings(metric=metric, loss=loss, agent=keepdrop.AgentSettings(updates=updates)),
+        settings=keepdrop.Settings(
+            metric=keepdrop.MeanAveragePrecision(decode, iou=0.5),
+            loss=loss,
+            agent=keepdrop.AgentSettings(updates=updates),
+        ),
     )
     print(result)
     for name, value in (("dense", result.base_accuracy), ("cut", result.pruned_accuracy), ("tuned", result.accuracy)):
         print(f"mAP at 0.5, {name}: {value:.3f}")
     result.save(folder)
-    again = keepdrop.load_pruned(folder, Detector)
-    return result, again
+    return result, keepdrop.load_pruned(folder, Detector)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=800)
-    main(**vars(parser.parse_args()))
+    main()

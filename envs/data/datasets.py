@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset,
 from ...errors import UserError
 from .boxes import as_boxes, holds_boxes, padded
 from .images import ArrayImages, LabelledData, LabelledImages, as_targets
+from .packing import Packing, is_several, packed_batch
 
 IMAGE_KEYS = ("image", "images", "img", "pixel_values", "x", "input", "inputs", "data")
 TARGET_KEYS = ("label", "labels", "target", "targets", "y", "class", "mask")
@@ -37,7 +38,8 @@ def from_datasets(train: Any, test: Any, n_classes: int | None = None) -> Labell
         train, test: each one of: a map-style dataset of (image, target), a `DataLoader` of one (its dataset, its
             transforms, its `collate_fn` and its subset are kept, its shuffling is not), or a pair (images, targets) of
             tensors or numpy arrays. An image is floating and normalised as the network takes it: (channels, height,
-            width), (channels, length) of a signal, (channels, depth, height, width) of a volume or video. A target is
+            width), (channels, length) of a signal, (channels, depth, height, width) of a volume or video. In its place
+            may stand several inputs: a tuple of positional or a mapping of keyword arguments (`packing`). A target is
             an integer label from 0, or, for another metric than accuracy, anything of one shape, or boxes:
             {'boxes': (n, 4) as x1, y1, x2, y2, 'labels': (n,)}, any number of them per image (`boxes`).
         n_classes: labels lie in [0, n_classes). None: as many as the labels of both parts need. 0: targets are not
@@ -63,6 +65,12 @@ def labelled_images(source: Any, name: str, n_classes: int | None = None) -> Lab
     """One part of `from_datasets`; a `LabelledImages` stays as it is. `name` stands in errors."""
     if isinstance(source, tuple | list) and len(source) == 2 and all(isinstance(part, _ARRAYS) for part in source):
         return images_in_memory(_target(source[0]), _target(source[1]), name, n_classes)
+    pair = source if isinstance(source, tuple | list) and len(source) == 2 else (None, None)
+    if is_several(pair[0]) and isinstance(pair[1], _ARRAYS):
+        packed, packing = packed_batch(pair[0])
+        images = images_in_memory(packed, _target(pair[1]), name, n_classes)
+        images.packing = packing
+        return images
     if _is_labelled_images(source):
         return source
     if isinstance(source, DataLoader):
@@ -127,6 +135,7 @@ class DatasetImages:
     ) -> None:
         self._dataset = dataset
         self.box_room = box_room
+        self.packing: Packing | None = None
         self._indices = torch.arange(len(dataset)) if indices is None else indices
         if len(self._indices) == 0:
             raise UserError("The dataset is empty; give at least one image.")
@@ -146,8 +155,14 @@ class DatasetImages:
     def _item(self, position: int) -> tuple[Tensor, Tensor]:
         image, target = pair_of(self._dataset[int(self._indices[position])])
         if self.box_room is None:
-            return _image(image), _target(target)
-        return _image(image), padded(self._boxes(target), self.box_room)
+            return self._input(image), _target(target)
+        return self._input(image), padded(self._boxes(target), self.box_room)
+
+    def _input(self, value: Any) -> Tensor:
+        """An image, or several inputs in one tensor (`Packing`)."""
+        if self.packing is None and is_several(value):
+            self.packing = Packing.of(value)
+        return _image(value) if self.packing is None else self.packing.pack(value)
 
     def _most_boxes(self) -> int:
         """Boxes of the image that has most; twice as many where they are not the same when they are read again."""
@@ -270,7 +285,11 @@ class CollatedItems:
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         images, targets = pair_of(self._collate([self._dataset[index]]))
-        return images[0], targets[0]
+        if isinstance(images, Mapping):
+            return {name: value[0] for name, value in images.items()}, targets[0]
+        listed = isinstance(images, tuple | list) and len(images) > 1  # a list of one: that of images
+        several = listed and is_several(images) and len(images[0]) == 1
+        return tuple(value[0] for value in images) if several else images[0], targets[0]
 
 
 def loaded(loader: DataLoader[Any], name: str) -> Any:
@@ -308,7 +327,7 @@ def pair_of(item: Any) -> tuple[Any, Any]:
     if len(item) > 2 and second is not None and math.prod(second.shape) > 1 and _target(second).is_floating_point():
         raise UserError(
             f"A dataset's item is {_shown(item)}, of which the second could be an input or a target; give (image, "
-            "target)."
+            "target), or ((image, second input), target)."
         )
     return item[0], item[1]
 

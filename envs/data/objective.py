@@ -168,7 +168,9 @@ class Objective:
         """UserError where the metric or the loss cannot work with such outputs and targets."""
         shapes = f"outputs {_shown(self._fitted(output_of(outputs), targets))} and targets {_shown(targets)}"
         loss = "loss" if self.loss is None else f"loss {_name(self.loss)}"
-        _tried(lambda: self.points(outputs, targets), f"metric {self.name}", shapes)
+        points = _tried(lambda: self.points(outputs, targets), f"metric {self.name}", shapes)
+        if self.is_of_set:
+            self._check_answers(points, targets)
         value = _tried(lambda: self.mean_loss(outputs, targets), loss, shapes)
         if not isinstance(value, Tensor) or value.numel() != 1 or not bool(torch.isfinite(value).all()):
             raise UserError(
@@ -216,6 +218,16 @@ class Objective:
     def _ignored(self) -> int:
         found = getattr(self.metric, "ignore_index", None)
         return -100 if found is None else int(found)  # torch's own default
+
+    def _check_answers(self, answers: Any, targets: Tensor) -> None:
+        """UserError for what a metric of sets may not answer for images: see `points`."""
+        expected = (len(targets), *self.points_shape(targets))
+        whole = isinstance(answers, Tensor) and not answers.is_floating_point() and not answers.is_complex()
+        if not whole or answers.shape != expected or int(answers.reshape(len(targets), -1)[:, 0].min()) < 0:
+            raise UserError(
+                f"The metric {self.name} of a set answers {_shown(answers)} for {len(targets)} images; expected "
+                f"integers {expected}, the first of each image 0 or above."
+            )
 
     def _checked(self, scores: Any, n_images: int) -> Tensor:
         if not isinstance(scores, Tensor) or scores.shape != (n_images,):
@@ -286,9 +298,10 @@ def with_objective(images: LabelledImages, objective: Objective) -> LabelledImag
     if images.n_classes < 1:
         objective = objective.suited(images.batch(torch.arange(min(SEEN, len(images))))[1])
     if objective.is_top1 and images.n_classes < 1:
+        targets = images.batch(torch.arange(min(SEEN, len(images))))[1]
         raise UserError(
-            f"A target is {_shown(images.batch(torch.arange(1))[1][0])}, but top-1 accuracy needs one integer label "
-            "per image; choose another metric, e.g.",
+            f"A target is {_shown(targets[0])}, but top-1 accuracy needs one integer label per image"
+            f"{_as_labels_would_be(targets)}; choose another metric, e.g.",
             python="MeanIoU for class maps, BinaryAccuracy for several yes-or-no labels, MeanAveragePrecision for "
             "boxes, Within for numbers, as in Settings(metric=keepdrop.Within(0.1)).",
             typed="metric=mean_iou for class maps, metric=binary for yes-or-no labels, metric=mean_average_precision "
@@ -296,6 +309,15 @@ def with_objective(images: LabelledImages, objective: Objective) -> LabelledImag
         )
     bare = images.images if isinstance(images, ImagesWithObjective) else images
     return bare if objective == TOP1 else ImagesWithObjective(bare, objective)
+
+
+def _as_labels_would_be(targets: Tensor) -> str:
+    """How targets that are labels in another form become integers; "" for others."""
+    if targets.dim() == 2 and bool(((targets == 0) | (targets == 1)).all() and (targets.sum(1) == 1).all()):
+        return " (these look one-hot: targets.argmax(1) are their labels)"
+    if targets[0].numel() == 1 and targets.is_floating_point() and bool((targets == targets.round()).all()):
+        return " (these are whole numbers: targets.long() are labels)"
+    return ""
 
 
 def objective_of(images: LabelledImages) -> Objective:

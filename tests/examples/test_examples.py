@@ -42,6 +42,20 @@ def test_own_loop_was_what_trained():
     assert calls[-1] == {"epochs": 2} and 2 <= len(calls) <= 3
 
 
+def test_detector_pruned_and_trained_in_its_own_loop(capsys, tmp_path):
+    result, again = example("detection").main(
+        images=160, epochs=12, updates=1, tuning=3, layers=["stage4*", "lateral4"]
+    )
+    assert result.macs < 0.97 * result.base_macs and result.base_accuracy > 0.1 and result.accuracy > 0.1
+    assert {each.name for each in result.layers} == {"stage4.0.0", "stage4.1.0", "lateral4"}
+    assert result.metric == "MeanAveragePrecision(decode=decode, iou=0.5)"
+    printed = capsys.readouterr().out
+    for name, value in (("dense", result.base_accuracy), ("cut", result.pruned_accuracy), ("tuned", result.accuracy)):
+        assert f"mAP at 0.5, {name}: {value:.3f}" in printed
+    assert type(again).__name__ == "Detector" and (tmp_path / "detector.pt").is_file()
+    assert torch.equal(again(result.example), result.model(result.example))
+
+
 @pytest.fixture
 def torchvision_beside_any_torch():
     """torchmetrics, which Lightning imports, imports torchvision where it is installed."""
