@@ -5,6 +5,7 @@ Hydra's own help says the same, but composes every group for it and needs torch:
 
 from __future__ import annotations
 
+import textwrap
 from importlib import resources
 
 from omegaconf import DictConfig, OmegaConf
@@ -12,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from ..config.cli_errors import CONF, groups
 
 _GROUPS = "$APP_CONFIG_GROUPS"
+WIDTH = 120
 FLAGS = ("--help", "-h")
 OF_TRAINING = ("experiment", "policy", "reward")  # groups that say how an agent is trained
 
@@ -19,8 +21,12 @@ OF_TRAINING = ("experiment", "policy", "reward")  # groups that say how an agent
 def command_help(root: str) -> str:
     """Help of the command whose root configuration is `root`."""
     config = OmegaConf.merge(_read("common.yaml"), _read(f"{root}.yaml"))
-    lines = [f"{name}: {', '.join(options)}\n" for name, options in offered(root).items()]
+    lines = [_wrapped(f"{name}: {', '.join(options)}") for name, options in offered(root).items()]
     return str(config.hydra.help.template).replace(_GROUPS, "".join(lines)).rstrip()
+
+
+def _wrapped(line: str) -> str:
+    return textwrap.fill(line, WIDTH, subsequent_indent="  ", break_on_hyphens=False) + "\n"
 
 
 def offered(root: str) -> dict[str, list[str]]:
