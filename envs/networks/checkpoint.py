@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
 import pickle
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,16 +33,17 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, key: str 
 
     Reads torch files (`weights_only=True`) and `.safetensors`. `key` names the entry of the file that holds the state
     dict; without it `state_dict`, `model_state_dict`, `model`, `net` and `weights` are unwrapped, or else the usual
-    names of averaged weights. Where the names do not agree as they are, `module` and `_orig_mod` are taken out of them
-    on both sides, then the name under which another module holds the network; masks of `torch.nn.utils.prune` are
-    multiplied in. Missing `num_batches_tracked` counters keep the model's value.
+    names of averaged weights, or the one entry that fits the model. Where the names do not agree as they are, `module`
+    and `_orig_mod` are taken out of them on both sides, then the name under which another module holds the network;
+    masks of `torch.nn.utils.prune` are multiplied in, and the weights that weight norm or spectral norm makes are made.
+    Missing `num_batches_tracked` counters keep the model's value.
 
     Raises UserError, with the model untouched, when the file is missing, damaged, needs unpickling, holds no state
     dict, does not fit the model (the first keys and shapes are named) or holds NaN.
     """
     path = Path(path)
     expected = model.state_dict()
-    state = _fitted(_state_dict_in(read_tensors(path), key, path), expected, path)
+    state = _fitted(_state_dict_in(read_tensors(path), key, path, expected), expected, path)
     missing = [name for name in expected if name not in state]
     state |= {name: expected[name] for name in missing if name.endswith(COUNTER)}
     _check_fit(state, expected, path)
@@ -72,18 +75,30 @@ def read_tensors(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # settings beside the weights; it does nothing
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(_unpickling_sentence(path, str(error))) from error
     except PermissionError as error:
         raise UserError(f"Checkpoint '{path}' cannot be read: permission denied.") from error
     # A damaged file makes torch's reader raise almost anything, from EOFError to UnicodeDecodeError.
     except Exception as error:
+        if "TorchScript" in str(error):
+            raise UserError(
+                f"Checkpoint '{path}' is a TorchScript archive, which holds code beside the weights; save the weights "
+                "alone with torch.save(torch.jit.load(path).state_dict(), another_path)."
+            ) from error
         raise UserError(_damaged_sentence(path)) from error
 
 
 def _damaged_sentence(path: Path) -> str:
     size = path.stat().st_size
+    with path.open("rb") as stream:
+        start = stream.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        return f"Checkpoint '{path}' is a pointer of Git LFS, not the weights; fetch them with git lfs pull."
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        return f"Checkpoint '{path}' is a web page, not the weights: the download failed; download the file again."
     return f"Checkpoint '{path}' ({size} bytes) is truncated or not a torch or safetensors file; copy it again."
 
 
@@ -97,7 +112,7 @@ def _unpickling_sentence(path: Path, message: str) -> str:
     )
 
 
-def _state_dict_in(content: Any, key: str | None, path: Path) -> dict[str, Tensor]:
+def _state_dict_in(content: Any, key: str | None, path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The mapping from names to tensors inside `content`."""
     if key is not None:
         if not isinstance(content, Mapping) or key not in content:
@@ -105,15 +120,35 @@ def _state_dict_in(content: Any, key: str | None, path: Path) -> dict[str, Tenso
             raise UserError(f"Checkpoint '{path}' has no entry '{key}'; it holds: {found[:200]}.")
         content = content[key]
     else:
-        content = next((content[name] for name in (*WRAPPER_KEYS, *EMA_KEYS) if _has_mapping(content, name)), content)
-    if isinstance(content, Mapping):
-        tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
-        if tensors and len(tensors) == len(content):
-            return tensors
+        found = next((content[name] for name in (*WRAPPER_KEYS, *EMA_KEYS) if _has_mapping(content, name)), content)
+        content = found if _as_tensors(found) else _entry_that_fits(content, expected, path)
+    if tensors := _as_tensors(content):
+        return tensors
+    held = f", only {', '.join(map(str, content))[:200]}" if isinstance(content, Mapping) and content else ""
     raise UserError(
-        f"Checkpoint '{path}' holds no state dict (a mapping from names to tensors); "
-        "save one with torch.save(model.state_dict(), path), or name the entry that holds it with key."
+        f"Checkpoint '{path}' holds no state dict (a mapping from names to tensors) that fits{held}; "
+        "save one with torch.save(model.state_dict(), path)."
     )
+
+
+def _as_tensors(content: Any) -> dict[str, Tensor]:
+    """A state dict; {} for anything else."""
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        return {}
+    return {str(name): value for name, value in content.items()}
+
+
+def _entry_that_fits(content: Any, expected: Mapping[str, Tensor], path: Path) -> Any:
+    """The one entry of a file whose names are the model's; `content` where there is none."""
+    entries = {str(name): _as_tensors(value) for name, value in content.items()} if isinstance(content, Mapping) else {}
+    fitting = {name: each for name, each in entries.items() if each and _fits(_fitted(each, expected, path), expected)}
+    plain = [name for name in fitting if "ema" not in name] or list(fitting)
+    if len(plain) > 1:
+        raise UserError(
+            f"Checkpoint '{path}' holds {len(plain)} networks that fit ({', '.join(plain)}); save the state dict of "
+            "one alone."
+        )
+    return fitting[plain[0]] if plain else content
 
 
 def _has_mapping(content: Any, name: str) -> bool:
@@ -128,7 +163,7 @@ def _fitted(state: dict[str, Tensor], expected: Mapping[str, Tensor], path: Path
     if _fits(state, expected):
         return state
     ours = {_bare(name): name for name in expected}
-    theirs = _without_masks({_bare(name): tensor for name, tensor in state.items()}, ours)
+    theirs = _made_plain({_bare(name): tensor for name, tensor in state.items()}, ours)
     theirs = {name: tensor for name, tensor in theirs.items() if name in ours or not name.endswith(FOREIGN)}
     if len(ours) < len(expected) or len(theirs) > len(state):
         return state
@@ -148,14 +183,50 @@ def _bare(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
-def _without_masks(state: dict[str, Tensor], ours: Collection[str]) -> dict[str, Tensor]:
-    """Tensors masked by `torch.nn.utils.prune` made permanent: `weight_orig * weight_mask` becomes `weight`."""
+def _made_plain(state: dict[str, Tensor], ours: Collection[str]) -> dict[str, Tensor]:
+    """Weights that a file holds in parts, made: masked ones, and what weight norm and spectral norm make.
+
+    Of both norms the older form (`weight_orig`) and that of parametrizations. A model that holds parts itself gets
+    them as they are.
+    """
+    if any(_PARTS.fullmatch(name) for name in ours):
+        return state
     found = dict(state)
     for name in state:
-        whole = name.removesuffix("_orig")
-        if whole != name and f"{whole}_mask" in state and whole in ours:
-            found[whole] = found.pop(name) * found.pop(f"{whole}_mask")
+        match = _PARTS.fullmatch(name)
+        if match is None:
+            continue
+        for first, *rest, make in _MAKERS:
+            names = [match["stem"] + part for part in (first, *rest)]
+            if name == names[0] and all(each in found for each in names):
+                whole = match["stem"].replace("parametrizations.", "").removesuffix(".")
+                found[whole] = make(*(found.pop(each) for each in names))
+                break
     return found
+
+
+def _weight_normed(length: Tensor, direction: Tensor) -> Tensor:
+    """Weight norm: `length` says by its sides which of the weight's dimensions have one each."""
+    dims = [dim for dim in range(direction.dim()) if length.dim() == 0 or length.shape[dim] == 1]
+    return direction * (length / torch.linalg.vector_norm(direction, dim=dims, keepdim=True))
+
+
+def _spectral_normed(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Spectral norm, by its stored vectors; of a transposed convolution they belong to the second dimension."""
+    matrices = (weight.movedim(dim, 0).flatten(1) for dim in (0, 1))
+    sizes = (len(left), len(right))
+    # Vectors that have converged give the largest value for the dimension that they belong to.
+    return weight / max(torch.dot(left, matrix @ right) for matrix in matrices if tuple(matrix.shape) == sizes)
+
+
+_PARTS = re.compile(r"(?P<stem>.*?(parametrizations\.\w+\.|\w+))(original0?|_orig|_g)")
+_MAKERS: tuple[tuple[Any, ...], ...] = (
+    ("_orig", "_mask", torch.mul),
+    ("_orig", "_u", "_v", _spectral_normed),
+    ("_g", "_v", _weight_normed),
+    ("original0", "original1", _weight_normed),
+    ("original", "0._u", "0._v", _spectral_normed),
+)
 
 
 def _without_parents(

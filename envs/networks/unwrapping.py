@@ -1,14 +1,18 @@
-"""The plain network inside what people bring: DataParallel, torch.compile, EMA copies, pruning masks, lazy modules."""
+"""The plain network inside what people bring: DataParallel, torch.compile, EMA, masks, spectral norm, lazy modules."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
-from torch.nn.utils import prune
+from torch.nn.utils import parametrizations, parametrize, prune, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDictPreHook
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.optim.swa_utils import AveragedModel
 
 from ...errors import UserError, first_line
@@ -19,18 +23,25 @@ from .module_kinds import Inputs, run
 
 _WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel)
 _HOLDERS = ("module", "ema", "ema_model", "model")
+_REMOVERS: dict[type, Any] = {SpectralNorm: remove_spectral_norm, WeightNorm: remove_weight_norm}
+_NORMS = (parametrizations._SpectralNorm, parametrizations._WeightNorm)
+_NORMALISED = re.compile(r"(.*?)\.?(weight_g|weight_orig|parametrizations\.\w+\.original0?)")
 
 
-def plain_network(model: Any, example_inputs: Inputs | None = None) -> tuple[nn.Module, tuple[str, ...]]:
+def plain_network(
+    model: Any, example_inputs: Inputs | None = None, normalised: Collection[str] = ()
+) -> tuple[nn.Module, tuple[str, ...]]:
     """A copy of the network that `model` is, or holds, in the form that is pruned; `model` stays as it is.
 
     Taken off, at the top and inside: DataParallel, DistributedDataParallel, `torch.compile`, AveragedModel, and holders
     without a forward of their own (EMA copies). A wrapper that computes something itself is a part of the network, and
-    stays. Masks of `torch.nn.utils.prune` are made permanent, and lazy modules get their sizes from one forward pass.
+    stays. Masks of `torch.nn.utils.prune` are made permanent, so are the weights that torch's weight norm and spectral
+    norm make, and lazy modules get their sizes from one forward pass.
 
     Args:
         model: a network, or an object that holds one as its module, ema, ema_model or model.
         example_inputs: what the network runs on; needed for lazy modules alone.
+        normalised: modules whose weight norm stays, as files of earlier versions have it.
 
     Returns the copy, on the device it came from and in its mode, and a sentence on everything that was changed.
     Raises UserError for what is no network, cannot be copied or, being lazy, does not run on the example.
@@ -47,10 +58,23 @@ def plain_network(model: Any, example_inputs: Inputs | None = None) -> tuple[nn.
             f"Masks of torch.nn.utils.prune on {', '.join(masked[:3])}{' and others' if len(masked) > 3 else ''} were "
             "made permanent: what they hide is zero, and training may change it."
         )
+    if folded := _fold_norms(network, normalised):
+        notes.append(
+            f"Weight or spectral norm of {', '.join(folded[:3])}{' and others' if len(folded) > 3 else ''} was made "
+            "permanent: the weights are what it made them, and training no longer normalises them."
+        )
     if is_lazy(network):
         _materialise(network, example_inputs)
         notes.append("Lazy modules got their sizes from one image.")
     return network, tuple(notes)
+
+
+def is_wrapped(model: Any) -> bool:
+    """Whether the network, or a part of it, is inside something that `plain_network` takes off."""
+    if not isinstance(model, nn.Module) or _inside(model) is not None:
+        return True
+    parts = (child for module in nn.Module.modules(model) for child in module.children())
+    return any(_has_forward(child) and _inside(child) is not None for child in parts)
 
 
 def is_lazy(model: nn.Module) -> bool:
@@ -120,6 +144,66 @@ def _make_permanent(network: nn.Module) -> list[str]:
                 prune.remove(module, hook._tensor_name)
                 found.append(f"{name}.{hook._tensor_name}".lstrip("."))
     return found
+
+
+def _fold_norms(network: nn.Module, kept: Collection[str]) -> list[str]:
+    """Make the weights of torch's weight norm and spectral norm permanent, in place; returns their modules' names.
+
+    Both look at all of a weight, so that no input of it could be cut without changing what is left.
+    """
+    found = []
+    for name, module in [each for each in network.named_modules() if each[0] not in kept]:
+        hooks = [hook for hook in module._forward_pre_hooks.values() if type(hook) in _REMOVERS]
+        made = _norms_of(module)
+        with evaluating(module):  # training would move the vectors of a spectral norm
+            for hook in hooks:
+                trained = any(module._parameters[hook.name + end].requires_grad for end in _ends(module, hook.name))
+                _REMOVERS[type(hook)](module, hook.name)
+                module.get_parameter(hook.name).requires_grad_(trained)
+                _forget_loading(module)
+            _unparametrise(module, made)
+        found += [name] if hooks or made else []
+    return found
+
+
+def _ends(module: nn.Module, name: str) -> list[str]:
+    """How the names of the parts go on that a hook makes a tensor of."""
+    return [end for end in ("_orig", "_g", "_v") if name + end in module._parameters]
+
+
+def _unparametrise(module: nn.Module, made: Iterable[str]) -> None:
+    """`parametrize.remove_parametrizations`; copies of the module, and frozen tensors, stay what they are."""
+    kind = type(module)
+    for name in made:
+        if type(module) is kind:  # torch takes a property off the class, which copies share
+            own = {key: value for key, value in vars(kind).items() if key not in ("__dict__", "__weakref__")}
+            module.__class__ = type(kind.__name__, kind.__bases__, own)
+        with torch.enable_grad():
+            parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+        if name in module._buffers:  # torch's idea of a frozen parameter
+            value = module.get_buffer(name)
+            del module._buffers[name]
+            module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+
+
+def _forget_loading(module: nn.Module) -> None:
+    """Take off the hook that still asks for a spectral norm's tensors: torch wraps it and then misses it."""
+    for key, hook in list(module._load_state_dict_pre_hooks.items()):
+        if isinstance(getattr(hook, "hook", hook), SpectralNormLoadStateDictPreHook):
+            del module._load_state_dict_pre_hooks[key]
+
+
+def normalised_in(tensors: Iterable[str]) -> set[str]:
+    """The modules whose tensors in a file, by these names, are what weight norm or spectral norm starts from."""
+    return {found.group(1) for name in tensors if (found := _NORMALISED.fullmatch(name))}
+
+
+def _norms_of(module: nn.Module) -> list[str]:
+    """Tensors that torch's weight norm or spectral norm alone makes."""
+    if not parametrize.is_parametrized(module):
+        return []
+    made: Any = module.parametrizations
+    return [name for name, steps in made.items() if all(isinstance(step, _NORMS) for step in steps)]
 
 
 def _materialise(network: nn.Module, example_inputs: Inputs | None) -> None:

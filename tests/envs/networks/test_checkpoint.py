@@ -1,5 +1,6 @@
 """Checkpoints: what loads, what is refused with which sentence, and that a refusal leaves the model as it was."""
 
+import argparse
 import errno
 import os
 import re
@@ -176,6 +177,32 @@ def test_checkpoint_that_wants_unpickling(tmp_path, model, content):
 def test_file_without_a_state_dict(tmp_path, model, content):
     torch.save(content, tmp_path / "w.pt")
     assert "holds no state dict (a mapping from names to tensors)" in refusal(model, tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("content", [
+    lambda own: {"generator": own, "discriminator": {"x": torch.ones(2)}},
+    lambda own: {"params": own, "params_ema": {name: 0.5 * value for name, value in own.items()}},
+    lambda own: {"best": {f"module.{name}": value for name, value in own.items()}, "epoch": 3},
+    lambda own: {"model": own, "args": argparse.Namespace(lr=0.1, layers=[1, 2])},
+])  # fmt: skip
+def test_the_one_entry_that_fits(tmp_path, model, other, content):
+    torch.save(content(other.state_dict()), tmp_path / "w.pt")
+    load_checkpoint(model, tmp_path / "w.pt")
+    assert hash_state(model) == hash_state(other)
+
+
+def test_two_entries_that_fit_are_named(tmp_path, model, other):
+    torch.save({"teacher": other.state_dict(), "student": other.state_dict()}, tmp_path / "w.pt")
+    assert "holds 2 networks that fit (teacher, student)" in refusal(model, tmp_path / "w.pt")
+
+
+def test_files_that_are_no_checkpoints_are_named(tmp_path, model):
+    torch.jit.trace(model.eval(), torch.zeros(1, 1, 8, 8)).save(tmp_path / "script.pt")
+    assert "is a TorchScript archive" in refusal(model, tmp_path / "script.pt")
+    (tmp_path / "lfs.pt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    assert "is a pointer of Git LFS, not the weights" in refusal(model, tmp_path / "lfs.pt")
+    (tmp_path / "page.safetensors").write_text("<!DOCTYPE html><html>Quota exceeded</html>")
+    assert "is a web page, not the weights" in refusal(model, tmp_path / "page.safetensors")
 
 
 def test_wrong_architecture_names_keys_and_shapes(tmp_path, model):

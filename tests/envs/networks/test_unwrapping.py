@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from keepdrop.envs.networks.checkpoint import hash_state
+from keepdrop.envs.groups.finding import find_groups
+from keepdrop.envs.networks.checkpoint import hash_state, load_checkpoint
 from keepdrop.envs.networks.unwrapping import plain_network
 from keepdrop.errors import UserError
 from torch import nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from torch.optim.swa_utils import AveragedModel
 from zoo import Viewed
 
@@ -153,3 +154,54 @@ def test_lazy_heads_of_training_get_their_sizes_without_moving_statistics():
     never.spare = nn.LazyLinear(3)
     with pytest.raises(UserError, match="lazy module 'spare' of LazyHead runs neither in evaluation nor in training"):
         plain_network(never, IMAGES[:1])
+
+
+NORMS = {
+    "weight": weight_norm,
+    "spectral": spectral_norm,
+    "weight, parametrised": parametrizations.weight_norm,
+    "weight, dimension 1": lambda module: parametrizations.weight_norm(module, dim=1),
+    "spectral, parametrised": parametrizations.spectral_norm,
+}
+
+
+def normalised(norm):
+    """Its weights far from those it began with, so that what makes them matters."""
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        norm(nn.Conv2d(3, 6, 3)), nn.ReLU(), norm(nn.ConvTranspose2d(6, 6, 3)), nn.Flatten(), norm(nn.Linear(384, 4))
+    )
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        for _ in range(20):
+            network.train()(IMAGES)
+    return network.eval()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`:FutureWarning")
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS.keys())
+def test_weight_and_spectral_norm_are_made_permanent(norm, tmp_path):
+    network = normalised(norm)
+    with torch.no_grad():
+        expected = network(IMAGES)
+        plain, notes = plain_network(network)
+        torch.testing.assert_close(plain(IMAGES), expected)
+        assert torch.equal(network(IMAGES), expected)  # what came in works as before
+    assert notes[0].startswith("Weight or spectral norm of 0, 2, 4 was made permanent") and len(notes) == 1
+    assert set(plain.state_dict()) == {f"{layer}.{key}" for layer in (0, 2, 4) for key in ("weight", "bias")}
+    assert find_groups(plain, IMAGES[:1]).names == ("0", "2")
+    for prefix in ("", "module.", "model."):
+        torch.save(
+            {"state_dict": {prefix + name: value for name, value in network.state_dict().items()}}, tmp_path / "w.pt"
+        )
+        fresh = plain_network(normalised(norm))[0]
+        nn.init.zeros_(fresh[0].weight)
+        load_checkpoint(fresh, tmp_path / "w.pt")
+        torch.testing.assert_close(fresh(IMAGES), expected)
+
+
+def test_groups_of_wrapped_and_of_lazy_networks():
+    names = find_groups(Viewed(3, 4), IMAGES[:1]).names
+    assert names and find_groups(nn.DataParallel(Viewed(3, 4)), IMAGES[:1]).names == names
+    assert find_groups(Lazy(), IMAGES[:1]).names == ("conv",)
