@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset, default_collate
 
-from ...errors import UserError
+from ...errors import UserError, summarised
 from .boxes import as_boxes, holds_boxes, padded
 from .images import ArrayImages, LabelledData, LabelledImages, as_targets
 from .packing import Packing, is_several, packed_batch
@@ -139,7 +139,7 @@ class DatasetImages:
         self._indices = torch.arange(len(dataset)) if indices is None else indices
         if len(self._indices) == 0:
             raise UserError("The dataset is empty; give at least one image.")
-        if box_room is None and holds_boxes(pair_of(dataset[int(self._indices[0])])[1]):
+        if box_room is None and holds_boxes(pair_of(_item(dataset, int(self._indices[0])))[1]):
             self.box_room = self._most_boxes()
         image, first = self._item(0)
         self.image_shape: tuple[int, ...] = tuple(image.shape)
@@ -153,7 +153,7 @@ class DatasetImages:
             self.n_classes = max(1, int(self.labels.max()) + 1)
 
     def _item(self, position: int) -> tuple[Tensor, Tensor]:
-        image, target = pair_of(self._dataset[int(self._indices[position])])
+        image, target = pair_of(_item(self._dataset, int(self._indices[position])))
         if self.box_room is None:
             return self._input(image), _target(target)
         return self._input(image), padded(self._boxes(target), self.box_room)
@@ -167,7 +167,7 @@ class DatasetImages:
     def _most_boxes(self) -> int:
         """Boxes of the image that has most; twice as many where they are not the same when they are read again."""
         with undisturbed():
-            targets = (pair_of(self._dataset[int(index)])[1] for index in self._indices)
+            targets = (pair_of(_item(self._dataset, int(index)))[1] for index in self._indices)
             most = max(len(self._boxes(target)) for target in targets)
             self.box_room = 2 * max(1, most)
             return max(1, most) if self._repeats_itself() else self.box_room
@@ -195,7 +195,7 @@ class DatasetImages:
         return self._labels
 
     def _label(self, position: int) -> int:
-        return _as_label(pair_of(self._dataset[int(self._indices[position])])[1])
+        return _as_label(pair_of(_item(self._dataset, int(self._indices[position])))[1])
 
     def _listed_labels(self) -> Tensor | None:
         """Labels that the dataset lists, (len,), where an even sample of its items has the same ones; else None."""
@@ -284,7 +284,7 @@ class CollatedItems:
         return len(self._dataset)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        images, targets = pair_of(self._collate([self._dataset[index]]))
+        images, targets = pair_of(self._collate([_item(self._dataset, index)]))
         if isinstance(images, Mapping):
             return {name: value[0] for name, value in images.items()}, targets[0]
         listed = isinstance(images, tuple | list) and len(images) > 1  # a list of one: that of images
@@ -307,6 +307,18 @@ def loaded(loader: DataLoader[Any], name: str) -> Any:
     if chosen is None:
         return dataset
     return Subset(dataset, list(dict.fromkeys(int(index) for index in chosen)))
+
+
+def _item(dataset: Any, index: int) -> Any:
+    """One item of the user's dataset, whose own mistakes (a damaged image) are a sentence."""
+    try:
+        return dataset[index]
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"Item {index} of a dataset cannot be read ({summarised(error)}); repair it, or leave it out."
+        ) from error
 
 
 def pair_of(item: Any) -> tuple[Any, Any]:

@@ -297,9 +297,11 @@ def same_sides(outputs: Tensor, targets: Tensor) -> bool:
 def _check_binary(targets: Tensor, ignored: int | None) -> None:
     odd = targets[(targets != 0) & (targets != 1) & _valid(targets, ignored)]
     if odd.numel():
+        found = float(odd[0])
+        masks = f" (of masks that hold 0 and {found:g}: mask == {found:g})" if found == int(found) else ""
         raise UserError(
-            f"The network returns one number per target, and targets hold {float(odd[0]):g}; expected 0 and 1 for one "
-            "logit each, a logit per class, or a metric for numbers (metric=closeness)."
+            f"The network returns one number per target, and targets hold {found:g}; expected 0 and 1 for one logit "
+            f"each{masks}, a logit per class, or a metric for numbers (metric=closeness)."
         )
 
 

@@ -21,13 +21,17 @@ import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from ...atomic import write_atomically
 from ...errors import UserError, first_line
+from ..data.packing import Packing, packed_batch
 from ..networks import built_in as networks
+from ..networks.answers import as_called, as_given
 from ..networks.copying import copied
-from ..networks.unwrapping import is_lazy, plain_network
+from ..networks.inputs import mapped, tensors_in
+from ..networks.modes import randomness_restored
+from ..networks.module_kinds import Inputs, run
+from ..networks.unwrapping import is_lazy, normalised_in, plain_network
 from ..surgery.cutting import cut_channels, find_module
 from ..surgery.kept_channels import KeptChannels
 from ..surgery.slicing import width
@@ -53,6 +57,7 @@ def save_pruned(
     constructor: Mapping[str, Any] | None = None,
     facts: Mapping[str, Any] | None = None,
     input_shape: Sequence[int] | None = None,
+    example: Inputs | None = None,
 ) -> None:
     """Write a pruned network into `folder` (made if missing).
 
@@ -65,11 +70,20 @@ def save_pruned(
         facts: anything else worth keeping (JSON).
         input_shape: (1, C, H, W) of an image; with it the file holds the network's answer to a fixed input, which
             loading compares: a constructor that differs in no shape is noticed.
+        example: in its place an input, of which shapes and types alone count: also a tuple of positional or a mapping
+            of keyword arguments.
 
     Raises UserError if `constructor` or `facts` is not JSON.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    example = as_called(model, example)
+    model, packing = as_given(model), None
+    if isinstance(example, Tensor):
+        input_shape = (1, *example.shape[1:])
+    elif example is not None:
+        several, packing = packed_batch(mapped(example, lambda value: value[:1]))
+        input_shape = several.shape
     own = _without_profile(model.state_dict())
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in own.items()}
     weights = save_tensors(tensors)
@@ -80,7 +94,7 @@ def save_pruned(
         "widths": {name: dict(axes) for name, axes in kept.widths.items()},
         "tensors": {name: _described(value) for name, value in tensors.items()},
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
-        "probe": None if input_shape is None else _probe_of(model, input_shape),
+        "probe": None if input_shape is None else _probe_of(model, input_shape, packing),
     }
     try:
         whole = {**core, "checksum": _checksum(core), "versions": _versions(), "facts": dict(facts or {})}
@@ -112,7 +126,7 @@ def load_pruned(folder: str | Path, constructor: Callable[[], nn.Module] | None 
         tensors = load_tensors(weights)
     except Exception as error:
         raise UserError(f"{Path(folder) / WEIGHTS} is not a safetensors file ({error}).") from error
-    dense = _dense(core["constructor"], constructor, len(tensors), core["probe"])
+    dense = _dense(core["constructor"], constructor, tensors, core["probe"])
     _check_widths(dense, core["kept"], core["widths"])
     model = cut_channels(dense, core["kept"])
     _fill(model, tensors, core["tensors"])
@@ -160,7 +174,9 @@ def _check_form(path: Path, core: Mapping[str, Any]) -> None:
         raise UserError(f"{path} is damaged: 'kept', 'widths' or 'tensors' is not sorted by module; restore it.")
 
 
-def _dense(stored: Any, constructor: Callable[[], nn.Module] | None, n_tensors: int, probe: Any) -> nn.Module:
+def _dense(
+    stored: Any, constructor: Callable[[], nn.Module] | None, tensors: Mapping[str, Tensor], probe: Any
+) -> nn.Module:
     """The dense network, without wrappers (`plain_network`).
 
     One of keepdrop's own has no storage yet, so that no number in a file can ask for too much.
@@ -175,7 +191,7 @@ def _dense(stored: Any, constructor: Callable[[], nn.Module] | None, n_tensors: 
                 "pass it yourself: load_pruned(folder, constructor)."
             )
         maker, kwargs = BUILT_IN[target], {key: value for key, value in stored.items() if key != "_target_"}
-        if max(_numbers(kwargs), default=0) > LARGEST or max(_numbers(kwargs.get("depth")), default=0) > n_tensors:
+        if max(_numbers(kwargs), default=0) > LARGEST or max(_numbers(kwargs.get("depth")), default=0) > len(tensors):
             raise UserError(f"The file asks for an absurdly large network ({str(kwargs)[:80]}); restore it.")
         constructor, device = lambda: maker(**kwargs), torch.device("meta")
     try:
@@ -185,8 +201,8 @@ def _dense(stored: Any, constructor: Callable[[], nn.Module] | None, n_tensors: 
         raise UserError(f"The constructor of the dense network fails ({type(error).__name__}: {error}).") from error
     if not isinstance(dense, nn.Module):
         raise UserError(f"The constructor of the dense network returned a {type(dense).__name__}, expected a module.")
-    example = _probe_input(_checked_probe(probe)[0]) if probe is not None and is_lazy(dense) else None
-    return plain_network(dense, example)[0]
+    example = _probe_input(*_checked_probe(probe)[:2]) if probe is not None and is_lazy(dense) else None
+    return plain_network(dense, example, normalised_in(tensors))[0]
 
 
 def _numbers(value: Any) -> list[float]:
@@ -231,19 +247,24 @@ def _without_profile(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in tensors.items() if name.rpartition(".")[2] not in PROFILED}
 
 
-def _probe_of(model: nn.Module, shape: Sequence[int]) -> dict[str, Any] | None:
-    """Shape and outputs, as JSON; None for a network that does not answer in finite numbers."""
-    outputs = _answer(copied(model).cpu().eval(), shape)
-    return {"shape": list(shape), "outputs": outputs} if all(map(math.isfinite, outputs)) else None
+def _probe_of(model: nn.Module, shape: Sequence[int], packing: Packing | None) -> dict[str, Any] | None:
+    """Shape and outputs, as JSON; None for a network that answers by chance, or not in finite numbers."""
+    probed = copied(model).cpu().eval()
+    with randomness_restored():
+        outputs, again = (_answer(probed, shape, packing) for _ in range(2))
+    if outputs != again:
+        return None
+    several = {} if packing is None else {"inputs": packing.facts()}
+    return {"shape": list(shape), **several, "outputs": outputs} if all(map(math.isfinite, outputs)) else None
 
 
 def _check_probe(model: nn.Module, probe: Any) -> None:
     """Raise UserError if `model` (evaluation mode, CPU) answers otherwise; None was not asked and passes."""
     if probe is None:
         return
-    shape, expected = _checked_probe(probe)
+    shape, packing, expected = _checked_probe(probe)
     try:
-        got = _answer(model, shape)
+        got = _answer(model, shape, packing)
     except Exception as error:
         raise UserError(
             f"The constructor's network does not run on the file's probe {shape} ({first_line(error)})."
@@ -257,7 +278,8 @@ def _check_probe(model: nn.Module, probe: Any) -> None:
         )
 
 
-def _checked_probe(probe: Any) -> tuple[list[int], list[float]]:
+def _checked_probe(probe: Any) -> tuple[list[int], Packing | None, list[float]]:
+    """Shape of the input, how several inputs lie in it, and outputs."""
     known: Mapping[str, Any] = probe if isinstance(probe, Mapping) else {}
     shape: Any = known.get("shape")
     outputs: Any = known.get("outputs")
@@ -265,19 +287,32 @@ def _checked_probe(probe: Any) -> tuple[list[int], list[float]]:
     numbers = isinstance(outputs, list) and all(type(each) in (int, float) for each in outputs)
     if not whole or not numbers or math.prod(shape) > LARGEST_INPUT:
         raise UserError("The file's 'probe' is damaged; restore it.")
-    return shape, outputs
+    return shape, _checked_packing(known.get("inputs"), shape), outputs
+
+
+def _checked_packing(facts: Any, shape: list[int]) -> Packing | None:
+    if facts is None:
+        return None
+    try:
+        packing = Packing.from_facts(facts)
+    except ValueError as error:
+        raise UserError("The file's 'probe' is damaged; restore it.") from error
+    if shape != [1, 1, sum(each.size for each in packing.inputs)]:
+        raise UserError("The file's 'probe' is damaged; restore it.")
+    return packing
 
 
 @torch.no_grad()
-def _answer(model: nn.Module, shape: Sequence[int]) -> list[float]:
+def _answer(model: nn.Module, shape: Sequence[int], packing: Packing | None = None) -> list[float]:
     dtype = next((each.dtype for each in model.parameters() if each.is_floating_point()), torch.float32)
-    outputs = [each for each in tree_leaves(model(_probe_input(shape, dtype))) if isinstance(each, Tensor)]
+    outputs = tensors_in(run(model, _probe_input(shape, packing, dtype)))
     return [number for each in outputs for number in each.double().flatten().tolist()]
 
 
-def _probe_input(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+def _probe_input(shape: Sequence[int], packing: Packing | None = None, dtype: torch.dtype = torch.float32) -> Any:
     # No random numbers: their generator may change from version to version.
-    return torch.sin(0.37 * torch.arange(math.prod(shape), dtype=torch.float64)).reshape(list(shape)).to(dtype)
+    made = torch.sin(0.37 * torch.arange(math.prod(shape), dtype=torch.float64)).reshape(list(shape)).to(dtype)
+    return made if packing is None else packing.unpacked(made.abs())  # whole numbers may be indices
 
 
 def _described(value: Tensor) -> dict[str, Any]:

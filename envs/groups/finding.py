@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ...errors import UserError
+from ..networks.answers import as_called, as_given, without_say
 from ..networks.copying import copied
 from ..networks.module_kinds import Inputs, is_conv, is_depthwise, is_leaf, is_transposed
+from ..networks.unwrapping import is_lazy, is_wrapped, plain_network
 from ..surgery.filter_group import Axis, Cut, FilterGroup, GroupPlan, Skipped
 from ..surgery.shared_weights import shared_parameters
 from ..surgery.slicing import axes_of_parameter, tensor_axis
@@ -41,6 +43,7 @@ BATCH_MATTERS = (
 NOT_TRAINED = (
     "The network does not run in training mode on the example alone ({why}): what runs there only was not looked at."
 )
+SILENT = "it reaches no output that the metric looks at, so nothing would notice its loss (network.output)"
 TRAINING_ONLY = "it runs in training mode only, where no mask can be judged"
 
 Key = tuple[str, Axis]
@@ -52,7 +55,8 @@ def find_groups(model: nn.Module, example_inputs: Inputs, *, verify: bool = True
     """Find the filter groups of `model`, in the order in which their root convolutions run.
 
     Args:
-        model: any network; it is copied, never changed.
+        model: any network; it is copied, never changed. Groups are named as in the plain network (`plain_network`):
+            wrappers such as DataParallel are taken off, lazy modules get their sizes from the example.
         example_inputs: what it runs on: a tensor (B, C, H, W), a tuple of positional or a mapping of keyword arguments.
         verify: check masked == pruned for every group, on random weights and inputs in float64 (`Verifier`).
 
@@ -61,6 +65,10 @@ def find_groups(model: nn.Module, example_inputs: Inputs, *, verify: bool = True
     Raises UserError if the network cannot be copied or does not run on the example.
     """
     example_inputs = tree_map_only(Tensor, Tensor.cpu, example_inputs)
+    silent = without_say(model, example_inputs)
+    model, example_inputs = as_given(model), as_called(model, example_inputs)
+    if is_wrapped(model) or is_lazy(model):
+        model = plain_network(model, example_inputs)[0]
     owners = _trace(model, example_inputs)
     found = _assemble(model, owners)
     notes = _notes(owners)
@@ -76,6 +84,8 @@ def find_groups(model: nn.Module, example_inputs: Inputs, *, verify: bool = True
     for group in found:
         if group.n_filters == 1:
             refused.setdefault(group.name, "it has a single filter to decide on, which must stay")
+        if group.cuts[0].module in silent:
+            refused.setdefault(group.name, SILENT)
     groups = tuple(group for group in found if group.name not in refused)
     return GroupPlan(groups, tuple(_skipped(model, owners, groups, _reasons(found, refused))), tuple(notes))
 

@@ -16,10 +16,11 @@ from torch import nn
 
 from ...envs.data.datasets import from_datasets
 from ...envs.data.objective import Objective
+from ...envs.data.packing import packing_of
 from ...envs.evaluation.mask_evaluator import accuracy_on
+from ...envs.networks.answers import as_called, as_given, ready_network
 from ...envs.networks.copying import copied
 from ...envs.networks.cost import count_cost
-from ...envs.networks.unwrapping import plain_network
 from ...envs.surgery.kept_channels import KeptChannels
 from ...envs.surgery.limits import check_limits
 from ...envs.task import PruningTask
@@ -68,7 +69,8 @@ class Job:
         data, objective = from_datasets(train, test), Objective(chosen.metric, chosen.loss)
         self.splits = three_splits(data, chosen.reward_from, chosen.reward_size, chosen.split_seed, objective)
         check_augment(augment, self.splits.fit)
-        plain, self.notes = plain_network(model, self.splits.reward.batch(torch.arange(1))[0])
+        image = self.splits.reward.batch(torch.arange(1))[0]
+        plain, self.notes = ready_network(model, image, chosen.output, packing_of(data.train))
         for note in self.notes:
             warnings.warn(note, Notice, stacklevel=4)
         self.dense = plain.eval().to(where)
@@ -86,9 +88,15 @@ class Job:
         self.reporter = Reporter(progress)
 
     def check_training(self, *chosen: TrainSettings | OwnLoop | None) -> None:
-        """Try one step of keepdrop's own training, if there is to be one; UserError where it fails."""
+        """Try one step of keepdrop's own training, if there is to be one; UserError where it fails.
+
+        What makes the network's accuracies uncertain is said here, as well: nothing was searched yet.
+        """
         own = [each for each in chosen if isinstance(each, TrainSettings)]
         try_training(self.dense, self.splits, own, self.task.groups)
+        for note in self.task.plan.notes:
+            warnings.warn(note, Notice, stacklevel=3)
+        self.notes += self.task.plan.notes
 
     def recovery(self, chosen: TrainSettings | OwnLoop | None) -> Recovery:
         """What follows each cut."""
@@ -136,9 +144,9 @@ class Job:
         before, after = count_cost(dense, example), count_cost(tuned, example)
         base, cut, final = (accuracy_on(model, splits.report) for model in (dense, pruned, tuned))
         return PruningResult(
-            model=tuned,
-            cut=copied(pruned).eval(),
-            dense=dense,
+            model=as_given(tuned),
+            cut=as_given(copied(pruned).eval()),
+            dense=as_given(dense),
             layers=tuple(records),
             base_accuracy=base,
             pruned_accuracy=cut,
@@ -149,7 +157,7 @@ class Job:
             params=after.params,
             bound_held=all(record.within_bound for record in records),
             kept=kept,
-            example=example,
+            example=as_called(dense, example),
             metric=self.task.objective.name,
             notes=self.notes,
         )

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ...envs.data.objective import TOP1, display_name
 from ...envs.files.pruned_network import save_pruned
+from ...envs.networks.module_kinds import Inputs
 from ...envs.surgery.kept_channels import KeptChannels
 from ..deploy.latency import Latency, measure_latency
 from ..pruning.schedule import LayerRecord
@@ -33,11 +33,12 @@ class PruningResult:
         base_params, params: parameters, before and after.
         bound_held: whether the drop bound held after every cut, on the reward images.
         kept: which channels of the dense network are left.
-        example: one image (1, C, H, W).
+        example: one image (1, C, H, W), or one item of several inputs as the network is called with it.
         metric: what the accuracies are.
         cut: the smaller network as it was cut, before fine-tuning, in evaluation mode.
         finetuning: what the reward images said of fine-tuning (`kept`, `before`, `after`, `lr`); None without any.
-        notes: what was changed in the network before it was pruned (wrappers taken off, masks made permanent).
+        notes: what was changed in the network before it was pruned (wrappers taken off, masks made permanent), and what
+            makes its accuracies uncertain (random numbers in evaluation mode, statistics of the batch).
     """
 
     model: nn.Module
@@ -52,7 +53,7 @@ class PruningResult:
     params: int
     bound_held: bool
     kept: KeptChannels
-    example: torch.Tensor
+    example: Inputs
     metric: str = TOP1.name
     notes: tuple[str, ...] = ()
     cut: nn.Module | None = None
@@ -68,8 +69,9 @@ class PruningResult:
 
     def save(self, folder: str | Path, constructor: Mapping[str, Any] | None = None) -> None:
         """Write `model.safetensors` and `architecture.json`, which `keepdrop.load_pruned(folder, make_dense)` reads."""
-        shape = tuple(self.example.shape)
-        save_pruned(self.model, folder, kept=self.kept, constructor=constructor, facts=self.facts(), input_shape=shape)
+        save_pruned(
+            self.model, folder, kept=self.kept, constructor=constructor, facts=self.facts(), example=self.example
+        )
 
     def latency(self, batch_sizes: Sequence[int] = (1, 64), repeats: int = 20) -> tuple[Latency, ...]:
         """Seconds of both networks, measured side by side here and now."""

@@ -64,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
+    if arguments[:1] == ["--quiet"]:  # as well in front of the command as behind it
+        arguments = [*arguments[1:], "--quiet"]
     try:
         with terminable(), notices_on_stderr():
             sys.exit(run(arguments))

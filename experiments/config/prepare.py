@@ -12,6 +12,7 @@ from torch import nn
 
 from ...agent.learning.trainer import AgentSettings
 from ...agent.saved_agent import check_agent
+from ...envs.data.packing import packing_of
 from ...envs.data.splits import Splits
 from ...envs.groups.finding import find_groups
 from ...envs.networks.cost import count_cost
@@ -47,7 +48,10 @@ from .schema import SearchConfig
 
 @dataclass
 class Inputs:
-    """The checked inputs of a pruning command; `dense` and `base` are None where the base is yet to be trained."""
+    """The checked inputs of a pruning command; `dense` and `base` are None where the base is yet to be trained.
+
+    `notes` is what makes accuracies of this network less than certain (`GroupPlan.notes`).
+    """
 
     splits: Splits
     construct: NetworkConstructor
@@ -59,6 +63,7 @@ class Inputs:
     evaluation: EvaluationSettings
     limits: Limits
     seed: int
+    notes: tuple[str, ...] = ()
 
     def task(self, dense: nn.Module) -> PruningTask:
         """The pruning task on the dense network."""
@@ -91,7 +96,7 @@ def prepare(config: DictConfig, layers: Sequence[str] | None) -> Inputs:
     splits = build_splits(config)
     check_augmentation(config, splits)
     image = splits.reward.batch(torch.arange(1))[0]
-    construct = NetworkConstructor(config.network, derive_seed(config.seed, "init"), image)
+    construct = NetworkConstructor(config.network, derive_seed(config.seed, "init"), image, packing_of(splits.fit))
     dense = base = None
     if config.checkpoint is not None:
         try_network(construct(), splits)
@@ -105,9 +110,11 @@ def prepare(config: DictConfig, layers: Sequence[str] | None) -> Inputs:
     groups = select_groups(plan, layers)
     check_limits(limits, model, plan, groups)
     try_training(model, splits, _trainings(config), groups)
+    for note in plan.notes:
+        warnings.warn(note, Notice, stacklevel=2)
     if "drop_bound" in config:
         check_fineness(config.drop_bound, len(splits.reward))
-    return Inputs(splits, construct, device, groups, dense, base, layers, evaluation, limits, config.seed)
+    return Inputs(splits, construct, device, groups, dense, base, layers, evaluation, limits, config.seed, plan.notes)
 
 
 def check_augmentation(config: DictConfig, splits: Splits) -> None:

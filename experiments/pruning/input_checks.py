@@ -53,19 +53,35 @@ def try_network(model: nn.Module, splits: Splits) -> None:
 
 @torch.no_grad()
 def _refuse_probabilities(model: nn.Module, splits: Splits) -> None:
-    """Refuse a network that ends in a sigmoid where logits are expected: everything would be a yes."""
+    """Refuse a network that ends in a sigmoid where logits are expected: everything would be a yes.
+
+    A network that is not trained yet may answer from 0 to 1 by chance; with larger weights it does so no longer.
+    """
+    if getattr(splits.objective.metric, "probabilities", False):
+        return
     images, _ = splits.fit.batch(torch.arange(min(64, len(splits.fit))))
+    low, high = _answers_between(model, images)
+    if not 0 <= low <= high <= 1:
+        return
+    larger = copied(model)
+    for parameter in larger.parameters():
+        parameter.mul_(10)
+    if high > 0 and _answers_between(larger, images[:8])[1] > 1:
+        return
+    raise UserError(
+        f"The network returns one number from {low:.3g} to {high:.3g} for each target, which are probabilities, "
+        "not logits; say so with",
+        python="Settings(metric=keepdrop.BinaryAccuracy(probabilities=True)), or keepdrop.Dice for masks.",
+        typed="metric=binary metric.probabilities=true, or metric=dice for masks.",
+    )
+
+
+def _answers_between(model: nn.Module, images: torch.Tensor) -> tuple[float, float]:
+    """The smallest and the largest number that the network returns, in evaluation mode."""
     device = next((parameter.device for parameter in model.parameters()), None)
     with evaluating(model):
         found = output_of(model(images.to(device)))
-    low, high = float(found.min()), float(found.max())
-    if 0 <= low <= high <= 1 and not getattr(splits.objective.metric, "probabilities", False):
-        raise UserError(
-            f"The network returns one number from {low:.3g} to {high:.3g} for each target, which are probabilities, "
-            "not logits; say so with",
-            python="Settings(metric=keepdrop.BinaryAccuracy(probabilities=True)), or keepdrop.Dice for masks.",
-            typed="metric=binary metric.probabilities=true, or metric=dice for masks.",
-        )
+    return float(found.min()), float(found.max())
 
 
 def try_training(

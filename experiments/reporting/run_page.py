@@ -29,6 +29,7 @@ def _pruning_page(run: Run) -> str:
         f"{run.name} - keepdrop {run.command}",
         tag("header", tag("h1", run.name), tag("p", f"keepdrop {run.command}", class_="soft")),
         _state(run),
+        _notes(run),
         _summary(run),
         cards(run),
         trade_off(run),
@@ -54,6 +55,13 @@ def _state(run: Run) -> Markup | None:
     gave_way = metrics.get("gave_way") or [layer.name for layer in run.layers if not layer.within_bound]
     text = bound_sentence({"groups": run.layers, **metrics, "gave_way": gave_way})
     said = [tag("p", each, class_="note") for each in (text, finetune_sentence(metrics)) if each]
+    return tag("div", *said) if said else None
+
+
+def _notes(run: Run) -> Markup | None:
+    """What was changed in the network that came, and what makes its accuracies uncertain."""
+    notes = run.facts.get("notes")
+    said = [tag("p", each, class_="note") for each in notes if isinstance(each, str)] if isinstance(notes, list) else []
     return tag("div", *said) if said else None
 
 

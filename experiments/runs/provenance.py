@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
@@ -19,11 +20,14 @@ from .folder import FACTS, RunFolder
 _PACKAGES = ("keepdrop", "torch", "gymnasium", "numpy", "hydra-core", "safetensors")
 
 
-def keep_provenance(task: PruningTask, config: DictConfig, folder: RunFolder) -> None:
-    """Write `facts.json`; a resumed run has it already, and is refused if its data or its base network changed."""
+def keep_provenance(task: PruningTask, config: DictConfig, folder: RunFolder, notes: Sequence[str] = ()) -> None:
+    """Write `facts.json`; a resumed run has it already, and is refused if its data or its base network changed.
+
+    `notes` are sentences on the network that came, for the report.
+    """
     known = folder.read_json(FACTS)
     if known is None:
-        folder.write_json(FACTS, run_provenance(task, config))
+        folder.write_json(FACTS, run_provenance(task, config) | {"notes": list(notes)})
         return
     base = known.get("base")
     for what, before, now in (

@@ -203,6 +203,13 @@ def parallel() -> nn.DataParallel:
     return nn.DataParallel(Brought())
 
 
+class Noisy(Viewed):
+    """Its dropout is never switched off (a functional one without `training`)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.dropout(x, 0.05))
+
+
 class MaxOverChannels(nn.Module):
     """Pooling over channels by a MaxPool3d, which takes no channels-last images."""
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from keepdrop.envs.data.datasets import DatasetImages, from_datasets
 from keepdrop.errors import UserError
-from torch.utils.data import DataLoader, IterableDataset, Subset, SubsetRandomSampler, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset, SubsetRandomSampler, TensorDataset, default_collate
 
 IMAGES = torch.randn(12, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 OTHERS = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(1))
@@ -126,7 +126,6 @@ class Picture:
     ("given", "text"),
     [
         (Items([(Picture(), 0)]), "got as an image Picture (mode I;16); add a transform that makes one."),
-        (Items([((IMAGES[0], OTHERS[0]), 0)]), "got as an image a tuple of torch.float32 (3, 4, 4), torch.float32"),
         (Items([(IMAGES[0], OTHERS[0], 1)]), "of which the second could be an input or a target; give (image, target)"),
         (Items([{"left": IMAGES[0], "label": 1}]), "a mapping of left, label; expected an image under one of image, "),
         (Items(IMAGES), "A dataset must give (image tensor, label), got torch.float32 (3, 4, 4)."),
@@ -167,3 +166,19 @@ def test_the_digest_covers_pixels_but_not_random_ones():
     torch.manual_seed(3)
     noisy._digest = None
     assert noisy.digest() == one and torch.equal(torch.rand(1), expected), "the caller's generator is left alone"
+
+
+def test_an_item_that_cannot_be_read_is_named():
+    class Damaged(TensorDataset):
+        def __getitem__(self, index):
+            if index == 7:
+                raise OSError("cannot identify image file 'seven.png'")
+            return super().__getitem__(index)
+
+    text = "Item 7 of a dataset cannot be read (OSError: cannot identify image file 'seven.png')"
+    for given in (
+        Damaged(IMAGES, LABELS),
+        DataLoader(Damaged(IMAGES, LABELS), collate_fn=lambda batch: default_collate(batch)),
+    ):
+        with pytest.raises(UserError, match=re.escape(text)):
+            from_datasets(given, (OTHERS, LABELS[:6]))

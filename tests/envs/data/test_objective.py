@@ -62,6 +62,26 @@ def test_one_logit_for_many_classes_is_refused():
         TOP1.mean_loss(noise(4, 1), torch.tensor([0, 1, 3, 1]))
 
 
+def test_masks_of_0_and_255_are_told_what_to_become():
+    with pytest.raises(UserError, match=r"targets hold 255; .* \(of masks that hold 0 and 255: mask == 255\)"):
+        Objective(Dice()).mean_loss(noise(2, 1, 4, 4), 255 * torch.ones(2, 4, 4, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [
+        (functional.one_hot(torch.tensor([0, 2, 1])), r"(these look one-hot: targets.argmax(1) are their labels)"),
+        (torch.tensor([0.0, 2.0, 1.0]), "(these are whole numbers: targets.long() are labels)"),
+        (torch.tensor([0.5, 2.0, 1.0]), "one integer label per image; choose another metric"),
+    ],
+)
+def test_labels_in_another_form_are_named(targets, said):
+    images = ArrayImages(noise(3, 1, 4, 4), targets, [0.0], [1.0], 0)
+    with pytest.raises(UserError) as refused:
+        with_objective(images, TOP1)
+    assert said in str(refused.value)
+
+
 def test_floating_targets_are_classes_where_all_are_0_and_1():
     def images(targets):
         return ArrayImages(noise(len(targets), 1, 4, 4), targets, [0.0], [1.0], 0)

@@ -4,9 +4,12 @@ import pytest
 import torch
 from digits_task import trained
 from keepdrop import TrainSettings, prune
+from keepdrop.envs.data.images import ArrayImages
+from keepdrop.envs.data.objective import TOP1, with_objective
+from keepdrop.envs.data.splits import Splits
 from keepdrop.envs.networks.checkpoint import hash_state
 from keepdrop.errors import Notice, UserError
-from keepdrop.experiments.pruning.input_checks import check_fineness
+from keepdrop.experiments.pruning.input_checks import check_fineness, try_network
 from keepdrop.experiments.training.guarded import Judgement
 from quick import CALL
 from torch import nn
@@ -33,6 +36,7 @@ class OnlyEvaluated(nn.Module):
         return self.inner(x)
 
 
+@pytest.mark.filterwarnings("ignore::keepdrop.errors.Notice")
 def test_a_network_that_cannot_be_trained_is_refused_before_the_search(given):
     model, fit, report = given
     told = []
@@ -73,3 +77,17 @@ def test_a_bound_finer_than_one_image_is_said():
         check_fineness(0.002, 300)
     for bound, count in ((0.0, 300), (1 / 300, 300), (0.02, 300)):
         check_fineness(bound, count)
+
+
+def test_probabilities_are_told_from_logits_that_are_small_yet():
+    """A network before its training answers from 0 to 1 by chance; one that ends in a sigmoid always does."""
+    images = torch.randn(80, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+    data = with_objective(ArrayImages(images, (torch.arange(80) % 2).float(), [0.0], [1.0], 0), TOP1)
+    splits = Splits(data, data, data, {}, {}, {})
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 1))
+    with torch.no_grad():
+        network[3].weight.mul_(0.01)
+        network[3].bias.fill_(0.5)
+    try_network(network, splits)
+    with pytest.raises(UserError, match="which are probabilities, not logits"):
+        try_network(nn.Sequential(network, nn.Sigmoid()), splits)

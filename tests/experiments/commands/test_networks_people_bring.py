@@ -10,7 +10,7 @@ from keepdrop.envs.data.sources import digits
 from keepdrop.envs.files.pruned_network import load_pruned
 from keepdrop.experiments.training.loop import TrainSettings, fit_network
 from quick import QUICK
-from zoo import Brought, MaxOverChannels, Viewed, ViewedBySize, parallel
+from zoo import Brought, MaxOverChannels, Noisy, Viewed, ViewedBySize, parallel
 
 TARGET = [
     "target.removed=0.3",
@@ -104,3 +104,15 @@ def test_what_networks_bring_along_from_python(tmp_path):
         result.save(tmp_path)
         loaded, images = package.load_pruned(tmp_path, make), data.test.batch(torch.arange(4))[0]
         assert torch.equal(loaded(images), result.model(images))
+
+
+def test_a_random_network_is_said_to_be_one_and_can_be_loaded(keepdrop, tmp_path, tiny):
+    network, said = ["network=custom", "network._target_=zoo.Noisy", *SIZES], "draws random numbers in evaluation mode"
+    torch.save(trained(from_sizes(Noisy)).state_dict(), tmp_path / "noisy.pt")
+    result = keepdrop("--quiet", "prune", *network, "checkpoint=noisy.pt", *tiny, "layers=[conv1]", "run_dir=run")
+    assert result.code == 0 and f"warning: The network {said}" in result.err
+    assert said in (tmp_path / "run/report.html").read_text()
+    images = digits().test.batch(torch.arange(4))[0]
+    assert load_pruned(tmp_path / "run/pruned", from_sizes(Noisy))(images).shape == (4, 10)
+    data, call = digits(), {"drop_bound": 0.2, "settings": QUICK, "layers": ["conv1"], "finetune": None}
+    assert said in package.prune(trained(from_sizes(Noisy)), data.train, data.test, **call).notes[0]
