@@ -5,7 +5,7 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
-from keepdrop import MeanAveragePrecision, boxes_of, from_datasets
+from keepdrop import AgentSettings, MeanAveragePrecision, Settings, boxes_of, from_datasets, prune
 from keepdrop.envs.data.boxes import as_boxes, padded
 from keepdrop.envs.data.objective import Objective, with_objective
 from keepdrop.envs.data.splits import split
@@ -334,3 +334,41 @@ def test_the_name_says_which_function_reads_the_outputs():
     """It stands in files and digests, so it must be the same in another process."""
     assert OBJECTIVE.name == "MeanAveragePrecision(decode=quarters)"
     assert Objective(MeanAveragePrecision(quarters, iou=0.5)).name == "MeanAveragePrecision(decode=quarters, iou=0.5)"
+
+
+def test_a_tuple_of_outputs_is_put_side_by_side_for_loss_and_decode():
+    class Halves(Quarters):
+        def forward(self, images):
+            return super().forward(images).split(2, 1)
+
+    settings = Settings(
+        output=[0, 1], metric=OBJECTIVE.metric, loss=loss, agent=AgentSettings(updates=1), masks=4, images=20
+    )
+    train, test = Boxes(40, 0), Boxes(80, 1)
+    result = prune(Halves().eval(), train, test, drop_bound=0.3, finetune=None, settings=settings)
+    images, targets = from_datasets(train, test).test.batch(torch.arange(80))
+    with torch.no_grad():
+        halves = result.model(images)
+    assert [each.shape for each in halves] == [(80, 2), (80, 2)] and result.macs < result.base_macs
+    answers = OBJECTIVE.metric(torch.cat(halves, 1), targets)
+    assert OBJECTIVE.metric.of_set(answers) == pytest.approx(result.accuracy, abs=0.1)
+
+
+def test_answers_of_a_set_metric_of_ones_own_are_checked():
+    class Most:
+        is_of_set = True
+
+        def __init__(self, answer):
+            self.answer = answer
+
+        def __call__(self, outputs, targets):
+            return self.answer(outputs)
+
+        def of_set(self, answers):
+            return float(answers.float().mean())
+
+    labels = torch.tensor([0, 1])
+    Objective(Most(lambda outputs: outputs.argmax(1))).try_out(torch.rand(2, 3), labels)
+    for odd in (lambda each: each[:, 0], lambda each: each.argmax(), lambda each: -1 - each.argmax(1)):
+        with pytest.raises(UserError, match=r"of a set answers .* for 2 images; expected integers \(2,\), the first"):
+            Objective(Most(odd)).try_out(torch.rand(2, 3), labels)
