@@ -54,10 +54,11 @@ def from_datasets(train: Any, test: Any, n_classes: int | None = None) -> Labell
     counted = n_classes is None and min(ours.n_classes, theirs.n_classes) > 0
     if counted and isinstance(ours, _OURS) and isinstance(theirs, _OURS):
         ours.n_classes = theirs.n_classes = max(ours.n_classes, theirs.n_classes)
-    rooms = [each.box_room for each in (ours, theirs) if isinstance(each, DatasetImages)]
-    if len(rooms) == 2 and None not in rooms:
-        for each in (ours, theirs):
-            each.box_room = max(rooms)
+    with_boxes = [each for each in (ours, theirs) if isinstance(each, DatasetImages) and each.box_room is not None]
+    if len(with_boxes) == 2:
+        most = max(each.box_room or 0 for each in with_boxes)
+        for each in with_boxes:
+            each.box_room = most
     return LabelledData(ours, theirs)
 
 
