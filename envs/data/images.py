@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
+from .packing import Packing
 
 
 class LabelledImages(Protocol):
@@ -67,17 +68,19 @@ class LabelledData:
                 f"The targets of {name} are not class labels, those of {other} are; expected integers from 0 in both, "
                 "or targets of one kind and a metric for them."
             )
-        for what in ("image_shape", "n_classes", "target_shape"):
+        for what in ("packing", "image_shape", "n_classes", "target_shape"):
             ours, theirs = getattr(self.train, what, None), getattr(self.test, what, None)
             if ours != theirs:
-                raise UserError(f"Train and test images differ in {what}: {ours} against {theirs}; make them equal.")
+                said = "inputs" if what == "packing" else what
+                raise UserError(f"Train and test images differ in {said}: {ours} against {theirs}; make them equal.")
 
 
 class ArrayImages:
     """Images in memory, kept in their own type (uint8 takes a quarter of float32) and normalised batch by batch.
 
     `images`: uint8 or floating, (len, C, ...); `labels`: int64 (len,), or with `n_classes` 0 any targets (len, ...),
-    kept in their own type, of which a batch is int64 or float32. A batch of images is (images * scale - mean) / std
+    kept in their own type, of which a batch is int64 or float32. `packing` says what lies where in items of several
+    inputs. A batch of images is (images * scale - mean) / std
     with `mean` and `std` one number per channel. `scale` defaults to 1/255 for uint8 and to 1 for floating images.
     """
 
@@ -89,6 +92,7 @@ class ArrayImages:
         std: Sequence[float],
         n_classes: int,
         scale: float | None = None,
+        packing: Packing | None = None,
     ) -> None:
         channels = images.shape[1]
         if len(mean) != channels or len(std) != channels or min(std) <= 0:
@@ -98,7 +102,7 @@ class ArrayImages:
             )
         if len(images) != len(labels):
             raise UserError(f"There are {len(images)} images but {len(labels)} labels; give one label per image.")
-        self._images, self.n_classes = images, n_classes
+        self._images, self.n_classes, self.packing = images, n_classes, packing
         self.labels = labels.long() if n_classes else labels
         self.target_shape = tuple(labels.shape[1:])
         self._scale = scale if scale is not None else (1.0 if images.is_floating_point() else 1 / 255)
@@ -123,7 +127,13 @@ class ArrayImages:
     def select(self, indices: Tensor) -> ArrayImages:
         """Only the images at `indices` int64, in that order (a copy)."""
         return ArrayImages(
-            self._images[indices], self.labels[indices], self._mean, self._std, self.n_classes, self._scale
+            self._images[indices],
+            self.labels[indices],
+            self._mean,
+            self._std,
+            self.n_classes,
+            self._scale,
+            self.packing,
         )
 
     def digest(self) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from ..networks.copying import copied
 from ..networks.graph_passes import fold_batch_norms, functionalise, reuse_memory
 from ..networks.memory_layout import CHANNELS_LAST, arranged, layout_of, order_weights
-from ..networks.module_kinds import LeafTracer
+from ..networks.sized_tracing import traced as trace
 from ..surgery.filter_group import FilterGroup
 from .fused_conv import FusedConv, feeders, fuse
 
@@ -63,7 +63,7 @@ def partition(model: nn.Module, groups: Sequence[FilterGroup], example: Tensor, 
     example = arranged(example, layout)
     original = _evaluation_copy(model, layout)
     ready = copied(original)
-    traced = fx.GraphModule(ready, LeafTracer().trace(ready))
+    traced = trace(ready, example)
     if sum(node.op == "placeholder" for node in traced.graph.nodes) != 1:
         raise ValueError("its forward takes several arguments")
     functionalise(traced)

@@ -26,7 +26,8 @@ from ...ranges import COUNT, IMAGES, POSITIVE, check_numbers
 from ..networks.copying import copied
 from ..networks.graph_passes import functionalise, only_user
 from ..networks.memory_layout import arranged, layout_of
-from ..networks.module_kinds import LeafTracer, is_leaf
+from ..networks.module_kinds import is_leaf
+from ..networks.sized_tracing import traced as trace
 from ..surgery.cutting import KeptRows, cut_channels, find_module, kept_rows
 from ..surgery.filter_group import FilterGroup
 from ..surgery.shared_weights import SHARES, sharing_modules
@@ -100,7 +101,7 @@ class Reconstruction:
         self.settings = settings or ReconstructionSettings()
         self.model = model
         self.images = arranged(images, layout_of(model, images))
-        traced = _trace(copied(model).eval().requires_grad_(False))
+        traced = _trace(copied(model).eval().requires_grad_(False), self.images[:2])
         self.sites, self.skipped = find_sites(traced, self.settings.max_inputs)
         recorder = _Recorder(traced, self.sites, self.settings.places)
         with torch.no_grad():
@@ -119,7 +120,7 @@ class Reconstruction:
         working = copied(pruned).eval().requires_grad_(False)
         with torch.no_grad():
             # The graph's modules are the working copy's own: what is solved in the graph is solved there.
-            _Repair(_trace(working), self, kept).run(self.images)
+            _Repair(_trace(working, self.images[:2]), self, kept).run(self.images)
         pruned.load_state_dict(working.state_dict())
         return pruned
 
@@ -206,9 +207,9 @@ def _move_before(node: fx.Node, wanted: fx.Node) -> None:
         node.prepend(each)
 
 
-def _trace(model: nn.Module) -> fx.GraphModule:
+def _trace(model: nn.Module, images: Tensor) -> fx.GraphModule:
     try:
-        traced = fx.GraphModule(model, LeafTracer().trace(model))
+        traced = trace(model, images)
         functionalise(traced)
     except Exception as error:
         raise UserError(

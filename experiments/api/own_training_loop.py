@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ...envs.networks.answers import as_given
 from ...envs.networks.copying import copied
 from ...envs.task import PruningTask, replace_model
 
@@ -24,7 +25,7 @@ def retrained(model: nn.Module, loop: OwnLoop, seed: int) -> nn.Module:
     trained = copied(model).train()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        loop(trained)
+        loop(as_given(trained))
     trained.zero_grad(set_to_none=True)
     return trained.to(device).eval()
 

@@ -10,6 +10,7 @@ from ...agent.policies.set_policy import SetPolicy
 from ...envs.data.metrics import Metric
 from ...envs.data.objective import TOP1, Loss
 from ...envs.data.splits import Source
+from ...envs.networks.answers import Output
 from ...envs.surgery.limits import Limits
 from ...envs.task import EvaluationSettings
 from ...errors import UserError
@@ -47,6 +48,9 @@ class Settings:
         metric: what stands wherever accuracy does: (outputs, targets) -> a score in [0, 1] an image, higher is better.
         loss: what training minimises and Taylor looks at, (outputs, targets) -> their mean loss; None: cross-entropy
             for integer targets, the mean squared error for floating ones.
+        output: which output of the network metric and loss take, where it answers with several: a name, a position, a
+            dotted path ("heads.age.0"), or several of these, which are put side by side. None: `logits`, `out` or the
+            first one.
     """
 
     reward_from: Source = "test"
@@ -64,6 +68,7 @@ class Settings:
     surgery: Limits = field(default_factory=Limits)
     metric: Metric = TOP1.metric
     loss: Loss | None = None
+    output: Output | None = None
 
     def __post_init__(self) -> None:
         if self.masks < 2:

@@ -11,8 +11,10 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from ...envs.data.packing import packed_batch
 from ...envs.evaluation.masked_network import MaskedNetwork
 from ...envs.groups.finding import find_groups
+from ...envs.networks.answers import as_called
 from ...envs.networks.checkpoint import load_checkpoint
 from ...envs.networks.cost import Cost, count_cost
 from ...envs.networks.inputs import resized, tensors_of
@@ -35,11 +37,12 @@ def run(config: DictConfig) -> dict[str, Any]:
     """Print one row per filter group, or JSON; nothing is written."""
     refuse_ignored(config, IGNORED)
     example = example_of(config)
-    construct = NetworkConstructor(config.network, config.seed, example)
+    images, packing = (example, None) if isinstance(example, torch.Tensor) else packed_batch(example)
+    construct = NetworkConstructor(config.network, config.seed, images, packing)
     model = construct().eval()
     if config.checkpoint is not None:
         load_checkpoint(model, Path(config.checkpoint))
-    described = describe(model, example)
+    described = describe(model, images)
     described["notes"] += construct.notes
     if config.json:
         print(json.dumps(described, indent=2))
@@ -48,7 +51,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     terminal.inspection(described)
     evaluation = described["evaluation"]
     if evaluation["method"] != "split":
-        terminal.say(f"{HOW[evaluation['method']]}: {evaluation['reason']}")
+        terminal.say(f"masks run through the whole network, every one anew: {evaluation['reason']}")
     for note in described["notes"]:
         terminal.warn(note)
     return described
@@ -79,12 +82,12 @@ def example_of(config: DictConfig) -> Inputs:
     return example
 
 
-def describe(model: nn.Module, example: Inputs) -> dict[str, Any]:
-    """Groups and skipped convolutions of `model` as plain data; `example` is one input (`find_groups`)."""
+def describe(model: nn.Module, example: torch.Tensor) -> dict[str, Any]:
+    """Groups and skipped convolutions of a network that is ready (`ready_network`) as plain data, from some images."""
     try:
         cost = count_cost(model, example)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        shapes = ", ".join(str(tuple(each.shape)) for each in tensors_of(example))
+        shapes = ", ".join(str(tuple(each.shape)) for each in tensors_of(as_called(model, example)))
         raise UserError(
             f"The network does not run on an input {shapes} ({first_line(error)}); give the shape "
             "of your images, input_shape=[channels,height,width], or example_inputs=mine.example, a function that "
@@ -101,19 +104,11 @@ def describe(model: nn.Module, example: Inputs) -> dict[str, Any]:
     }
 
 
-HOW = {
-    "whole": "masks run through the whole network, every one anew",
-    "none": "keepdrop prune cannot judge masks of this network (keepdrop.envs.surgery.cutting.prune cuts it)",
-}
-
-
-def evaluation_of(model: nn.Module, plan: GroupPlan, example: Inputs) -> dict[str, str]:
-    """How the masks of a search run: "split" (what no mask touches is computed once), "whole", or "none"."""
-    if not isinstance(example, torch.Tensor):
-        return {"method": "none", "reason": "the network takes several inputs, and data sources give images alone"}
-    images = resized(example, 3)
-    assert isinstance(images, torch.Tensor)
-    network = MaskedNetwork(model, plan.groups[:1], images)
+def evaluation_of(model: nn.Module, plan: GroupPlan, images: torch.Tensor) -> dict[str, str]:
+    """How the masks of a search run: "split" (what no mask touches is computed once), or "whole"."""
+    several = resized(images, 3)
+    assert isinstance(several, torch.Tensor)
+    network = MaskedNetwork(model, plan.groups[:1], several)
     return {"method": network.method, "reason": network.why_whole}
 
 

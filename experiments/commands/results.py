@@ -17,6 +17,7 @@ from ...envs.files.pruned_network import save_pruned
 from ...envs.networks.checkpoint import hash_state
 from ...envs.networks.cost import count_cost
 from ...envs.surgery.kept_channels import KeptChannels
+from ..config.build import made_of
 from ..config.entry_point import plain
 from ..config.training import Tuned
 from ..deploy.export import export_all
@@ -114,10 +115,10 @@ def save_result(
     config, facts = context.config, {"base_sha256": hash_state(networks.dense)}
     with context.folder.stage("pruned") as working:
         images = splits.reward.batch(torch.arange(min(5, len(splits.reward))))[0]
-        shape, constructor = (1, *images.shape[1:]), plain(config.network)
+        example, constructor = images[:1], made_of(config.network)
         # As it was cut, too: what fine-tuning made of it is not for everyone the better one.
-        save_pruned(networks.pruned, working / CUT, kept=kept, constructor=constructor, facts=facts, input_shape=shape)
-        save_pruned(networks.finetuned, working, kept=kept, constructor=constructor, facts=facts, input_shape=shape)
+        save_pruned(networks.pruned, working / CUT, kept=kept, constructor=constructor, facts=facts, example=example)
+        save_pruned(networks.finetuned, working, kept=kept, constructor=constructor, facts=facts, example=example)
         # A network that cannot be exported is found last; hours of work are not thrown away for it.
         exported, failed = export_all(networks.finetuned, images, working, plain(config.get("export")) or [])
     return {"exports": [{**each, "file": f"pruned/{each['file']}"} for each in exported], "exports_failed": failed}

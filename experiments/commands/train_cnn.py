@@ -9,6 +9,7 @@ import torch
 from omegaconf import DictConfig
 
 from ...envs.data.objective import display_name
+from ...envs.data.packing import packing_of
 from ...envs.data.splits import Splits
 from ...envs.evaluation.mask_evaluator import accuracy_on
 from ...envs.networks.checkpoint import save_weights
@@ -44,7 +45,7 @@ def check(config: DictConfig) -> Splits:
     resolve_device(config.device)
     splits = build_splits(config)
     check_augmentation(config, splits)
-    try_network(NetworkConstructor(config.network, 0, one_image(splits))(), splits)
+    try_network(NetworkConstructor(config.network, 0, one_image(splits), packing_of(splits.fit))(), splits)
     return splits
 
 
@@ -52,7 +53,9 @@ def train(splits: Splits, context: RunContext) -> dict[str, Any]:
     """Train the network and write weights, provenance and metrics."""
     config, folder = context.config, context.folder
     folder.write_json(FACTS, provenance(config.seed) | {"splits": splits.summary()})
-    construct = NetworkConstructor(config.network, derive_seed(config.seed, "init"), one_image(splits))
+    construct = NetworkConstructor(
+        config.network, derive_seed(config.seed, "init"), one_image(splits), packing_of(splits.fit)
+    )
     model = construct().to(resolve_device(config.device))
     for note in construct.notes:
         context.terminal.say(note)

@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from ...envs.data.datasets import from_datasets
 from ...envs.data.images import LabelledData
 from ...envs.data.objective import TOP1, Objective
+from ...envs.data.packing import Packing
 from ...envs.data.splits import Splits, split
 from ...envs.files.renamed import current_config, current_target
+from ...envs.networks.answers import ready_network
 from ...envs.networks.checkpoint import load_checkpoint
-from ...envs.networks.module_kinds import Inputs
-from ...envs.networks.unwrapping import plain_network
 from ...errors import UserError
 from ...rewards.outcome import RewardFunction
 from ..pruning.layer_agents import PolicyFactory
@@ -132,33 +132,44 @@ def _is_function(path: str) -> bool:
     return callable(found) and not isinstance(found, type)
 
 
+def made_of(node: DictConfig) -> dict[str, Any]:
+    """What makes the network: the import path and its arguments, without the setting that says which output counts."""
+    given = OmegaConf.to_container(node)
+    assert isinstance(given, dict)
+    return {str(key): value for key, value in given.items() if key != "output"}
+
+
 @dataclass
 class NetworkConstructor:
-    """Builds the dense network anew, plain (`plain_network`), with the same initial weights each time.
+    """Builds the dense network anew, plain and adapted (`ready_network`), with the same initial weights each time.
 
     Args:
-        node: `network` of a root configuration.
+        node: `network` of a root configuration; its `output` says which output counts, all else makes the network.
         seed: of the initial weights.
-        example_inputs: what the network runs on; needed for lazy modules alone.
+        images: an item or more as the data gives them.
+        packing: of several inputs.
 
     `notes` says what was changed in what the user's function returned, once it was called.
     """
 
     node: DictConfig
     seed: int = 0
-    example_inputs: Inputs | None = None
+    images: torch.Tensor | None = None
+    packing: Packing | None = None
     notes: tuple[str, ...] = ()
 
     def __call__(self) -> nn.Module:
         """Raises UserError where it cannot be built."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            model = build(self.node, "network")
+            model = build(DictConfig(made_of(self.node)), "network")
             if not isinstance(model, nn.Module):
                 raise UserError(
                     f"network._target_={self.node['_target_']} returned {type(model).__name__}; expected a nn.Module."
                 )
-            plain, self.notes = plain_network(model, self.example_inputs)
+            output = OmegaConf.select(self.node, "output")
+            output = OmegaConf.to_object(output) if isinstance(output, ListConfig) else output
+            plain, self.notes = ready_network(model, self.images, output, self.packing)
         return plain
 
 

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ...atomic import replacing
+from ...envs.networks.answers import adapter_of, as_called, as_given
 from ...envs.networks.copying import copied
 from ...envs.networks.inputs import as_call, batch_size, is_batch, mapped, resized, tensors_of
+from ...envs.networks.modes import evaluating
 from ...envs.networks.module_kinds import Inputs, run
 from ...errors import UserError, summarised
 
@@ -65,6 +67,7 @@ def export_all(
     model: nn.Module, example: Inputs, folder: str | Path, kinds: Sequence[str]
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Export `model` into `folder` in every kind asked for: facts of what was written, and why by kind where not."""
+    model, example = _as_exported(model, example)
     made, failed = [], {}
     for kind in kinds:
         try:
@@ -171,6 +174,21 @@ def onnx_session(path: str | Path) -> Callable[[Inputs], list[Any]]:
         return session.run(None, dict(zip(names, (value.cpu().numpy() for value in tensors_of(inputs)), strict=True)))
 
     return call
+
+
+def _as_exported(model: nn.Module, example: Inputs) -> tuple[nn.Module, Inputs]:
+    """A network as the user calls it, with all its outputs.
+
+    Where it takes one input and answers with an object of a class of its own (Hugging Face), with the output that
+    counts: a program with such an object in it needs that class to be loaded.
+    """
+    adapter = adapter_of(model)
+    if adapter is not None and adapter.packing is None:
+        with torch.no_grad(), evaluating(model):
+            answers = as_given(model)(mapped(example, lambda value: value.to(next(model.parameters()).device)))
+        if type(answers) not in (dict, tuple, list):
+            return model, example
+    return as_given(model), as_called(model, example)
 
 
 def _exported(model: nn.Module, example: Inputs) -> torch.export.ExportedProgram:

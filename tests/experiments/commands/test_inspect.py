@@ -66,8 +66,8 @@ def test_several_inputs(keepdrop, mine):
     described = json.loads(result.out)
     assert [row["name"] for row in described["groups"]] == ["left", "middle"]
     assert described["groups"][0]["coupled_with"] == ["right"] and described["macs"] == 16 * (18 + 6 + 48) + 16
-    assert described["evaluation"]["method"] == "none"
-    assert "cannot judge masks of this network" in keepdrop("inspect", *network, f"example_inputs={mine}.example").out
+    assert described["evaluation"] == {"method": "split", "reason": ""}
+    assert "left" in keepdrop("inspect", *network, f"example_inputs={mine}.example").out
 
 
 def test_a_network_that_looks_at_its_data_is_said_to(keepdrop, mine):
