@@ -36,7 +36,7 @@ def plain_network(
     Taken off, at the top and inside: DataParallel, DistributedDataParallel, `torch.compile`, AveragedModel, and holders
     without a forward of their own (EMA copies). A wrapper that computes something itself is a part of the network, and
     stays. Masks of `torch.nn.utils.prune` are made permanent, so are the weights that torch's weight norm and spectral
-    norm make, and lazy modules get their sizes from one forward pass.
+    norm make; half and double precision become float32, and lazy modules get their sizes from one forward pass.
 
     Args:
         model: a network, or an object that holds one as its module, ema, ema_model or model.
@@ -47,6 +47,7 @@ def plain_network(
     Raises UserError for what is no network, cannot be copied or, being lazy, does not run on the example.
     """
     inner, taken = _unwrapped(_module_in(model))
+    _refuse_quantised(inner)
     network = copied(inner)
     taken += _unwrap_inside(network)
     notes = []
@@ -63,6 +64,11 @@ def plain_network(
             f"Weight or spectral norm of {', '.join(folded[:3])}{' and others' if len(folded) > 3 else ''} was made "
             "permanent: the weights are what it made them, and training no longer normalises them."
         )
+    kinds_of_number = {each.dtype for each in network.parameters() if each.is_floating_point()}
+    if len(kinds_of_number) == 1 and torch.float32 not in kinds_of_number:
+        nn.Module.float(network)
+        name = str(kinds_of_number.pop()).removeprefix("torch.")
+        notes.append(f"The network came in {name}; it is pruned and given back in float32.")
     if is_lazy(network):
         _materialise(network, example_inputs)
         notes.append("Lazy modules got their sizes from one image.")
@@ -89,12 +95,26 @@ def _is_lazy_itself(module: nn.Module) -> bool:
 
 
 def _module_in(model: Any) -> nn.Module:
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UserError(
+            "model is a TorchScript module, whose layers cannot be cut; give the network that it was made of, with "
+            "its weights (load_state_dict(script.state_dict()))."
+        )
     if isinstance(model, nn.Module):
         return model
     held = next((found for name in _HOLDERS if isinstance(found := getattr(model, name, None), nn.Module)), None)
     if held is None:
         raise UserError(f"model is a {type(model).__name__}; expected a network, a torch.nn.Module.")
     return held
+
+
+def _refuse_quantised(network: nn.Module) -> None:
+    for name, module in network.named_modules():
+        if any(part in type(module).__module__ for part in (".nn.quantized", ".nn.intrinsic.quantized")):
+            raise UserError(
+                f"Layer '{name}' is quantised, and integers cannot be pruned; prune the network as it was before it "
+                "was quantised, and quantise the smaller one."
+            )
 
 
 def _inside(module: nn.Module) -> tuple[nn.Module, str] | None:

@@ -205,3 +205,20 @@ def test_groups_of_wrapped_and_of_lazy_networks():
     names = find_groups(Viewed(3, 4), IMAGES[:1]).names
     assert names and find_groups(nn.DataParallel(Viewed(3, 4)), IMAGES[:1]).names == names
     assert find_groups(Lazy(), IMAGES[:1]).names == ("conv",)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_become_float32(kind):
+    network = Viewed(3, 4).to(kind)
+    plain, notes = plain_network(network)
+    assert notes == (f"The network came in {str(kind)[6:]}; it is pruned and given back in float32.",)
+    assert plain(IMAGES).dtype == torch.float32 and network.conv1.weight.dtype == kind
+    torch.testing.assert_close(plain.conv1.weight, network.conv1.weight.float())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_compiled_and_quantised_networks_are_refused_by_name():
+    with pytest.raises(UserError, match="model is a TorchScript module, whose layers cannot be cut"):
+        plain_network(torch.jit.trace(Viewed(3, 4), IMAGES))
+    with pytest.raises(UserError, match="Layer 'fc1' is quantised, and integers cannot be pruned"):
+        plain_network(torch.ao.quantization.quantize_dynamic(Viewed(3, 4), {nn.Linear}))
