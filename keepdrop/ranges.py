@@ -35,5 +35,10 @@ def check_number(name: str, value: Any, bounds: tuple[float, float]) -> None:
     low, high = bounds
     for each in value if isinstance(value, Iterable) and not isinstance(value, str) else [value]:
         if each is not None and not (math.isfinite(each) and low <= each <= high):
-            wanted = "above 0" if 0 < low < 1e-9 else f"from {low:g}"
-            raise UserError(f"{name} is {each:g}; expected a number {wanted} to {high:g}.")
+            wanted = "above 0 and up" if 0 < low < 1e-9 else f"from {_shown(low)}"
+            raise UserError(f"{name} is {_shown(each)}; expected a number {wanted} to {_shown(high)}.")
+
+
+def _shown(value: float) -> str:
+    """Whole numbers with all their digits."""
+    return f"{int(value):,}" if math.isfinite(value) and float(value).is_integer() else f"{value:g}"

@@ -163,7 +163,7 @@ def test_overlapping_data(refused, arrays):
 
 
 def test_empty_splits(refused):
-    assert refused("prune", "split.reward_size=0").startswith("The reward split would be empty: reward_size=0;")
+    assert refused("prune", "split.reward_size=0").startswith("split.reward_size is 0; expected a number from 1 to ")
     assert refused("prune", "split.reward_from=both") == "reward_from must be 'train' or 'test', got 'both'."
 
 
@@ -273,8 +273,8 @@ def test_unknown_control(refused, finished, checkpoint):
         (("order=sideways",), "order is 'sideways'; expected one of forward, backward, largest_first."),
         (("search.masks=1",), "search.masks is 1; expected 2 or more"),
         (("search.images=0",), "search.images is 0; expected 1 or more"),
-        (("agent.updates=-1",), "updates is -1, but it cannot be below 0"),
-        (("finetune.epochs=-1",), "epochs must be 0 or more, got -1.0."),
+        (("agent.updates=-1",), "agent.updates is -1, but it cannot be below 0"),
+        (("finetune.epochs=-1",), "finetune.epochs must be 0 or more, got -1.0."),
         (("recovery.train.lr=-1",), "lr must be 0 or more, got -1.0."),
         (("latency.repeats=0",), "latency is batch_sizes=[1, 64], repeats=0, warmup=3; expected"),
         (("device=gpu",), "device is 'gpu'; expected cpu, cuda, cuda:1, mps or auto"),
@@ -332,6 +332,7 @@ def test_resume_with_other_settings(refused, finished):
 def test_resume_with_another_checkpoint(keepdrop, finished, cnn, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     (tmp_path / "run/metrics.json").unlink()
+    (tmp_path / "run/hashes.json").unlink()  # as runs of version 0.1 are
     shutil.copy(cnn / "model.safetensors", tmp_path / "run/base/model.safetensors")
     facts = json.loads((tmp_path / "run/facts.json").read_text())
     facts["base"]["sha256"] = "0" * 64
