@@ -79,6 +79,11 @@ class Packing:
             return tuple(values)
         return {str(each.name): value for each, value in zip(self.inputs, values, strict=True)}
 
+    @property
+    def has_integers(self) -> bool:
+        """Whether an input holds whole numbers, which no shorter type than float32 may carry."""
+        return any(each.dtype == "int64" for each in self.inputs)
+
     def facts(self) -> list[list[Any]]:
         """As JSON; `from_facts` reads it."""
         return [[each.name, list(each.shape), each.dtype] for each in self.inputs]

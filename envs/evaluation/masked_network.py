@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ...errors import UserError
+from ..networks.answers import adapter_of
 from ..networks.memory_layout import arranged, layout_of
 from ..surgery.filter_group import FilterGroup
 from ..surgery.folding import (
@@ -75,6 +76,9 @@ class MaskedNetwork:
             raise UserError(f"The evaluation method must be one of {', '.join(METHODS)}, got {method!r}.")
         if dtype not in DTYPES:
             raise UserError(f"The dtype of evaluation must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+        adapter = adapter_of(model)
+        if dtype == "bfloat16" and adapter is not None and adapter.packing is not None and adapter.packing.has_integers:
+            raise UserError("evaluation.dtype=bfloat16 would round the inputs of whole numbers; use float32.")
         if dtype == "bfloat16" and example.device.type == "cpu" and not has_bfloat16():
             warn_of_emulation()
         self.why_whole = "it was asked for" if method == "whole" else ""

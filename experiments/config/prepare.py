@@ -127,7 +127,8 @@ def check_augmentation(config: DictConfig, splits: Splits) -> None:
     if isinstance(augment, RandomCropFlip) and not chosen and not suits(splits.fit):
         why = "it moves images, and their targets are no classes (augment=shift asks for it)"
         if len(splits.fit.image_shape) != 3:
-            why = "it is for images, and these are signals or volumes"
+            kind = "signals or volumes" if packing_of(splits.fit) is None else "several inputs"
+            why = f"it is for images, and these are {kind}"
         warnings.warn(f"The default augmentation is left out: {why}.", Notice, stacklevel=2)
         config.augment = augment = None
     check_augment(augment, splits.fit)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ...envs.data.objective import output_of
+from ...envs.data.packing import packing_of
 from ...envs.data.splits import Splits
 from ...envs.networks.copying import copied
 from ...envs.networks.modes import evaluating
@@ -23,7 +24,8 @@ from ..training.train_settings import TrainSettings
 def try_network(model: nn.Module, splits: Splits) -> None:
     """Run the network on two images, in evaluation mode; whatever goes wrong in it or its measure is a `UserError`."""
     images, targets = splits.fit.batch(torch.arange(min(2, len(splits.fit))))
-    shape = tuple(images.shape)
+    packing = packing_of(splits.fit)
+    shape = tuple(images.shape) if packing is None else f"{packing} each"
     device = next((parameter.device for parameter in model.parameters()), None)
     try:
         with torch.no_grad(), evaluating(model):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import run_main
-from keepdrop import MeanAveragePrecision, from_datasets
+from keepdrop import AgentSettings, MeanAveragePrecision, from_datasets
 from keepdrop.errors import Notice
 
 GUIDES = Path(__file__).parents[2] / "docs" / "guides"
@@ -98,6 +98,36 @@ def test_bring_your_own(folder, capsys):
     signals = torch.zeros(2, 2, 64)
     assert small.first[0].out_channels < 12 and small(signals).shape == (2, 1)
     assert [each.shape for each in small.train()(signals)] == [(2, 1), (2, 1)]
+
+
+def test_several_inputs(folder, capsys):
+    write_files("several-inputs.md", folder)
+    train, prune = (text.strip() for _, text in blocks("several-inputs.md", "sh"))
+    assert run_command(train) == 0
+    assert run_command(prune, "layers=[conv1,conv2]", "export=[program]") == 0
+    names = {}
+    exec(next(text for title, text in blocks("several-inputs.md", "python") if not title), names)
+    answer = names["answer"]
+    assert {name: tuple(value.shape) for name, value in answer.items()} == {"brightness": (2, 1), "defect": (2, 4)}
+    program = torch.export.load("pruned/pruned/model.pt2").module()
+    inputs = {"image": torch.rand(5, 1, 8, 8), "kind": torch.arange(5) % 3}
+    for name, value in program(**inputs).items():
+        assert torch.allclose(value, names["small"](**inputs)[name], atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::keepdrop.errors.Notice")
+def test_hugging_face(folder, capsys):
+    pytest.importorskip("transformers", reason="transformers is not installed (extra 'transformers')")
+    write_files("hugging-face.md", folder)
+    quick = {"masks": 4, "images": 60, "reward_size": 100, "agent": AgentSettings(updates=2)}
+    result, again = importlib.import_module("flowers").main(**quick)
+    answer = result.model(pixel_values=result.example, labels=torch.tensor([0]))
+    assert result.macs < result.base_macs and result.base_accuracy > 0.5 and answer.loss.item() > 0
+    assert type(again) is type(result.model) and torch.equal(again(result.example).logits, answer.logits)
+    assert "'resnet.embedder.embedder.convolution'" in capsys.readouterr().out
+    result.model.save_pretrained("theirs")
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        type(result.model).from_pretrained("theirs")
 
 
 def test_own_metric_for_segmentation(folder):
