@@ -93,11 +93,12 @@ class Packing:
         """ValueError for anything but what `facts` gave."""
         inputs = []
         for each in facts if isinstance(facts, list) and facts else [None]:
-            name, shape, dtype = each if isinstance(each, list) and len(each) == 3 else (0, 0, 0)
-            sides = isinstance(shape, list) and all(type(side) is int and 0 <= side <= MOST for side in shape)
-            if not (name is None or isinstance(name, str)) or not sides or dtype not in DTYPES:
+            name, shape, dtype = each if isinstance(each, list) and len(each) == 3 else (None, None, None)
+            sides = shape if isinstance(shape, list) else [-1]
+            proper = all(type(side) is int and 0 <= side <= MOST for side in sides) and dtype in list(DTYPES)
+            if not (name is None or isinstance(name, str)) or not proper:
                 raise ValueError(f"{each!r} is no input")
-            inputs.append(PackedInput(name, tuple(shape), dtype))
+            inputs.append(PackedInput(name, tuple(sides), str(dtype)))
         return cls(tuple(inputs))
 
     def __str__(self) -> str:

@@ -94,7 +94,8 @@ def adapt(
     Returns a sentence where one of several outputs was chosen. Raises UserError for an output that is not there.
     """
     answers = None if example is None else _answers(network, example)
-    paths, note = (), ""
+    paths: tuple[Path, ...] = ()
+    note = ""
     if output is not None:
         paths = _paths(output)
         if answers is not None:
@@ -201,7 +202,7 @@ def _usual(answers: Any) -> tuple[tuple[Path, ...], str]:
     found = outputs_in(answers)
     if not found:
         return (), ""
-    named = [path for name in NAMES for path in found if path == (name,)]
+    named: list[Path] = [path for name in NAMES for path in found if path == (name,)]
     path = (named or list(found))[0]
     others = ", ".join(".".join(each) for each in found if each != path)
     if not others:
@@ -219,7 +220,7 @@ def outputs_in(answers: Any) -> dict[Path, Tensor]:
         answers = {name: value for name, value in vars(answers).items() if value is not None}
     if isinstance(answers, Mapping):
         answers = dict(answers)  # one of a class of its own, too
-    if isinstance(answers, tuple) and hasattr(answers, "_fields"):
+    if isinstance(answers, tuple) and hasattr(answers, "_asdict"):
         answers = answers._asdict()
     found = {}
     for path, value in tree_flatten_with_path(answers)[0]:

@@ -79,7 +79,8 @@ class _SizedTracer(LeafTracer):
             for part in str(node.target).split("."):
                 value = getattr(value, part)
             return value
-        args, kwargs = (map_arg(each, lambda source: self._known(source, which)) for each in (node.args, node.kwargs))
+        args: Any = map_arg(node.args, lambda source: self._known(source, which))
+        kwargs: Any = map_arg(node.kwargs, lambda source: self._known(source, which))
         if node.op == "call_module":
             return self.root.get_submodule(str(node.target))(*args, **kwargs)
         if node.op == "call_method":
@@ -118,6 +119,6 @@ class _Sized(fx.Proxy):
     def _known(self, name: str) -> Any:
         return getattr(self.node.meta[VALUES][0], name)
 
-    def _sizes(self, symbolic: fx.Proxy) -> tuple[Any, ...]:
+    def _sizes(self, symbolic: Any) -> tuple[Any, ...]:
         pairs = zip(*(value.shape for value in self.node.meta[VALUES]), strict=True)
         return tuple(one if one == other else symbolic[place] for place, (one, other) in enumerate(pairs))

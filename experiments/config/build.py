@@ -167,8 +167,8 @@ class NetworkConstructor:
                 raise UserError(
                     f"network._target_={self.node['_target_']} returned {type(model).__name__}; expected a nn.Module."
                 )
-            output = OmegaConf.select(self.node, "output")
-            output = OmegaConf.to_object(output) if isinstance(output, ListConfig) else output
+            output: Any = OmegaConf.select(self.node, "output")
+            output = OmegaConf.to_container(output) if isinstance(output, ListConfig) else output
             plain, self.notes = ready_network(model, self.images, output, self.packing)
         return plain
 

@@ -89,7 +89,7 @@ def test_names_are_not_broken_on_a_narrow_terminal(keepdrop, monkeypatch):
         (("example_inputs={mine}.number",), "example_inputs returned int; expected a tensor with the batch axis first"),
         (("example_inputs=nowhere.f",), "example_inputs could not be built from nowhere.f: ModuleNotFoundError"),
         (("input_shape=[]",), "input_shape is []; expected the channels, height and width of one image"),
-        (("input_shape=[3,0,4]",), "input_shape is [3, 0, 4]; expected"),
+        (("input_shape=[3,0,4]",), "input_shape is 0; expected a number from 1 to 1,000,000"),
     ],
 )
 def test_what_it_cannot_run_on(keepdrop, mine, settings, sentence):
