@@ -49,8 +49,8 @@ def _check_asked(folder: RunFolder, asked: Mapping[str, Any]) -> None:
     now = described(dict(asked), before)
     if before != now:
         raise UserError(
-            f"{str(folder.path)!r} holds another run: its {_odd(before, now)} differs; give a new folder, or the arguments it began "
-            "with."
+            f"{str(folder.path)!r} holds another run: its {_odd(before, now)} differs; give a new folder, or the "
+            "arguments it began with."
         )
 
 
@@ -83,8 +83,9 @@ def _odd(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What differs first, with the field of settings that does: `settings.evaluation.target`."""
     name = next(name for name in {**before, **now} if before.get(name) != now.get(name))
     ours, theirs = before.get(name), now.get(name)
-    both = isinstance(ours, Mapping) and isinstance(theirs, Mapping) and "" in ours and ours[""] == theirs.get("")
-    return f"{name}.{_odd(ours, theirs)}" if both else name
+    if isinstance(ours, Mapping) and isinstance(theirs, Mapping) and "" in ours and ours[""] == theirs.get(""):
+        return f"{name}.{_odd(ours, theirs)}"
+    return name
 
 
 def _is_set(value: Any, field: dataclasses.Field[Any]) -> bool:

@@ -63,10 +63,11 @@ class Judgement:
         return asdict(self)
 
     def sentence(self, metric: str | None) -> str | None:
-        """What a reader has to know; None where the last epoch is kept at the rate that was set."""
+        """What a reader has to know; None where the first attempt's last epoch is kept, at the rate that was set."""
         name = display_name(metric)
         before, kept = (f"{100 * value:.2f} %" for value in (self.before, self.kept_accuracy))
-        if self.kept == LAST and self.other_lr is None:
+        second_is_kept = self.other_lr is not None and self.lr is not None and self.lr < self.other_lr
+        if self.kept == LAST and not second_is_kept:
             rate = f" at a learning rate of {self.lr or 0:g}"
             return f"The network does not bear a higher learning rate: it was fine-tuned{rate}." * self.lowered or None
         attempts = [(self.lr, self.after)]

@@ -96,7 +96,7 @@ FORMS = {
     ),
 }
 SHARED = ["evaluation.statistics_images=100", "latency.repeats=1", "latency.warmup=0", "controls=[]", "quiet=true"]
-RECOVER = TrainSettings(epochs=0.3, batch_size=64, lr=0.02, distill_weight=0.5)
+RECOVER = TrainSettings(epochs=0.3, batch_size=64, top_lr=0.02, distill_weight=0.5)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -43,7 +43,7 @@ def test_run_folder_holds_everything(finished):
             str(path.relative_to(finished / "layers" / layer)) for path in (finished / "layers" / layer).rglob("*")
         }
         agent = {"agent", "agent/facts.json", "agent/policy.safetensors"}
-        assert files == agent | {"decision.json", "network.safetensors"}
+        assert files == agent | {"decision.json", "network.safetensors", "recovery.json"}
     facts = read(finished / "facts.json")
     assert facts["command"][:2] == ["keepdrop", "prune"] and facts["seed"] == 0
     assert {"torch", "keepdrop", "python"} <= facts["versions"].keys() and "git" in facts

@@ -79,7 +79,7 @@ def test_any_number_of_processes_finds_the_same(alone, keepdrop, tmp_path, check
 
 
 def test_an_error_of_a_process_is_one_sentence(keepdrop, checkpoint):
-    command = ["workers=2", f"checkpoint={checkpoint}", "finetune.lr=1e30", "finetune.epochs=1"]
+    command = ["workers=2", f"checkpoint={checkpoint}", "finetune.lr=1e6", "finetune.epochs=1"]
     result = keepdrop("compare", *QUICK, *command, "run_dir=run")
     assert result.code == 2 and result.err.count("\n") == 1
     assert result.err.startswith("keepdrop: Training diverged in epoch 1: ")

@@ -194,6 +194,14 @@ def test_what_ended_no_better_is_tried_at_a_tenth(monkeypatch, tmp_path, case):
     assert {each.name for each in tmp_path.iterdir()} <= {each.name for each in snapshots_of(snapshot)}
 
 
+def test_a_second_attempt_that_changes_nothing_is_not_spoken_of(monkeypatch):
+    data = splits()
+    scripted(monkeypatch, [0.5, 0.4, 0.5, 0.5, 0.5])
+    _, judged = fine_tune(trained(data, 2, norm=True, epochs=1), data, replace(SHORT, epochs=2), seed=0)
+    assert (judged.kept, judged.other_after) == ("last epoch", 0.5) and judged.lr > judged.other_lr
+    assert judged.sentence(None) is None
+
+
 def test_no_second_attempt_where_the_rate_was_given_or_the_network_ended_better(monkeypatch):
     data, settings = splits(), replace(SHORT, epochs=2)
     model = trained(data, 2, norm=True, epochs=1)
