@@ -249,9 +249,7 @@ def _check_shapes(folder: Path, policy: Policy, data: bytes) -> None:
 def _load_weights(folder: Path, policy: Policy, data: bytes) -> None:
     state, header = _tensors(folder, data), _header(folder, data)
     if "sha256" in header and header["sha256"] != _digest(header["facts"], state):  # not in files of version 0.1.0
-        raise AgentMismatch(
-            f"{folder / WEIGHTS} is damaged (its sha256 differs); copy it again, or train anew"
-        )
+        raise AgentMismatch(f"{folder / WEIGHTS} is damaged (its sha256 differs); copy it again, or train anew")
     for key, tensor in state.items():
         if not bool((tensor.double().abs() <= LARGEST_WEIGHT).all()):  # NaN is not, either
             raise AgentMismatch(

@@ -139,7 +139,7 @@ def read_architecture(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / ARCHITECTURE
     content = _read(path)
     try:
-        core = json.loads(content, object_pairs_hook=_without_duplicates, parse_constant=_refused)
+        core = json.loads(content, object_pairs_hook=_without_duplicates, parse_constant=_refused, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({str(error)[:120]}); restore it.") from error
     if not isinstance(core, dict) or core.get("format_version") != FORMAT_VERSION:
@@ -150,6 +150,13 @@ def read_architecture(folder: str | Path) -> dict[str, Any]:
     if core.get("checksum") != _checksum(signed):
         raise UserError(f"{path} is damaged or was edited (its checksum does not fit); restore it.")
     return core
+
+
+def _finite(number: str) -> float:
+    """Python reads 1e999 as infinity."""
+    if not math.isfinite(value := float(number)):
+        raise ValueError(f"it holds the number {number}")
+    return value
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

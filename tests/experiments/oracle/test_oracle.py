@@ -106,7 +106,7 @@ def test_command_with_agents(keepdrop, checkpoint, finished, tmp_path):
     [
         (["criteria=[taylr]"], "criteria has 'taylr', which names none; did you mean 'taylor'?"),
         (["criteria=[]"], "There is nothing to compare the oracle with; give criteria or agents."),
-        (["random_seeds=0"], "random_seeds is 0; expected 1 or more."),
+        (["random_seeds=0"], "random_seeds is 0; expected a number from 1 to 1,000,000."),
         (["agents=nowhere"], "'nowhere' is not a folder"),
     ],
 )
