@@ -12,6 +12,7 @@ from keepdrop.envs.surgery.masking import masked_inputs
 
 # Grouped or transposed consumers, other than 2d, run twice, of an unknown class, or not traced at all.
 ONE_BY_ONE = {"Grouped", "Tied", "Reused", "Decoder", "Branching", "OneDimensional", "ThreeDimensional", "Extended"}
+ONE_BY_ONE |= {"LayerScaled", "Recurrent", "Attending"}
 NETWORKS = {**NETWORKS, "vgg": (vgg16_bn, (3, 32, 32))}
 
 
