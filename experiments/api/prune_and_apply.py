@@ -60,22 +60,24 @@ def prune(
 
     Args:
         model: trained, maps images (B, C, H, W) to logits (B, classes), or to what the metric takes; never changed.
-        train, test: each a map-style dataset of (floating image tensor, integer label) or a pair of tensors
+        train, test: each a map-style dataset or a DataLoader of (image, integer label), or a pair of tensors or arrays
             (images, labels), normalised as the network takes them; with another metric than top-1 targets of any shape.
+            A network with several inputs takes items ((left, right), label) or ({"name": input, ...}, label).
         macs_removed: a target, the fraction of the network's MACs to remove (0.4: 40 %): one agent chooses all layers
-            at once. None: an agent a layer removes what `drop_bound` allows.
+            at once. None: one agent per layer removes what `drop_bound` allows.
         drop_bound: accuracy that may be lost before fine-tuning, a fraction (0.02: two points). With a target it stops
             nothing: `bound_held` says whether it held.
         layers: names or globs of the layers to prune; None: all that can be.
         recover: training after each cut, kept only where it helps: settings, or a function that trains a network in
             place with a loop of your own; None: none.
-        finetune: training at the end, likewise.
+        finetune: training at the end, likewise; of the cut network and what it led to the better one is returned.
         augment: of training images, (images, generator) -> images.
         settings: how the search goes.
         progress: called with a `Progress` for every update, layer and epoch; `print` will do.
-        folder: keeps agents, decisions and networks; called again with the same arguments, an interrupted run goes on.
+        folder: keeps agents, decisions and networks; called again with the same arguments it resumes a
+            run that was interrupted.
         warm_start: the folder of an earlier run, of this function or of `keepdrop prune`: each layer that has an agent
-            there goes on training it.
+            there trains that one further.
         policies: classes of one's own that those agents were made of, by name.
         seed: same seed, same result, bit for bit on a CPU.
         device: "cpu", "cuda", "mps" or "auto".

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -19,8 +18,8 @@ from ...ranges import IMAGES_OR_NONE, check_numbers
 from ..runs.folder import read_json
 from ..runs.seeds import derive_seed
 from ..training.augment import Augment
-from ..training.loop import DivergedError, TrainProgress, TrainSettings, fit_network, recalibrate_bn
-from ..training.rate import bearable_rate
+from ..training.loop import DivergedError, FitOptions, TrainProgress, TrainSettings, fit_network, recalibrate_bn
+from ..training.rate import bearable_rate, lowered
 
 USED = "recovery.json"  # in a layer's folder: the rate that helped, or null
 
@@ -84,7 +83,7 @@ class Recover:
 
     def _trained(self, model: nn.Module, task: PruningTask, seed: int, working: Path) -> nn.Module:
         chosen, before = self.settings.train, _accuracy(model, task)
-        shared: dict[str, Any] = {
+        options: FitOptions = {
             "seed": derive_seed(seed, "train"),
             "augment": self.augment,
             "teacher": self.teacher,
@@ -92,9 +91,9 @@ class Recover:
         }
         lr = chosen.lr
         if lr is None:
-            lr = _rate_before(working) or bearable_rate(model, task.splits.fit, chosen, **shared)
-        for rate in (lr, float(f"{lr / 10:.9g}"))[: 2 if chosen.lr is None else 1]:
-            trained = self._trained_at(rate, model, task, shared)
+            lr = _rate_before(working) or bearable_rate(model, task.splits.fit, chosen, **options)
+        for rate in (lr, lowered(lr))[: 2 if chosen.lr is None else 1]:
+            trained = self._trained_at(rate, model, task, options)
             if trained is not None and _accuracy(trained, task) >= before:
                 self._note(working, rate)
                 return trained
@@ -105,12 +104,12 @@ class Recover:
         if self.settings.train.lr is None:
             write_atomically(working / USED, json.dumps({"lr": rate}) + "\n")
 
-    def _trained_at(self, lr: float, model: nn.Module, task: PruningTask, shared: dict[str, Any]) -> nn.Module | None:
+    def _trained_at(self, lr: float, model: nn.Module, task: PruningTask, options: FitOptions) -> nn.Module | None:
         """A trained copy; None if training diverged, which is judged like any recovery that makes it worse."""
         trained = copied(model)
         try:
             chosen = replace(self.settings.train, lr=lr)
-            fit_network(trained, task.splits.fit, chosen, **shared, progress=self.progress)
+            fit_network(trained, task.splits.fit, chosen, **options, progress=self.progress)
         except DivergedError:
             return None
         return trained

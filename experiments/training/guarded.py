@@ -6,11 +6,10 @@ import json
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import safetensors
 import safetensors.torch
-import torch
 from torch import Tensor, nn
 
 from ...atomic import write_atomically
@@ -19,9 +18,8 @@ from ...envs.data.splits import Splits
 from ...envs.evaluation.mask_evaluator import accuracy_on
 from ...envs.networks.copying import copied
 from ...errors import UserError
-from .augment import Augment
-from .loop import DivergedError, Progress, TrainProgress, fit_network
-from .rate import bearable_rate, usable_rate
+from .loop import DivergedError, FitOptions, Progress, TrainProgress, fit_network
+from .rate import bearable_rate, lowered, usable_rate
 from .train_settings import TrainSettings
 
 LAST, BEST, CUT = "last epoch", "best epoch", "as cut"
@@ -94,12 +92,9 @@ def fine_tune(
     splits: Splits,
     settings: TrainSettings,
     *,
-    seed: int,
-    augment: Augment | None = None,
-    teacher: nn.Module | None = None,
     progress: Progress | None = None,
     snapshot: Path | None = None,
-    device: torch.device | str | None = None,
+    **options: Unpack[FitOptions],
 ) -> tuple[nn.Module, Judgement]:
     """A fine-tuned copy of `cut` in evaluation mode, or a copy of `cut` itself, and why; arguments as `fit_network`'s.
 
@@ -108,22 +103,21 @@ def fine_tune(
     better than `cut`, there is a second attempt at a tenth of the rate, kept if it is better. With the files of
     `snapshots_of(snapshot)` an interrupted one is resumed.
     """
-    shared: dict[str, Any] = {"seed": seed, "augment": augment, "teacher": teacher, "device": device}
-    rate, before = bearable_rate(cut, splits.fit, settings, **shared), accuracy_on(cut, splits.reward)
+    rate, before = bearable_rate(cut, splits.fit, settings, **options), accuracy_on(cut, splits.reward)
     if settings.epochs <= 0:
         return copied(cut).eval(), Judgement(LAST, before, before, before, lr=rate)
-    lowered = rate < usable_rate(splits.fit, settings)
+    was_lowered = rate < usable_rate(splits.fit, settings)
 
     def attempt(lr: float, file: Path | None) -> tuple[nn.Module, Judgement]:
-        return _attempt(cut, splits, replace(settings, lr=lr), before, file, progress=progress, **shared)
+        return _attempt(cut, splits, replace(settings, lr=lr), before, file, progress=progress, **options)
 
     model, judged = attempt(rate, snapshot)
-    judged = replace(judged, lowered=lowered)
+    judged = replace(judged, lowered=was_lowered)
     if settings.lr is not None or judged.ended_better or before >= 1 or rate == 0:
         return model, judged
-    second, again = attempt(float(f"{rate / 10:.9g}"), None if snapshot is None else tenth_file(snapshot))
+    second, again = attempt(lowered(rate), None if snapshot is None else tenth_file(snapshot))
     if again.kept_accuracy > judged.kept_accuracy:
-        return second, replace(again, lowered=lowered, other_lr=judged.lr, other_after=judged.after)
+        return second, replace(again, lowered=was_lowered, other_lr=judged.lr, other_after=judged.after)
     return model, replace(judged, other_lr=again.lr, other_after=again.after)
 
 
@@ -135,7 +129,7 @@ def _attempt(
     snapshot: Path | None,
     *,
     progress: Progress | None,
-    **shared: Any,
+    **options: Unpack[FitOptions],
 ) -> tuple[nn.Module, Judgement]:
     """Train a copy at a given rate, and keep its last epoch, its best one or `cut`, which scores `before`."""
     model, best = copied(cut), _Best(None if snapshot is None else best_file(snapshot))
@@ -146,7 +140,7 @@ def _attempt(
         best.offer(model, *last[0], at_least=before)
 
     try:
-        fit_network(model, splits.fit, chosen, **shared, progress=progress, snapshot=snapshot, epoch_ends=judge)
+        fit_network(model, splits.fit, chosen, **options, progress=progress, snapshot=snapshot, epoch_ends=judge)
         # A training that an interrupted run had finished has no epochs left.
         after, epoch = last[0] if last else (accuracy_on(model, splits.reward), math.ceil(chosen.epochs))
     except DivergedError:

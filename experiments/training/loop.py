@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Required, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,15 @@ class TrainResult:
 
 
 Progress = Callable[[TrainProgress], None]
+
+
+class FitOptions(TypedDict, total=False):
+    """What `fit_network` is given alike by all who train with it; see there."""
+
+    seed: Required[int]
+    augment: Augment | None
+    teacher: nn.Module | None
+    device: torch.device | str | None
 
 
 def fit_network(

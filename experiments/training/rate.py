@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,7 @@ from ...envs.data.images import LabelledImages
 from ...envs.data.objective import objective_of, output_of
 from ...envs.networks.copying import copied
 from ...envs.networks.modes import evaluating
-from .augment import Augment
-from .loop import DivergedError, fit_network, steps_of
+from .loop import DivergedError, FitOptions, fit_network, steps_of
 from .train_settings import TrainSettings
 
 ENOUGH = 5000  # steps from which on a training can use all of `top_lr`
@@ -36,14 +36,7 @@ def usable_rate(data: LabelledImages, settings: TrainSettings) -> float:
 
 
 def bearable_rate(
-    model: nn.Module,
-    data: LabelledImages,
-    settings: TrainSettings,
-    *,
-    seed: int,
-    augment: Augment | None = None,
-    teacher: nn.Module | None = None,
-    device: torch.device | str | None = None,
+    model: nn.Module, data: LabelledImages, settings: TrainSettings, **options: Unpack[FitOptions]
 ) -> float:
     """`usable_rate`, lowered by tenths to what `model` (untouched) bears, where no rate was given.
 
@@ -57,15 +50,21 @@ def bearable_rate(
     n_images = int(passes * (steps_of(data, settings) / SHARE - 1) / (TRIED + 1))
     if settings.lr is not None or min(n_images, len(data)) < FEWEST or rate == 0:
         return rate
-    rates = [rate, *(float(f"{rate / 10**tenth:.9g}") for tenth in range(1, TENTHS + 1))]
+    rates = [rate, *(lowered(rate, tenth) for tenth in range(1, TENTHS + 1))]
     one = replace(settings, lr=rate, momentum=0.0, schedule="constant", warmup=0.0)
     one = replace(one, epochs=settings.epochs / steps_of(data, settings))
     stepped = copied(model)
     try:
-        fit_network(stepped, data, one, seed=seed, augment=augment, teacher=teacher, device=device)
+        fit_network(stepped, data, one, **options)
     except DivergedError:
         return rates[-1]
-    return _Trial(model, stepped, data, settings, min(n_images, MOST), seed, teacher).highest(rates)
+    trial = _Trial(model, stepped, data, settings, min(n_images, MOST), options["seed"], options.get("teacher"))
+    return trial.highest(rates)
+
+
+def lowered(rate: float, tenths: int = 1) -> float:
+    """A rate lowered by tenths, without the digits that floats add: 0.02, 0.002, 0.0002."""
+    return float(f"{rate / 10**tenths:.9g}")
 
 
 class _Trial:
