@@ -12,10 +12,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from .copying import copied
-from .inputs import batch_size, is_batch, mapped, tensors_of
+from .inputs import batch_size, is_batch, mapped, tensors_in, tensors_of
 from .module_kinds import Inputs, run
 
 CHANNELS_LAST, CONTIGUOUS = torch.channels_last, torch.contiguous_format
@@ -93,7 +92,7 @@ class _Trial:
         try:
             # `to` also gives single-channel images the strides of the layout, `contiguous` does not.
             images = mapped(inputs, lambda x: x.clone().to(memory_format=layout) if x.dim() == 4 else x.clone())
-            found = [value for value in tree_leaves(run(self.model, images)) if isinstance(value, Tensor)]
+            found = tensors_in(run(self.model, images))
             if self.training:
                 sums = [value.float().sum() for value in found if value.requires_grad]
                 torch.stack(sums).sum().backward() if sums else None

@@ -1,5 +1,7 @@
 """Which memory layout a network takes: tried once, in both modes, without a trace; and everything asks for it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from keepdrop.envs.evaluation.mask_evaluator import MaskEvaluator, correct_flags
@@ -43,7 +45,14 @@ class Noisy(Flattened):
         return super().forward(F.dropout(x, training=True))
 
 
-@pytest.mark.parametrize("make", [Viewed, ViewedBySize, MaxOverChannels, MixedUp])
+class InObject(MixedUp):
+    """The same, and its answer is in an object."""
+
+    def forward(self, x):
+        return SimpleNamespace(logits=super().forward(x))
+
+
+@pytest.mark.parametrize("make", [Viewed, ViewedBySize, MaxOverChannels, MixedUp, InObject])
 def test_networks_that_know_one_layout(make):
     model = make().eval()
     assert layout_of(model, IMAGES) == layout_of(model, arranged(IMAGES, CHANNELS_LAST)) == CONTIGUOUS
