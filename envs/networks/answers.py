@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,8 +20,8 @@ from torch.utils._pytree import MappingKey, SequenceKey, tree_flatten_with_path
 from ...errors import UserError
 from ..data.packing import Packing
 from .copying import copied
-from .inputs import as_call
-from .modes import evaluating
+from .inputs import as_call, beside
+from .modes import evaluating, randomness_restored
 from .module_kinds import Inputs, run
 from .unwrapping import plain_network
 
@@ -46,7 +46,7 @@ class Adapter:
     base: type[nn.Module]
     paths: tuple[Path, ...] = ()
     chosen: bool = False
-    packing: Packing | None = field(default=None)
+    packing: Packing | None = None
 
     def answer(self, answers: Any, training: bool) -> Any:
         """What counts of a network's answers; in training mode all of them, unless the user said which counts."""
@@ -129,8 +129,9 @@ def as_given(network: nn.Module) -> nn.Module:
 def as_called(network: nn.Module, inputs: Any) -> Any:
     """What the network as given is called with, where `inputs` is what the adapted one takes; else as they are."""
     adapter = adapter_of(network)
-    packed = adapter is not None and adapter.packing is not None and isinstance(inputs, Tensor)
-    return adapter.packing.unpacked(inputs) if packed else inputs  # type: ignore[union-attr]
+    if adapter is None or adapter.packing is None or not isinstance(inputs, Tensor):
+        return inputs
+    return adapter.packing.unpacked(inputs)
 
 
 def adapter_of(network: nn.Module) -> Adapter | None:
@@ -147,7 +148,7 @@ def without_say(network: nn.Module, inputs: Inputs) -> frozenset[str]:
     if adapter is None or not adapter.paths:
         return frozenset()
     trial = copied(network).cpu().eval().requires_grad_(True)
-    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+    with torch.inference_mode(False), torch.enable_grad(), randomness_restored():
         answer = run(trial, inputs)
         owned = [(name, value) for name, value in trial.named_parameters() if value.is_floating_point()]
         slopes = torch.autograd.grad(answer.sum(), [value for _, value in owned], allow_unused=True)
@@ -166,13 +167,9 @@ def _forward(self: nn.Module, images: Tensor) -> Any:
 @torch.no_grad()
 def _answers(network: nn.Module, example: Inputs) -> Any:
     """What it answers in evaluation mode; None where it fails."""
-    device = next((each.device for each in network.parameters()), torch.device("cpu"))
-    args, kwargs = as_call(example)
-    moved = [value.to(device) if isinstance(value, Tensor) else value for value in args]
-    named = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in kwargs.items()}
     try:
-        with evaluating(network), torch.random.fork_rng(devices=[]):
-            return run(network, named or tuple(moved))
+        with evaluating(network), randomness_restored():
+            return run(network, beside(network, example))
     except Exception:
         return None
 

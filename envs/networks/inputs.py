@@ -46,6 +46,12 @@ def mapped(example_inputs: Inputs, change: Callable[[Tensor], Any]) -> Inputs:
     return tuple(map(each, example_inputs))
 
 
+def beside(model: torch.nn.Module, example_inputs: Inputs) -> Inputs:
+    """The same arguments on the device of the network."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    return mapped(example_inputs, lambda value: value.to(device))
+
+
 def resized(example_inputs: Inputs, size: int) -> Inputs:
     """Every tensor that has the batch axis, cut or repeated to `size` rows."""
     given = batch_size(example_inputs)

@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from ...errors import UserError, first_line
 from .copying import copied
-from .inputs import mapped, resized
+from .inputs import beside, resized
 from .modes import evaluating, modes_restored, randomness_restored
 from .module_kinds import Inputs, run
 
@@ -231,8 +231,7 @@ def _materialise(network: nn.Module, example_inputs: Inputs | None) -> None:
         raise UserError(
             f"{type(network).__name__} has lazy modules, whose sizes nobody knows yet; run it on one image first."
         )
-    device = next(network.parameters()).device
-    inputs = mapped(example_inputs, lambda value: value.to(device))
+    inputs = beside(network, example_inputs)
     try:
         with torch.no_grad(), evaluating(network):
             run(network, inputs)
