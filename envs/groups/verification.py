@@ -234,7 +234,8 @@ def _different_rows(inputs: Inputs, n_rows: int = N_ROWS) -> Inputs:
 def _batch_matters(model: nn.Module, inputs: Inputs) -> bool:
     """Whether the answer to an image depends on the images beside it; False where that cannot be told."""
     try:
-        together, alone = (_answers(model, _different_rows(inputs, 2), size) for size in (2, 1))
+        rows = _different_rows(inputs, 2)
+        together, alone = (_answers(model, rows, size) for size in (2, 1))
     except Exception:
         return False
     pairs = [(a[:1], b) for a, b in zip(together, alone, strict=True) if a.dim() and b.dim() and len(a) == 2 * len(b)]
