@@ -23,24 +23,22 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from ...atomic import write_atomically
-from ...errors import UserError, first_line
-from ..data.packing import Packing, packed_batch
+from ...errors import UserError
+from ..data.packing import packed_batch
 from ..networks import built_in as networks
 from ..networks.answers import as_called, as_given
-from ..networks.copying import copied
-from ..networks.inputs import mapped, tensors_in
-from ..networks.modes import randomness_restored
-from ..networks.module_kinds import Inputs, run
+from ..networks.inputs import mapped
+from ..networks.module_kinds import Inputs
 from ..networks.unwrapping import is_lazy, normalised_in, plain_network
 from ..surgery.cutting import cut_channels, find_module
 from ..surgery.kept_channels import KeptChannels
 from ..surgery.slicing import width
+from .probe import check_probe, probe_input, probe_of
 from .renamed import current_target
 
 FORMAT_VERSION = 1
 SIGNED = ("format_version", "constructor", "kept", "widths", "tensors", "weights_sha256", "probe")
 LARGEST = 10**6  # no width or number of classes of keepdrop's own networks comes near
-LARGEST_INPUT, TOLERANCE = 10**7, 1e-2  # of the probe
 PROFILED = ("total_ops", "total_params")  # buffers that thop registers
 WEIGHTS, ARCHITECTURE = "model.safetensors", "architecture.json"
 BUILT_IN = {
@@ -94,7 +92,7 @@ def save_pruned(
         "widths": {name: dict(axes) for name, axes in kept.widths.items()},
         "tensors": {name: _described(value) for name, value in tensors.items()},
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
-        "probe": None if input_shape is None else _probe_of(model, input_shape, packing),
+        "probe": None if input_shape is None else probe_of(model, input_shape, packing),
     }
     try:
         whole = {**core, "checksum": _checksum(core), "versions": _versions(), "facts": dict(facts or {})}
@@ -130,7 +128,7 @@ def load_pruned(folder: str | Path, constructor: Callable[[], nn.Module] | None 
     _check_widths(dense, core["kept"], core["widths"])
     model = cut_channels(dense, core["kept"])
     _fill(model, tensors, core["tensors"])
-    _check_probe(model.eval(), core["probe"])
+    check_probe(model.eval(), core["probe"])
     return model
 
 
@@ -208,7 +206,7 @@ def _dense(
         raise UserError(f"The constructor of the dense network fails ({type(error).__name__}: {error}).") from error
     if not isinstance(dense, nn.Module):
         raise UserError(f"The constructor of the dense network returned a {type(dense).__name__}, expected a module.")
-    example = _probe_input(*_checked_probe(probe)[:2]) if probe is not None and is_lazy(dense) else None
+    example = probe_input(probe) if probe is not None and is_lazy(dense) else None
     return plain_network(dense, example, normalised_in(tensors))[0]
 
 
@@ -252,74 +250,6 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor], described: Mapping[st
 def _without_profile(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The network's own tensors: a profiler that ran on it may have left counters in every module."""
     return {name: value for name, value in tensors.items() if name.rpartition(".")[2] not in PROFILED}
-
-
-def _probe_of(model: nn.Module, shape: Sequence[int], packing: Packing | None) -> dict[str, Any] | None:
-    """Shape and outputs, as JSON; None for a network that answers by chance, or not in finite numbers."""
-    probed = copied(model).cpu().eval()
-    with randomness_restored():
-        outputs, again = (_answer(probed, shape, packing) for _ in range(2))
-    if outputs != again:
-        return None
-    several = {} if packing is None else {"inputs": packing.facts()}
-    return {"shape": list(shape), **several, "outputs": outputs} if all(map(math.isfinite, outputs)) else None
-
-
-def _check_probe(model: nn.Module, probe: Any) -> None:
-    """Raise UserError if `model` (evaluation mode, CPU) answers otherwise; None was not asked and passes."""
-    if probe is None:
-        return
-    shape, packing, expected = _checked_probe(probe)
-    try:
-        got = _answer(model, shape, packing)
-    except Exception as error:
-        raise UserError(
-            f"The constructor's network does not run on the file's probe {shape} ({first_line(error)})."
-        ) from error
-    largest = max(map(abs, expected), default=0.0)
-    apart = max((abs(a - b) for a, b in zip(got, expected, strict=False)), default=0.0)
-    if len(got) != len(expected) or not apart <= TOLERANCE * largest:
-        raise UserError(
-            "The constructor's network has the shapes of the file and answers otherwise; it must be built as the one "
-            "that was pruned (strides, activations, order of layers)."
-        )
-
-
-def _checked_probe(probe: Any) -> tuple[list[int], Packing | None, list[float]]:
-    """Shape of the input, how several inputs lie in it, and outputs."""
-    known: Mapping[str, Any] = probe if isinstance(probe, Mapping) else {}
-    shape: Any = known.get("shape")
-    outputs: Any = known.get("outputs")
-    whole = isinstance(shape, list) and all(type(each) is int and 0 < each <= LARGEST_INPUT for each in shape)
-    numbers = isinstance(outputs, list) and all(type(each) in (int, float) for each in outputs)
-    if not whole or not numbers or math.prod(shape) > LARGEST_INPUT:
-        raise UserError("The file's 'probe' is damaged; restore it.")
-    return shape, _checked_packing(known.get("inputs"), shape), outputs
-
-
-def _checked_packing(facts: Any, shape: list[int]) -> Packing | None:
-    if facts is None:
-        return None
-    try:
-        packing = Packing.from_facts(facts)
-    except ValueError as error:
-        raise UserError("The file's 'probe' is damaged; restore it.") from error
-    if shape != [1, 1, sum(each.size for each in packing.inputs)]:
-        raise UserError("The file's 'probe' is damaged; restore it.")
-    return packing
-
-
-@torch.no_grad()
-def _answer(model: nn.Module, shape: Sequence[int], packing: Packing | None = None) -> list[float]:
-    dtype = next((each.dtype for each in model.parameters() if each.is_floating_point()), torch.float32)
-    outputs = tensors_in(run(model, _probe_input(shape, packing, dtype)))
-    return [number for each in outputs for number in each.double().flatten().tolist()]
-
-
-def _probe_input(shape: Sequence[int], packing: Packing | None = None, dtype: torch.dtype = torch.float32) -> Any:
-    # No random numbers: their generator may change from version to version.
-    made = torch.sin(0.37 * torch.arange(math.prod(shape), dtype=torch.float64)).reshape(list(shape)).to(dtype)
-    return made if packing is None else packing.unpacked(made.abs())  # whole numbers may be indices
 
 
 def _described(value: Tensor) -> dict[str, Any]:
