@@ -27,6 +27,7 @@ from ...errors import UserError
 from ..data.packing import packed_batch
 from ..networks import built_in as networks
 from ..networks.answers import as_called, as_given
+from ..networks.checkpoint import PROFILED
 from ..networks.inputs import mapped
 from ..networks.module_kinds import Inputs
 from ..networks.unwrapping import is_lazy, normalised_in, plain_network
@@ -39,7 +40,6 @@ from .renamed import current_target
 FORMAT_VERSION = 1
 SIGNED = ("format_version", "constructor", "kept", "widths", "tensors", "weights_sha256", "probe")
 LARGEST = 10**6  # no width or number of classes of keepdrop's own networks comes near
-PROFILED = ("total_ops", "total_params")  # buffers that thop registers
 WEIGHTS, ARCHITECTURE = "model.safetensors", "architecture.json"
 BUILT_IN = {
     f"keepdrop.envs.networks.built_in.{name}": getattr(networks, name)

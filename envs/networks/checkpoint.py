@@ -23,7 +23,8 @@ EMA_KEYS = ("ema", "model_ema", "state_dict_ema", "ema_state_dict")  # taken whe
 WRAPPERS = ("module", "_orig_mod")  # DataParallel and torch.compile
 AVERAGED = ("ema_model", "ema", "model_ema")
 COUNTER = "num_batches_tracked"
-FOREIGN = ("n_averaged", "total_ops", "total_params")  # of AveragedModel and of thop
+PROFILED = ("total_ops", "total_params")  # counters that thop leaves in every module
+FOREIGN = ("n_averaged", *PROFILED)  # n_averaged is of AveragedModel
 ValueT = TypeVar("ValueT")
 N_NAMED = 3  # an error names this many keys, then a count
 

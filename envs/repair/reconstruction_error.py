@@ -27,6 +27,7 @@ from ...errors import UserError
 from ..data.objective import TOP1, Objective
 from ..networks.modes import evaluating
 from ..surgery.filter_group import Cut, FilterGroup
+from ..surgery.folding import reading_weight
 from ..surgery.group_matching import regrouped
 from ..surgery.macs_target import MacsMeter, Target, keep_best
 from .patches import inputs_at, obstacle
@@ -177,7 +178,7 @@ class _Reading:
 
     def __init__(self, module: nn.Module, cut: Cut, places: int) -> None:
         self.module, self.cut, self.places = module, cut, places
-        self.weight_KO = _weight(module).detach().reshape(len(_weight(module)), -1).T.double().cpu()
+        self.weight_KO = reading_weight(module).detach().flatten(1).T.double().cpu()
         self.gram = torch.zeros(len(self.weight_KO), len(self.weight_KO), dtype=torch.float64)
         self.fisher = torch.zeros(self.weight_KO.shape[1], dtype=torch.float64)
         self.n_samples = 0
@@ -205,14 +206,8 @@ class _Reading:
     def blocks(self, n_filters: int) -> Tensor:
         """The columns of the Gram matrix that belong to each filter: (N, columns per filter) int64."""
         channels = torch.as_tensor(self.cut.channels).reshape(n_filters, -1)
-        taps = int(_weight(self.module)[0, 0].numel())
+        taps = reading_weight(self.module)[0, 0].numel()
         return (channels[:, :, None] * taps + torch.arange(taps)).flatten(1)
-
-
-def _weight(module: nn.Module) -> Tensor:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight
 
 
 def _read(model: nn.Module, readings: Sequence[_Reading], images: Tensor, labels: Tensor, objective: Objective) -> None:
