@@ -30,7 +30,7 @@ from .module_rules import (
     own_input,
     own_weight,
 )
-from .operator_rules import CONSTRUCTORS, Labelled, apply_operator, words
+from .operator_rules import CONSTRUCTORS, Labelled, apply_operator, of_first, words
 
 # How Python gets at a value: `if x.sum() > 0`, `int(x.argmax())`, `torch.equal(x, y)`.
 READS_VALUES = ("_local_scalar_dense", "is_nonzero", "equal")
@@ -118,8 +118,7 @@ class LabelTrace(TorchDispatchMode):
         """The operator of a subclass with its own `forward` (padding before it, an activation after it)."""
         name, module = self._extended[-1]
         first = out if isinstance(out, Tensor) else out[0]
-        result = apply_module(self.owners, name, module, self._labels_of(source), first)
-        return result if isinstance(out, Tensor) else [result] + [None] * (len(out) - 1)
+        return of_first(apply_module(self.owners, name, module, self._labels_of(source), first), out)
 
     def hooks(self, name: str, module: nn.Module) -> Iterator[RemovableHandle]:
         """Hooks that tell where the trace is, and hand known modules and their subclasses to their rules."""
@@ -157,8 +156,7 @@ class LabelTrace(TorchDispatchMode):
 
     def fix_outputs(self, outputs: Any) -> None:
         """What the network returns keeps its channels."""
-        found = [self._labels_of(value) for value in tensors_in(outputs)]
-        fix_all(self.owners.forest, [labels for labels in found if labels is not None], REACHES_OUTPUT)
+        fix_all(self.owners.forest, [self._labels_of(value) for value in tensors_in(outputs)], REACHES_OUTPUT)
 
     def _note(self, out: Any, labels: Any) -> None:
         if isinstance(out, Tensor):

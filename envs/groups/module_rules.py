@@ -66,7 +66,7 @@ def apply_module(owners: Ownership, name: str, module: nn.Module, labels: Tensor
         return None
     if isinstance(module, nn.PReLU) and module.num_parameters == 1:
         return labels
-    ids = _channel_ids(owners.forest, labels, min(1, out.dim() - 1), out.shape[min(1, out.dim() - 1)])
+    ids = channel_ids(owners.forest, labels, min(1, out.dim() - 1), out.shape[min(1, out.dim() - 1)])
     if isinstance(module, nn.GroupNorm):
         _tie_norm_groups(owners.forest, module, ids)
     if isinstance(module, (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.PReLU)):
@@ -93,7 +93,8 @@ def own_input(module: nn.Module, func: Any, args: Sequence[Any]) -> Any:
     return args[0] if fits else None
 
 
-def _channel_ids(forest: ChannelLabels, labels: Tensor | None, dim: int, count: int) -> Ids:
+def channel_ids(forest: ChannelLabels, labels: Tensor | None, dim: int, count: int) -> Ids:
+    """One label for each of the `count` channels along `dim`; 0 where nothing is labelled."""
     return np.zeros(count, np.int64) if labels is None else per_channel(forest, labels, dim)
 
 
@@ -117,7 +118,7 @@ def apply_made_conv(
     The filters can go one by one; of what they read nothing can, since each weight may depend on all of a filter.
     """
     dim = out.dim() - len(module.kernel_size) - 1
-    ids_in = _channel_ids(owners.forest, labels, dim, module.in_channels)
+    ids_in = channel_ids(owners.forest, labels, dim, module.in_channels)
     assert made[0] is not None
     ids_out = per_channel(owners.forest, made[0], 0)
     for each in (owners.made.get(name), None if made[1] is None else per_channel(owners.forest, made[1], 0)):
@@ -136,7 +137,7 @@ def apply_made_conv(
 
 def _conv(owners: Ownership, name: str, module: _ConvNd, labels: Tensor | None, out: Tensor) -> Tensor:
     dim = out.dim() - len(module.kernel_size) - 1
-    ids_in = _channel_ids(owners.forest, labels, dim, module.in_channels)
+    ids_in = channel_ids(owners.forest, labels, dim, module.in_channels)
     known = owners.ids.get((name, "out"))
     ids_out = owners.forest.new(module.out_channels) if known is None else known
     if is_depthwise(module):
@@ -160,7 +161,7 @@ def _linear(owners: Ownership, name: str, module: nn.Linear, labels: Tensor | No
         return labels.narrow(last, 0, 1).expand(out.shape)
     if out.dim() > 2:
         owners.at_positions.add(name)
-    owners.own(name, "in", "consumer", _channel_ids(owners.forest, labels, last, module.in_features))
+    owners.own(name, "in", "consumer", channel_ids(owners.forest, labels, last, module.in_features))
     known = owners.ids.get((name, "out"))
     ids_out = owners.forest.new(module.out_features) if known is None else known
     owners.own(name, "out", "producer", ids_out)
@@ -173,7 +174,7 @@ def _recurrent(owners: Ownership, name: str, module: nn.Module, labels: Tensor |
     if labels is not None and any(dim != last for dim in varying(labels)):
         fix_all(owners.forest, [labels], READS_STEPS)
         labels = None
-    owners.own(name, "in", "consumer", _channel_ids(owners.forest, labels, last, width(module, "in")))
+    owners.own(name, "in", "consumer", channel_ids(owners.forest, labels, last, width(module, "in")))
 
 
 def _layer_norm(owners: Ownership, module: nn.LayerNorm, labels: Tensor | None) -> Tensor | None:

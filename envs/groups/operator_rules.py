@@ -22,7 +22,7 @@ from .channel_labels import (
     spread,
     varying,
 )
-from .module_rules import BATCH_NORMS, LAYER_NORM_MIXES, fix_all, tie_blocks
+from .module_rules import BATCH_NORMS, LAYER_NORM_MIXES, channel_ids, fix_all, tie_blocks
 
 
 def words(text: str) -> frozenset[str]:
@@ -90,11 +90,12 @@ def apply_operator(
     if name in CONSTRUCTORS:
         return _constructed(labelled, args, out)
     inputs = [value for value in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
-    known = [labelled[id(value)][1] for value in inputs if id(value) in labelled]
+    operands = [_labels_of(labelled, value) for value in inputs]
+    known = [labels for labels in operands if labels is not None]
     if not known:
         return None
     if name in SAME or _redraws(func, args, out):
-        labels = labelled[id(args[0])][1] if id(args[0]) in labelled else None
+        labels = _labels_of(labelled, args[0])
         return labels if isinstance(out, Tensor) else [labels] * len(out)
     if name in STRUCTURAL:
         moved = _structural(forest, labelled, func, name, args, kwargs)
@@ -104,56 +105,59 @@ def apply_operator(
     if name in REDUCING and len(known) == 1 and len(inputs) == 1:
         return _reduce(forest, name, known[0], args, kwargs, out)
     if (torch.Tag.pointwise in func.tags or name in POINTWISE) and isinstance(out, Tensor):
-        operands = [labelled.get(id(value), (value, None))[1] for value in inputs]
         return pointwise(forest, inputs, operands, [id(value) in data for value in inputs], out, name)
     if name in BATCH_NORMS:
         return _batch_norm(forest, labelled, inputs, out)
     if name == "_weight_norm_interface" and args[2:] in ((), (0,)):
         return _weight_norm(forest, labelled, args, out)
-    if name == "embedding" and id(args[0]) in labelled:
-        return spread(per_channel(forest, labelled[id(args[0])][1], 1), out.dim() - 1, out.shape)
-    if name in ("bmm", "mm"):
-        return _product(forest, name, known, [labelled.get(id(value), (value, None))[1] for value in inputs], out)
+    if name == "embedding" and (table := _labels_of(labelled, args[0])) is not None:
+        return spread(per_channel(forest, table, 1), out.dim() - 1, out.shape)
+    if name in ("bmm", "mm") and (kept := _product(*operands, out)) is not None:
+        return kept
     reason = f"the operation {name!r} is not one that keeps channels apart"
     fix_all(forest, known, next((why for part, why in REASONS.items() if part in name), reason))
     return None
 
 
-def _product(
-    forest: ChannelLabels, name: str, known: Sequence[Tensor], both: Sequence[Tensor | None], out: Tensor
-) -> Tensor | None:
+def _labels_of(labelled: Labelled, value: Any) -> Tensor | None:
+    return labelled[id(value)][1] if id(value) in labelled else None
+
+
+def of_first(result: Tensor | None, out: Any) -> Any:
+    """Labels in the structure of `out`: `result` are those of its first tensor, others have none."""
+    return result if isinstance(out, Tensor) else [result] + [None] * (len(out) - 1)
+
+
+def _product(left: Tensor | None, right: Tensor | None, out: Tensor) -> Tensor | None:
     """Matrices multiplied along positions leave the channels of the one apart (the values of an attention of one head).
 
-    Those of several heads, and channels that are summed over, stay.
+    None where that is not so: of several heads, and where channels are summed over.
     """
-    left, right = both
-    kept = left if right is None else right
-    outer, inner = (out.dim() - 2, out.dim() - 1) if right is None else (out.dim() - 1, out.dim() - 2)
-    if len(known) != 1 or kept is None or varying(kept) != [outer]:
-        fix_all(forest, known, f"the operation {name!r} is not one that keeps channels apart")
+    rows, columns = out.dim() - 2, out.dim() - 1
+    kept, own, summed = (left, rows, columns) if right is None else (right, columns, rows)
+    if kept is None or (left is not None and right is not None) or varying(kept) != [own]:
         return None
-    return kept.narrow(inner, 0, 1).expand(out.shape)
+    return kept.narrow(summed, 0, 1).expand(out.shape)
 
 
 def _batch_norm(forest: ChannelLabels, labelled: Labelled, inputs: Sequence[Tensor], out: Any) -> Any:
     """Written by hand: channel by channel, whether its statistics are frozen or those of the batch."""
     source, *vectors = inputs
-    labels = labelled[id(source)][1] if id(source) in labelled else torch.zeros([1] * source.dim(), dtype=torch.int64)
-    ids = per_channel(forest, labels.expand(source.shape), 1)
+    ids = channel_ids(forest, _labels_of(labelled, source), 1, source.shape[1])
     for value in vectors:
-        forest.unite(ids, labelled[id(value)][1] if id(value) in labelled else np.zeros(1, np.int64))
-    result = spread(ids, 1, source.shape)
-    return result if isinstance(out, Tensor) else [result] + [None] * (len(out) - 1)
+        labels = _labels_of(labelled, value)
+        forest.unite(ids, np.zeros(1, np.int64) if labels is None else labels)
+    return of_first(spread(ids, 1, source.shape), out)
 
 
 def _weight_norm(forest: ChannelLabels, labelled: Labelled, args: Any, out: Any) -> Any:
     """A weight (filters, ...) scaled to a norm of its own for each filter."""
-    first, second = (labelled.get(id(value), (value, None))[1] for value in args[:2])
+    first, second = (_labels_of(labelled, value) for value in args[:2])
     if first is None or second is None:
-        fix_all(forest, [each for each in (first, second) if each is not None], MEETS_FIXED)
+        fix_all(forest, [first, second], MEETS_FIXED)
         return None
     forest.unite(per_channel(forest, first, 0), per_channel(forest, second, 0))
-    return [first] + [None] * (len(out) - 1)
+    return of_first(first, out)
 
 
 def _constructed(labelled: Labelled, args: Any, out: Any) -> Tensor | None:
@@ -244,7 +248,7 @@ def _structural(forest: ChannelLabels, labelled: Labelled, func: Any, name: str,
             return labelled[id(value)][1]
         return torch.zeros(value.shape, dtype=torch.int64) if value.is_floating_point() else value
 
-    source = labelled[id(args[0])][1] if id(args[0]) in labelled else None
+    source = _labels_of(labelled, args[0])
     if name == "constant_pad_nd" and source is not None:
         return _pad(source, args[1])
     if source is not None and name in ("view", "_unsafe_view", "reshape"):
@@ -309,8 +313,7 @@ def _spatial(forest: ChannelLabels, name: str, labels: Tensor, out: Any) -> Any:
     first = out if isinstance(out, Tensor) else out[0]
     found = re.search(r"([123])d", name)
     dim = first.dim() - int(found.group(1)) - 1 if found else 1
-    result = spread(per_channel(forest, labels, dim), dim, first.shape)
-    return result if isinstance(out, Tensor) else [result] + [None] * (len(out) - 1)
+    return of_first(spread(per_channel(forest, labels, dim), dim, first.shape), out)
 
 
 def _reduce(forest: ChannelLabels, name: str, labels: Tensor, args: Any, kwargs: Any, out: Any) -> Any:
