@@ -22,10 +22,10 @@ from ...envs.surgery.macs_target import Target
 from ...envs.task import PruningTask
 from ...errors import UserError
 from ..config.cli_errors import groups
-from ..config.entry_point import first_value, is_sweep, plain, run_with_hydra, settings, typed
+from ..config.entry_point import check_settings, first_value, is_sweep, plain, run_with_hydra, typed
 from ..config.ignored import COMPENSATION, LAYER_EVALUATION, REPAIR, Ignored, refuse_ignored, training
 from ..config.prepare import Inputs, check_controls, prepare
-from ..config.schema import INHERITED, LatencyConfig
+from ..config.schema import INHERITED, ApplyConfig
 from ..config.stored import check_targets, inherit, run_with_config
 from ..config.training import Tuned, begin_task, build_recovery, finetune
 from ..deploy.export import check_exports
@@ -33,13 +33,11 @@ from ..deploy.runtimes import check_runtimes
 from ..pruning.decide import AskCriterion, Decider
 from ..pruning.network_decide import AskNetworkAgent, AskNetworkCriterion, NetworkDecider
 from ..pruning.network_schedule import NetworkSchedule
-from ..pruning.recover import RecoverySettings
 from ..pruning.schedule import LayerRecord, Schedule, check_order
 from ..pruning.trained_agents import AskAgents, check_agents, load_agents
 from ..reporting.curves import write_curves
 from ..runs.context import RunContext
 from ..runs.folder import METRICS
-from ..training.loop import TrainSettings
 from .prune import ScheduleLog, build_repair
 from .results import (
     Networks,
@@ -102,6 +100,7 @@ def composed_anew(config: DictConfig) -> DictConfig:
     inherit(config.agents)
     again = compose("apply", overrides=list(HydraConfig.get().overrides.task))
     again.run_dir = config.run_dir
+    check_settings(again, ApplyConfig)
     return again
 
 
@@ -125,9 +124,6 @@ ONE_SHOT = (
 
 def check(config: DictConfig) -> Inputs:
     """Find everything that is wrong with the input before anything is written."""
-    settings(config.latency, LatencyConfig)
-    settings(config.recovery, RecoverySettings)
-    settings(config.finetune, TrainSettings)
     check_order(config.order)
     check_exports(config.export)
     known = load_agents(config.agents)

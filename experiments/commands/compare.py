@@ -29,10 +29,8 @@ from ..config.ignored import (
 )
 from ..config.prepare import Inputs, check_targets, prepare
 from ..config.training import begin_task
-from ..pruning.network_search import NetworkSearchSettings
 from ..runs.console import Terminal
 from ..runs.context import RunContext
-from ..training.loop import TrainSettings
 from .running import carry_out
 
 
@@ -85,12 +83,9 @@ IGNORED = (
 
 def check(config: DictConfig) -> Inputs:
     """Find everything that is wrong with the input before anything is written."""
-    for node in (config.finetune, config.base):
-        settings(node, TrainSettings)
     targets = [Target(removed, config.targets.of) for removed in config.targets.removed]
     check_plan(config)
     refuse_ignored(config, IGNORED)
-    settings(config.network_search, NetworkSearchSettings)
     repair = settings(config.repair, ReconstructionSettings)
     inputs = prepare(config, plain(config.layers))
     check_targets(inputs, targets, repair if any(config.compensate) else None)

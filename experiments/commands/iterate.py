@@ -25,7 +25,6 @@ from ..config.build import build_augment
 from ..config.entry_point import plain, run_with_hydra, settings
 from ..config.ignored import BASE_TRAINING, TRAINED_ALREADY, Ignored, refuse_ignored, training
 from ..config.prepare import Inputs, prepare
-from ..config.schema import LatencyConfig
 from ..config.training import begin_task, finetune
 from ..deploy.runtimes import check_runtimes
 from ..iterate.curve import write_curve
@@ -75,11 +74,8 @@ IGNORED = (
 def check(config: DictConfig) -> Inputs:
     """Find everything that is wrong with the input before anything is written."""
     refuse_ignored(config, IGNORED)
-    for node in (config.finetune, config.base):
-        settings(node, TrainSettings)
     how(config)
     goal(config)
-    settings(config.latency, LatencyConfig)
     inputs = prepare(config, plain(config.layers))
     check_runtimes(config.latency.runtimes, inputs.device)
     return inputs

@@ -18,7 +18,7 @@ from ...envs.one_shot import GROUP_NAME, OneShotTask
 from ...envs.task import PruningTask
 from ...errors import UserError
 from ..config.cli_errors import nearest
-from ..config.entry_point import plain, run_with_hydra, settings
+from ..config.entry_point import plain, run_with_hydra
 from ..config.ignored import BASE_TRAINING, ONLY_THE_BASE, TRAINED_ALREADY, Ignored, refuse_ignored
 from ..config.prepare import Inputs, prepare
 from ..config.training import begin_task
@@ -31,7 +31,6 @@ from ..runs.console import Terminal
 from ..runs.context import RunContext
 from ..runs.folder import RunFolder, file_name
 from ..runs.seeds import derive_seed
-from ..training.loop import TrainSettings
 from .running import carry_out
 
 
@@ -66,13 +65,10 @@ IGNORED = (
 def check(config: DictConfig) -> Inputs:
     """Find everything that is wrong with the input before anything is written."""
     refuse_ignored(config, IGNORED)
-    settings(config.base, TrainSettings)
     for pattern in config.criteria:
         if not any(fnmatchcase(name, pattern) for name in CRITERIA):
             hint = nearest(pattern, CRITERIA) or f"expected names or globs of {', '.join(CRITERIA)}."
             raise UserError(f"criteria has {pattern!r}, which names none; {hint}")
-    if config.random_seeds < 1:
-        raise UserError(f"random_seeds is {config.random_seeds}; expected 1 or more.")
     if not config.criteria and config.agents is None:
         raise UserError("There is nothing to compare the oracle with; give criteria or agents.")
     known = load_agents(config.agents) if config.agents is not None else {}

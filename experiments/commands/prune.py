@@ -33,7 +33,6 @@ from ..config.ignored import (
     training,
 )
 from ..config.prepare import Inputs, check_controls, check_network_search, check_search, prepare
-from ..config.schema import LatencyConfig
 from ..config.training import begin_task, build_recovery, finetune
 from ..deploy.export import check_exports
 from ..deploy.runtimes import check_runtimes
@@ -42,13 +41,11 @@ from ..pruning.layer_agents import TrainLayerAgents
 from ..pruning.network_decide import TrainNetworkAgent
 from ..pruning.network_schedule import NetworkSchedule, show_update
 from ..pruning.network_search import NetworkSearchSettings
-from ..pruning.recover import RecoverySettings
 from ..pruning.schedule import LayerRecord, Schedule, check_order
 from ..pruning.trained_agents import load_agents
 from ..reporting.curves import write_curves
 from ..runs.context import RunContext
 from ..runs.provenance import command_line
-from ..training.loop import TrainSettings
 from .results import Networks, metrics_of, save_result, show_results, write_results
 from .running import carry_out
 
@@ -83,10 +80,6 @@ IGNORED = (
 def check(config: DictConfig) -> Inputs:
     """Find everything that is wrong with the input before anything is written."""
     refuse_ignored(config, IGNORED)
-    for node in (config.finetune, config.base):
-        settings(node, TrainSettings)
-    settings(config.recovery, RecoverySettings)
-    settings(config.latency, LatencyConfig)
     check_exports(config.export)
     check_order(config.order)
     inputs = prepare(config, plain(config.layers))

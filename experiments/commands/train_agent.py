@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from ...envs.data.objective import display_name
 from ...errors import UserError
 from ..config.build import build_reward
-from ..config.entry_point import run_with_hydra, settings
+from ..config.entry_point import run_with_hydra
 from ..config.ignored import (
     BASE_TRAINING,
     COMPENSATION,
@@ -25,7 +25,6 @@ from ..config.training import begin_task
 from ..pruning.schedule import Schedule
 from ..runs.context import RunContext
 from ..runs.folder import METRICS
-from ..training.loop import TrainSettings
 from .prune import train_layer_agents
 from .running import carry_out
 
@@ -55,7 +54,6 @@ IGNORED = (
 def check(config: DictConfig) -> Inputs:
     """Find everything that is wrong with the input before anything is written."""
     refuse_ignored(config, IGNORED)
-    settings(config.base, TrainSettings)
     if any(character in config.layer for character in "*?["):
         raise UserError(f"layer is {config.layer!r}, a pattern; expected one name: train several with -m layer=a,b,c.")
     inputs = prepare(config, [config.layer])

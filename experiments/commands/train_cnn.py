@@ -15,7 +15,7 @@ from ...envs.evaluation.mask_evaluator import accuracy_on
 from ...envs.networks.checkpoint import save_weights
 from ...envs.networks.cost import count_cost
 from ..config.build import NetworkConstructor, build_splits
-from ..config.entry_point import run_with_hydra, settings
+from ..config.entry_point import run_with_hydra
 from ..config.ignored import BASE_TRAINING, refuse_ignored
 from ..config.prepare import check_augmentation
 from ..config.training import WEIGHTS, train_baseline
@@ -24,7 +24,6 @@ from ..runs.context import RunContext
 from ..runs.folder import FACTS, METRICS
 from ..runs.provenance import provenance
 from ..runs.seeds import derive_seed
-from ..training.train_settings import TrainSettings
 from .running import carry_out
 
 
@@ -41,7 +40,6 @@ def run(config: DictConfig) -> dict[str, Any]:
 def check(config: DictConfig) -> Splits:
     """Find everything that is wrong with the input before anything is written."""
     refuse_ignored(config, BASE_TRAINING)
-    settings(config.base, TrainSettings)
     resolve_device(config.device)
     splits = build_splits(config)
     check_augmentation(config, splits)

@@ -86,7 +86,8 @@ def check_plan(config: DictConfig) -> None:
     for stage in config.stages:
         if stage not in STAGES:
             raise UserError(f"stages has {stage!r}; expected any of {', '.join(STAGES)}.")
-    _check_numbers(config)
+    if config.bn_images < 2:
+        raise UserError(f"bn_images is {config.bn_images}; expected 2 or more.")
     if not planned(config):
         raise UserError(f"Nothing is left to compare: {unavailable()}")
 
@@ -95,16 +96,3 @@ def _check_distinct(name: str, values: Sequence[object]) -> None:
     if not values or len(set(values)) != len(values):
         what = "is empty" if not values else f"names {next(v for v in values if list(values).count(v) > 1)!r} twice"
         raise UserError(f"{name} {what}; expected a list of one or more different values.")
-
-
-def _check_numbers(config: DictConfig) -> None:
-    for name, value, least in (
-        ("bn_images", config.bn_images, 2),
-        ("random_seeds", config.random_seeds, 1),
-        ("workers", config.workers, 1),
-        ("random_best.evaluations", config.random_best.evaluations, 1),
-    ):
-        if value is not None and value < least:
-            raise UserError(f"{name} is {value}; expected {least} or more.")
-    if min(config.seeds) < 0:
-        raise UserError(f"seeds has {min(config.seeds)}; expected whole numbers of 0 or more.")

@@ -10,7 +10,6 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ...agent.learning.trainer import AgentSettings
 from ...agent.saved_agent import check_agent
 from ...envs.data.packing import packing_of
 from ...envs.data.splits import Splits
@@ -28,7 +27,6 @@ from ...rewards.try_and_learn import check_drop_bound
 from ..pruning.decide import CONTROLS
 from ..pruning.input_checks import check_fineness, resolve_device, try_network, try_training
 from ..pruning.layer_agents import call_policy_factory
-from ..pruning.network_search import NetworkSearchSettings
 from ..pruning.trained_agents import agents_of, load_agents
 from ..runs.seeds import derive_seed
 from ..training.augment import RandomCropFlip, suits
@@ -43,7 +41,6 @@ from .build import (
 )
 from .entry_point import plain, settings, typed
 from .ignored import Ignored, refuse_ignored
-from .schema import SearchConfig
 
 
 @dataclass
@@ -158,8 +155,6 @@ def check_controls(names: Sequence[str], inputs: Inputs) -> None:
 
 def check_search(config: DictConfig, inputs: Inputs) -> None:
     """Check what the agents of a search are made of, and the saved ones it starts from; raises `UserError`."""
-    settings(config.search, SearchConfig)
-    settings(config.agent, AgentSettings)
     build_reward(config.reward)
     call_policy_factory(build_policy_factory(config.policy), n_filters=inputs.groups[0].n_filters, n_weights=9)
     if config.warm_start is None:
@@ -177,7 +172,6 @@ def check_search(config: DictConfig, inputs: Inputs) -> None:
 
 def check_network_search(config: DictConfig, inputs: Inputs) -> None:
     """Check what the agent of a whole network is made of, and that its MACs target can be met; raises `UserError`."""
-    settings(config.network_search, NetworkSearchSettings)
     repair = settings(config.repair, ReconstructionSettings)
     check_targets(inputs, [Target(**plain(config.target))], repair if config.evaluation.compensate else None)
 

@@ -54,13 +54,6 @@ class IterateSettings:
     def __post_init__(self) -> None:
         if self.criterion not in CRITERIA:
             raise UserError(f"criterion is {self.criterion!r}; expected one of {', '.join(CRITERIA)}.")
-        if self.step < 1 or self.minibatches < 1:
-            raise UserError(
-                f"step is {self.step} and minibatches {self.minibatches}; expected 1 or more of both: filters that go "
-                "at a time, and minibatches of training in between."
-            )
-        if not 0 <= self.macs_weight < float("inf"):
-            raise UserError(f"macs_weight is {self.macs_weight}; expected 0 or more.")
 
 
 @dataclass(frozen=True)
