@@ -107,14 +107,15 @@ class Compensation:
         """
         if group is not self.group:
             raise UserError(f"This compensation was fitted for group {self.group.name!r}, not for this {group.name!r}.")
-        if bool(checked_keep(group, keep).all()):
+        keep = checked_keep(group, keep)
+        if keep.all():
             return
         mixes = self.matrices(keep[None])
         for cut in (cut for cut in group.consumers if cut.module in self.moments):
             module = copied(self.consumers[cut.module])
             mix = mixes[group.name, cut.module][0]
             set_reading_weight(module, fold(module, reading_weight(module).detach(), cut, mix))
-            _cut_like(group, cut.module, module, keep.cpu())
+            _cut_like(group, cut.module, module, keep)
             place, weight = reading_weight(pruned.get_submodule(cut.module)), reading_weight(module)
             if place.shape != weight.shape:
                 raise UserError(
@@ -126,7 +127,8 @@ class Compensation:
     def folded(self, model: nn.Module, keep: Tensor) -> nn.Module:
         """A copy of the network that `fit` saw, compensated but not yet pruned: dropped channels have zero weights."""
         result = copied(model)
-        if bool(checked_keep(self.group, keep).all()):
+        keep = checked_keep(self.group, keep)
+        if keep.all():
             return result
         mixes = self.matrices(keep[None])
         for cut in self.group.consumers:

@@ -232,11 +232,9 @@ class _Recorder(fx.Interpreter):
         value = super().run_node(n)
         site = self.sites.get(n.name)
         if site is not None:
-            last = isinstance(self.submodules[site.module], nn.Linear)
-            partner = None
-            if site.partner is not None:
-                partner = outputs_at(_value(self, site.partner), self.places, last=last)
-            outputs = outputs_at(value, self.places, last=last)
+            module = self.submodules[site.module]
+            outputs = _rows(module, value, self.places)
+            partner = None if site.partner is None else _rows(module, _value(self, site.partner), self.places)
             same = partner is not None and partner.shape == outputs.shape
             self.wanted[n.name] = Wanted(outputs, partner if same else None)
         return value
@@ -284,12 +282,16 @@ class _Repair(fx.Interpreter):
         outputs = wanted.outputs[:, keep]
         if wanted.partner is None or site.partner is None:
             return outputs
-        last = isinstance(self.submodules[site.module], nn.Linear)
-        now = outputs_at(_value(self, site.partner), self.source.settings.places, last=last)
+        now = _rows(self.submodules[site.module], _value(self, site.partner), self.source.settings.places)
         if now.shape != outputs.shape:
             return outputs
         lost = wanted.partner[:, keep] - now
         return outputs + (lost if norm is None else lost / _norm_scale(norm))
+
+
+def _rows(module: nn.Module, value: Tensor, places: int) -> Tensor:
+    """Rows (S, O) of what `module` puts out, or of what is added to it."""
+    return outputs_at(value, places, last=isinstance(module, nn.Linear))
 
 
 def _norm_scale(norm: nn.Module) -> Tensor:
