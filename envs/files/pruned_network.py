@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -24,13 +23,15 @@ from torch import Tensor, nn
 
 from ...atomic import write_atomically
 from ...errors import UserError
+from ...strict_json import parse_json
 from ..data.packing import packed_batch
 from ..networks import built_in as networks
 from ..networks.answers import as_called, as_given
 from ..networks.checkpoint import PROFILED
 from ..networks.inputs import mapped
 from ..networks.module_kinds import Inputs
-from ..networks.unwrapping import is_lazy, normalised_in, plain_network
+from ..networks.unwrapping import is_lazy, plain_network
+from ..networks.weights_in_parts import normalised_in
 from ..surgery.cutting import cut_channels, find_module
 from ..surgery.kept_channels import KeptChannels
 from ..surgery.slicing import width
@@ -137,7 +138,7 @@ def read_architecture(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / ARCHITECTURE
     content = _read(path)
     try:
-        core = json.loads(content, object_pairs_hook=_without_duplicates, parse_constant=_refused, parse_float=_finite)
+        core = parse_json(content)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({str(error)[:120]}); restore it.") from error
     if not isinstance(core, dict) or core.get("format_version") != FORMAT_VERSION:
@@ -148,25 +149,6 @@ def read_architecture(folder: str | Path) -> dict[str, Any]:
     if core.get("checksum") != _checksum(signed):
         raise UserError(f"{path} is damaged or was edited (its checksum does not fit); restore it.")
     return core
-
-
-def _finite(number: str) -> float:
-    """Python reads 1e999 as infinity."""
-    if not math.isfinite(value := float(number)):
-        raise ValueError(f"it holds the number {number}")
-    return value
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Python keeps the last of two equal keys, another reader the first: a file must not have two."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("it has a key twice")
-    return found
-
-
-def _refused(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")
 
 
 def _check_form(path: Path, core: Mapping[str, Any]) -> None:

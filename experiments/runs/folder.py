@@ -6,7 +6,6 @@ import errno
 import hashlib
 import itertools
 import json
-import math
 import os
 import re
 import shutil
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ...atomic import write_atomically
 from ...envs.files.renamed import current_config
 from ...errors import UserError, first_line
+from ...strict_json import parse_json
 
 try:
     import fcntl
@@ -225,9 +225,7 @@ def _disk_errors(target: Path) -> Iterator[None]:
 def read_json(path: Path, kind: type = dict, called: str = "an object") -> Any:
     """The content of a JSON file that a run wrote; `UserError` for what is no JSON, no `kind`, or not finite."""
     try:
-        content = json.loads(
-            path.read_text(encoding="utf-8"), parse_float=_finite, parse_constant=_finite, parse_int=_bounded
-        )
+        content = parse_json(path.read_text(encoding="utf-8"), LARGEST_INTEGER)
     except (ValueError, RecursionError, OSError) as error:
         raise UserError(
             f"{str(path)!r} is damaged ({first_line(error)[:100]}); put back the file that the run wrote, or run the "
@@ -239,18 +237,6 @@ def read_json(path: Path, kind: type = dict, called: str = "an object") -> Any:
             "that the run wrote, or run the command anew."
         )
     return content
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(value := float(text)):
-        raise ValueError(f"{text} is no finite number")
-    return value
-
-
-def _bounded(text: str) -> int:
-    if abs(value := int(text)) > LARGEST_INTEGER:
-        raise ValueError(f"a whole number of {len(text)} digits")
-    return value
 
 
 def read_config(path: Path) -> dict[str, Any]:
