@@ -6,7 +6,6 @@ import argparse
 import hashlib
 import os
 import pickle
-import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from ...atomic import write_atomically
 from ...errors import UserError
+from .weights_in_parts import made_whole
 
 WRAPPER_KEYS = ("state_dict", "model_state_dict", "model", "net", "weights")
 EMA_KEYS = ("ema", "model_ema", "state_dict_ema", "ema_state_dict")  # taken where nothing else is there
@@ -164,7 +164,7 @@ def _fitted(state: dict[str, Tensor], expected: Mapping[str, Tensor], path: Path
     if _fits(state, expected):
         return state
     ours = {_bare(name): name for name in expected}
-    theirs = _made_plain({_bare(name): tensor for name, tensor in state.items()}, ours)
+    theirs = made_whole({_bare(name): tensor for name, tensor in state.items()}, ours)
     theirs = {name: tensor for name, tensor in theirs.items() if name in ours or not name.endswith(FOREIGN)}
     if len(ours) < len(expected) or len(theirs) > len(state):
         return state
@@ -182,52 +182,6 @@ def _fits(state: Collection[str], expected: Collection[str]) -> bool:
 def _bare(name: str) -> str:
     """A name without the parts that wrappers put in it, at the front or between."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
-
-
-def _made_plain(state: dict[str, Tensor], ours: Collection[str]) -> dict[str, Tensor]:
-    """Weights that a file holds in parts, made: masked ones, and what weight norm and spectral norm make.
-
-    Of both norms the older form (`weight_orig`) and that of parametrizations. A model that holds parts itself gets
-    them as they are.
-    """
-    if any(_PARTS.fullmatch(name) for name in ours):
-        return state
-    found = dict(state)
-    for name in state:
-        match = _PARTS.fullmatch(name)
-        if match is None:
-            continue
-        for first, *rest, make in _MAKERS:
-            names = [match["stem"] + part for part in (first, *rest)]
-            if name == names[0] and all(each in found for each in names):
-                whole = match["stem"].replace("parametrizations.", "").removesuffix(".")
-                found[whole] = make(*(found.pop(each) for each in names))
-                break
-    return found
-
-
-def _weight_normed(length: Tensor, direction: Tensor) -> Tensor:
-    """Weight norm: `length` says by its sides which of the weight's dimensions have one each."""
-    dims = [dim for dim in range(direction.dim()) if length.dim() == 0 or length.shape[dim] == 1]
-    return direction * (length / torch.linalg.vector_norm(direction, dim=dims, keepdim=True))
-
-
-def _spectral_normed(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Spectral norm, by its stored vectors; of a transposed convolution they belong to the second dimension."""
-    matrices = (weight.movedim(dim, 0).flatten(1) for dim in (0, 1))
-    sizes = (len(left), len(right))
-    # Vectors that have converged give the largest value for the dimension that they belong to.
-    return weight / max(torch.dot(left, matrix @ right) for matrix in matrices if tuple(matrix.shape) == sizes)
-
-
-_PARTS = re.compile(r"(?P<stem>.*?(parametrizations\.\w+\.|\w+))(original0?|_orig|_g)")
-_MAKERS: tuple[tuple[Any, ...], ...] = (
-    ("_orig", "_mask", torch.mul),
-    ("_orig", "_u", "_v", _spectral_normed),
-    ("_g", "_v", _weight_normed),
-    ("original0", "original1", _weight_normed),
-    ("original", "0._u", "0._v", _spectral_normed),
-)
 
 
 def _without_parents(

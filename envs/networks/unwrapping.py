@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
-from torch.nn.utils import parametrizations, parametrize, prune, remove_spectral_norm, remove_weight_norm
-from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDictPreHook
-from torch.nn.utils.weight_norm import WeightNorm
 from torch.optim.swa_utils import AveragedModel
 
 from ...errors import UserError, first_line
@@ -20,12 +16,10 @@ from .copying import copied
 from .inputs import beside, resized
 from .modes import evaluating, modes_restored, randomness_restored
 from .module_kinds import Inputs, run
+from .weights_in_parts import fold_norms, make_masks_permanent
 
 _WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel)
 _HOLDERS = ("module", "ema", "ema_model", "model")
-_REMOVERS: dict[type, Any] = {SpectralNorm: remove_spectral_norm, WeightNorm: remove_weight_norm}
-_NORMS = (parametrizations._SpectralNorm, parametrizations._WeightNorm)
-_NORMALISED = re.compile(r"(.*?)\.?(weight_g|weight_orig|parametrizations\.\w+\.original0?)")
 
 
 def plain_network(
@@ -54,15 +48,15 @@ def plain_network(
     if taken:
         kinds = ", ".join(dict.fromkeys(taken))
         notes.append(f"The network came wrapped ({kinds}); it is pruned and given back plain, without the wrapper.")
-    if masked := _make_permanent(network):
+    if masked := make_masks_permanent(network):
         notes.append(
-            f"Masks of torch.nn.utils.prune on {', '.join(masked[:3])}{' and others' if len(masked) > 3 else ''} were "
-            "made permanent: what they hide is zero, and training may change it."
+            f"Masks of torch.nn.utils.prune on {_some(masked)} were made permanent: what they hide is zero, and "
+            "training may change it."
         )
-    if folded := _fold_norms(network, normalised):
+    if folded := fold_norms(network, normalised):
         notes.append(
-            f"Weight or spectral norm of {', '.join(folded[:3])}{' and others' if len(folded) > 3 else ''} was made "
-            "permanent: the weights are what it made them, and training no longer normalises them."
+            f"Weight or spectral norm of {_some(folded)} was made permanent: the weights are what it made them, and "
+            "training no longer normalises them."
         )
     kinds_of_number = {each.dtype for each in network.parameters() if each.is_floating_point()}
     if len(kinds_of_number) == 1 and torch.float32 not in kinds_of_number:
@@ -73,6 +67,10 @@ def plain_network(
         _materialise(network, example_inputs)
         notes.append("Lazy modules got their sizes from one image.")
     return network, tuple(notes)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (" and others" if len(names) > 3 else "")
 
 
 def is_wrapped(model: Any) -> bool:
@@ -152,78 +150,6 @@ def _unwrap_inside(network: nn.Module) -> list[str]:
 
 def _has_forward(module: nn.Module) -> bool:
     return type(module).forward is not nn.Module.forward or "forward" in vars(module) or "_orig_mod" in module._modules
-
-
-def _make_permanent(network: nn.Module) -> list[str]:
-    """Make the masks of `torch.nn.utils.prune` permanent, in place; returns the names of the masked tensors."""
-    found = []
-    for name, module in network.named_modules():
-        hooks = list(module._forward_pre_hooks.values())
-        for hook in hooks:
-            if isinstance(hook, prune.BasePruningMethod):
-                prune.remove(module, hook._tensor_name)
-                found.append(f"{name}.{hook._tensor_name}".lstrip("."))
-    return found
-
-
-def _fold_norms(network: nn.Module, kept: Collection[str]) -> list[str]:
-    """Make the weights of torch's weight norm and spectral norm permanent, in place; returns their modules' names.
-
-    Both look at all of a weight, so that no input of it could be cut without changing what is left.
-    """
-    found = []
-    for name, module in [each for each in network.named_modules() if each[0] not in kept]:
-        hooks = [hook for hook in module._forward_pre_hooks.values() if type(hook) in _REMOVERS]
-        made = _norms_of(module)
-        with evaluating(module):  # training would move the vectors of a spectral norm
-            for hook in hooks:
-                trained = any(module._parameters[hook.name + end].requires_grad for end in _ends(module, hook.name))
-                _REMOVERS[type(hook)](module, hook.name)
-                module.get_parameter(hook.name).requires_grad_(trained)
-                _forget_loading(module)
-            _unparametrise(module, made)
-        found += [name] if hooks or made else []
-    return found
-
-
-def _ends(module: nn.Module, name: str) -> list[str]:
-    """How the names of the parts go on that a hook makes a tensor of."""
-    return [end for end in ("_orig", "_g", "_v") if name + end in module._parameters]
-
-
-def _unparametrise(module: nn.Module, made: Iterable[str]) -> None:
-    """`parametrize.remove_parametrizations`; copies of the module, and frozen tensors, stay what they are."""
-    kind = type(module)
-    for name in made:
-        if type(module) is kind:  # torch takes a property off the class, which copies share
-            own = {key: value for key, value in vars(kind).items() if key not in ("__dict__", "__weakref__")}
-            module.__class__ = type(kind.__name__, kind.__bases__, own)
-        with torch.enable_grad():
-            parametrize.remove_parametrizations(module, name, leave_parametrized=True)
-        if name in module._buffers:  # torch's idea of a frozen parameter
-            value = module.get_buffer(name)
-            del module._buffers[name]
-            module.register_parameter(name, nn.Parameter(value, requires_grad=False))
-
-
-def _forget_loading(module: nn.Module) -> None:
-    """Take off the hook that still asks for a spectral norm's tensors: torch wraps it and then misses it."""
-    for key, hook in list(module._load_state_dict_pre_hooks.items()):
-        if isinstance(getattr(hook, "hook", hook), SpectralNormLoadStateDictPreHook):
-            del module._load_state_dict_pre_hooks[key]
-
-
-def normalised_in(tensors: Iterable[str]) -> set[str]:
-    """The modules whose tensors in a file, by these names, are what weight norm or spectral norm starts from."""
-    return {found.group(1) for name in tensors if (found := _NORMALISED.fullmatch(name))}
-
-
-def _norms_of(module: nn.Module) -> list[str]:
-    """Tensors that torch's weight norm or spectral norm alone makes."""
-    if not parametrize.is_parametrized(module):
-        return []
-    made: Any = module.parametrizations
-    return [name for name, steps in made.items() if all(isinstance(step, _NORMS) for step in steps)]
 
 
 def _materialise(network: nn.Module, example_inputs: Inputs | None) -> None:
