@@ -69,8 +69,8 @@ def save_pruned(
         facts: anything else worth keeping (JSON).
         input_shape: (1, C, H, W) of an image; with it the file holds the network's answer to a fixed input, which
             loading compares: a constructor that differs in no shape is noticed.
-        example: in its place an input, of which shapes and types alone count: also a tuple of positional or a mapping
-            of keyword arguments.
+        example: instead of `input_shape`, an input, of which only shapes and types matter: a tensor, a tuple of
+            positional or a mapping of keyword arguments.
 
     Raises UserError if `constructor` or `facts` is not JSON.
     """

@@ -41,7 +41,7 @@ BATCH_MATTERS = (
     "evaluation mode), so that accuracies change with the batch size."
 )
 NOT_TRAINED = (
-    "The network does not run in training mode on the example alone ({why}): what runs there only was not looked at."
+    "The network does not run in training mode on the example alone ({why}): what runs only there was not looked at."
 )
 SILENT = "it reaches no output that the metric looks at, so nothing would notice its loss (network.output)"
 TRAINING_ONLY = "it runs in training mode only, where no mask can be judged"

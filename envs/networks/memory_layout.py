@@ -1,6 +1,6 @@
 """Memory layout: channels-last (NHWC) for networks that work with it, as convolutions are faster there, else NCHW.
 
-A network that reshapes a map by `view`, or pools over channels, knows one layout alone. Each one is tried once on one
+A network that reshapes a map by `view`, or pools over channels, works in one layout only. Each one is tried once on one
 or two images, and everything that puts images or weights in order asks here.
 """
 

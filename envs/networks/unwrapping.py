@@ -34,7 +34,7 @@ def plain_network(
 
     Args:
         model: a network, or an object that holds one as its module, ema, ema_model or model.
-        example_inputs: what the network runs on; needed for lazy modules alone.
+        example_inputs: what the network runs on; only needed for lazy modules.
         normalised: modules whose weight norm stays, as files of earlier versions have it.
 
     Returns the copy, on the device it came from and in its mode, and a sentence on everything that was changed.

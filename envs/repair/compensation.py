@@ -144,7 +144,7 @@ def solve(moments: Moments, masks_MN: Tensor, ridge: float) -> Tensor:
 
     With E = diag(mask): P = E + (C - G E)^T G_kept^-1, where G_kept is the Gram matrix of the kept channels plus
     ridge x mean energy. If the target is the network itself (C = G), kept channels stay exactly what they are. A mask
-    that drops nothing gives the identity under any target: who keeps a layer as it is has not asked for other weights.
+    that drops nothing gives the identity under any target: a layer that is kept as it is keeps its weights.
     """
     gram, cross = moments.gram, moments.cross
     keep = masks_MN.to(gram.dtype)

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from ...atomic import replacing
 from ...envs.networks.answers import adapter_of, as_called, as_given
 from ...envs.networks.copying import copied
-from ...envs.networks.inputs import as_call, batch_size, is_batch, mapped, resized, tensors_of
+from ...envs.networks.inputs import as_call, batch_size, beside, is_batch, mapped, resized, tensors_of
 from ...envs.networks.modes import evaluating
 from ...envs.networks.module_kinds import Inputs, run
 from ...errors import UserError, summarised
@@ -185,7 +185,7 @@ def _as_exported(model: nn.Module, example: Inputs) -> tuple[nn.Module, Inputs]:
     adapter = adapter_of(model)
     if adapter is not None and adapter.packing is None:
         with torch.no_grad(), evaluating(model):
-            answers = as_given(model)(mapped(example, lambda value: value.to(next(model.parameters()).device)))
+            answers = as_given(model)(beside(model, example))
         if type(answers) not in (dict, tuple, list):
             return model, example
     return as_given(model), as_called(model, example)
