@@ -16,7 +16,7 @@ from ..data.metrics import BalancedAccuracy, ClassCounts, classes_of
 from ..data.objective import TOP1, Objective
 from ..data.splits import Splits
 from ..networks.cost import Cost, count_cost
-from .mask_evaluator import correct_flags
+from .mask_evaluator import correct_flags, points_against
 
 SIGMAS = 3  # standard deviations above chance from which on a network is trained
 P_VALUE = 0.005  # of a permutation test, where these reach beyond what can be had
@@ -46,21 +46,20 @@ def measure_baseline(model: nn.Module, splits: Splits, device: torch.device | st
     """Measure the dense network on the reward split; a network that guesses is refused with a `UserError`."""
     images, labels = (value.to(device) for value in splits.reward.batch(torch.arange(len(splits.reward))))
     objective = splits.objective
-    base = DenseBaseline(
-        correct_flags(model, images, labels, objective=objective).cpu(), count_cost(model, images[:1]), objective
-    )
+    by_classes = objective.is_top1 or isinstance(objective.metric, ClassCounts)
+    others = [] if by_classes else [_of_others(labels)]
+    if objective.is_of_set:
+        others = [each.roll(shift, 0) for each in others for shift in range(GUESSES)]
+    points, *elsewhere = points_against(model, images, [labels, *others], objective=objective)
+    base = DenseBaseline(points, count_cost(model, images[:1]), objective)
     if objective.is_top1:
         _refuse_chance(base, labels.cpu(), model, images)
-    elif isinstance(objective.metric, ClassCounts):
+    elif by_classes:
         _refuse_guessed_classes(base, *classes_of(base.correct))
     elif objective.is_of_set:
-        orders = [_of_others(labels).roll(shift, 0) for shift in range(GUESSES)]
-        points = [correct_flags(model, images, each, objective=objective) for each in orders]
-        _refuse_guessed_set(base, [objective.fraction(each) for each in points])
+        _refuse_guessed_set(base, [objective.fraction(each) for each in elsewhere])
     else:
-        others = _of_others(labels)
-        elsewhere = correct_flags(model, images, others, objective=objective)
-        _refuse_guessing(base, elsewhere, differ=not torch.equal(labels, others))
+        _refuse_guessing(base, elsewhere[0], differ=not torch.equal(labels, others[0]))
     return base
 
 

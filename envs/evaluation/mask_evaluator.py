@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ...errors import UserError
 from ..data.images import LabelledImages
-from ..data.objective import TOP1, Objective, objective_of
+from ..data.objective import TOP1, Objective, objective_of, output_of
 from ..networks.batch_size import chunks, default_batch, fastest_batch
 from ..networks.memory_layout import CHANNELS_LAST, arranged, layout_of
 from ..networks.modes import evaluating
@@ -292,7 +292,6 @@ def is_channels_last(value: Tensor) -> bool:
     return value.dim() == 4 and value.is_contiguous(memory_format=CHANNELS_LAST)
 
 
-@torch.inference_mode()
 def correct_flags(
     model: nn.Module,
     images: Tensor,
@@ -305,13 +304,29 @@ def correct_flags(
 
     `layout` is the network's (`layout_of`); None tries it out.
     """
+    return points_against(model, images, [labels], batch, objective, layout)[0]
+
+
+@torch.inference_mode()
+def points_against(
+    model: nn.Module,
+    images: Tensor,
+    targets: Sequence[Tensor],
+    batch: int = 256,
+    objective: Objective = TOP1,
+    layout: torch.memory_format | None = None,
+) -> list[Tensor]:
+    """`correct_flags` against each of `targets`, (B, ...) each, in one pass over the images."""
     layout = layout_of(model, images) if layout is None else layout
+    found: list[list[Tensor]] = [[] for _ in targets]
     with evaluating(model):
-        points = [
-            objective.points(model(arranged(images[start : start + batch], layout)), labels[start : start + batch])
-            for start in range(0, len(images), batch)
-        ]
-    return torch.cat(points).cpu().clone()
+        for start in range(0, len(images), batch):
+            outputs = output_of(model(arranged(images[start : start + batch], layout)))
+            for points, each in zip(found, targets, strict=True):
+                # Metrics of a user's own may write into the outputs.
+                given = outputs if len(targets) == 1 else outputs.clone()
+                points.append(objective.points(given, each[start : start + batch]))
+    return [torch.cat(points).cpu().clone() for points in found]
 
 
 def count_correct(model: nn.Module, data: LabelledImages, batch: int = 500) -> tuple[int, int]:

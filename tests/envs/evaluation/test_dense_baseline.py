@@ -126,3 +126,36 @@ def test_a_metric_that_cannot_tell_right_from_wrong_is_refused(metric):
 
 def test_a_metric_is_not_blamed_where_all_targets_are_alike():
     assert measure_baseline(*maps(torch.zeros(20, 4, 4).long(), Objective(never_wrong))).accuracy == 1
+
+
+class OfSet:
+    """A metric of a set that writes into the outputs it is given."""
+
+    is_of_set = True
+
+    def __call__(self, outputs, targets):
+        right = (outputs.argmax(1) == targets).to(torch.int32)
+        outputs.zero_()
+        return right
+
+    def of_set(self, answers):
+        return float(answers.float().mean())
+
+
+@pytest.mark.parametrize("metric", [OfSet(), lambda outputs, targets: OfSet()(outputs, targets).double()])
+def test_guesses_of_any_metric_are_told_in_one_pass(metric):
+    """Other images' targets are scored against the same outputs, whatever the metric does to them."""
+    passes, labels = [], shares(60, 0.5)
+    model, splits = answering(labels, labels, Objective(metric))
+    measure_baseline(model, splits)  # the layout has been tried
+    model.register_forward_hook(lambda *_: passes.append(1))
+    assert measure_baseline(model, splits).accuracy == 1
+    n_alone = len(passes)
+    plain, drawn = answering(labels, labels)
+    measure_baseline(plain, drawn)
+    passes.clear()
+    plain.register_forward_hook(lambda *_: passes.append(1))
+    measure_baseline(plain, drawn)
+    assert n_alone == len(passes)
+    with pytest.raises(UserError, match="against other images' targets, which is guessing"):
+        measure_baseline(*answering([0, 1] * 30, labels, Objective(metric)))
