@@ -10,6 +10,7 @@ import functools
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ from joblib.externals.loky import get_reusable_executor
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 from omegaconf import DictConfig, OmegaConf
 
-from ...errors import UserError
+from ...errors import Notice, UserError
 from ..config.build import load_network
 from ..config.entry_point import plain
 from ..config.prepare import prepare
@@ -104,6 +105,7 @@ def _ctrl_c_ignored() -> Iterator[None]:
 def _begin_worker(n_threads: int) -> None:
     # Ctrl-C reaches every process of a terminal; the one that was started says how to resume, and ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    warnings.simplefilter("ignore", Notice)  # it has said everything before it started this process
     torch.set_num_threads(n_threads)
 
 

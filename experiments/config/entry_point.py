@@ -23,7 +23,7 @@ from ...errors import UserError
 from ...ranges import check_number
 from ..runs.folder import CONFIG, FACTS, RunFolder, first_free
 from .cli_errors import expected
-from .schema import RANGES, ROOTS, register_schemas, structured
+from .schema import INHERITED, RANGES, ROOTS, register_schemas, structured
 from .stored import check_targets, is_offered, targets_in
 
 SettingsT = TypeVar("SettingsT")
@@ -208,6 +208,17 @@ def typed() -> dict[str, Any]:
     return found
 
 
+def is_decided(section: str) -> bool:
+    """Whether a section is not merely this command's default: typed here, or of a run that began with it.
+
+    The processes of a comparison, which have no command line, are given a configuration in which all is decided.
+    """
+    if not HydraConfig.initialized():
+        return True
+    inherited = HydraConfig.get().runtime.choices.get(section) == INHERITED
+    return inherited or any(key.partition(".")[0] in (section, "resume") for key in typed())
+
+
 def _dotted(key: str, value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict) and value:
         for name, each in value.items():
@@ -253,8 +264,7 @@ def settings(node: Any, kind: type[SettingsT]) -> SettingsT:
     except UserError as error:  # which of several sections of one kind it is about
         where, first = str(node._get_full_key(None)) if OmegaConf.is_config(node) else "", str(error).split()[0]
         known = where and first in {each.name for each in fields(kind)}  # type: ignore[arg-type]
-        said = error.typed if isinstance(error, UserError) else str(error)
-        raise UserError(f"{where}.{said}" if known else said) from error
+        raise UserError(f"{where}.{error.typed}" if known else error.typed) from error
     assert isinstance(built, kind)
     return built
 

@@ -39,7 +39,7 @@ from .build import (
     build_splits,
     load_network,
 )
-from .entry_point import plain, settings, typed
+from .entry_point import is_decided, plain, settings
 from .ignored import Ignored, refuse_ignored
 
 
@@ -115,13 +115,12 @@ def prepare(config: DictConfig, layers: Sequence[str] | None) -> Inputs:
 
 
 def check_augmentation(config: DictConfig, splits: Splits) -> None:
-    """Check the augmentation of the fit images; where nobody typed it and it does not suit, a `Notice` leaves it out.
+    """Check the augmentation of the fit images; a default that does not suit them is left out, with a `Notice`.
 
     Shifts and mirroring suit images with classes: they move what coordinates and maps are about.
     """
-    augment, given = build_augment(config.augment), typed()
-    chosen = "resume" in given or any(key.partition(".")[0] == "augment" for key in given)
-    if isinstance(augment, RandomCropFlip) and not chosen and not suits(splits.fit):
+    augment = build_augment(config.augment)
+    if isinstance(augment, RandomCropFlip) and not is_decided("augment") and not suits(splits.fit):
         why = "it moves images, and their targets are no classes (augment=shift asks for it)"
         if len(splits.fit.image_shape) != 3:
             kind = "signals or volumes" if packing_of(splits.fit) is None else "several inputs"

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from command_line import run_main
 
@@ -110,6 +111,28 @@ def spawn():
         )
 
     return start
+
+
+@pytest.fixture
+def points(tmp_path):
+    """Overrides of a regression in `tmp_path`: where a point is (row, column), which does not move with the image."""
+    rng = np.random.default_rng(0)
+    places = rng.integers(0, 8, (300, 2))
+    pixels = 0.1 * rng.random((300, 1, 8, 8)).astype(np.float32)
+    pixels[np.arange(300), 0, places[:, 0], places[:, 1]] = 1
+    values = places.astype(np.float32) / 8
+    parts = {"train": slice(200), "test": slice(200, 300)}
+    arrays = {
+        f"{key}_{part}": each[rows] for part, rows in parts.items() for key, each in (("x", pixels), ("y", values))
+    }
+    np.savez(tmp_path / "points.npz", **arrays)
+    (tmp_path / "points.py").write_text(
+        "from torch import nn\n"
+        "def network():\n"
+        "    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(144, 2))\n"
+    )
+    own = ["network=custom", "network._target_=points.network", "data=npz", "data.path=points.npz"]
+    return [*own, "metric=closeness", "split.reward_size=40"]
 
 
 def decisions(run):

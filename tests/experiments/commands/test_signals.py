@@ -111,26 +111,8 @@ def test_onnx(kind, tmp_path):
 
 
 @pytest.mark.parametrize("chosen", [[], ["augment=shift"]])
-def test_coordinates_are_not_augmented_unless_asked_for(keepdrop, tmp_path, chosen):
-    """A point's place (row, column) does not move with the image."""
-    rng = np.random.default_rng(0)
-    places = rng.integers(0, 8, (300, 2))
-    pixels = 0.1 * rng.random((300, 1, 8, 8)).astype(np.float32)
-    pixels[np.arange(300), 0, places[:, 0], places[:, 1]] = 1
-    values = places.astype(np.float32) / 8
-    parts = {"train": slice(200), "test": slice(200, 300)}
-    arrays = {
-        f"{key}_{part}": each[rows] for part, rows in parts.items() for key, each in (("x", pixels), ("y", values))
-    }
-    np.savez(tmp_path / "points.npz", **arrays)
-    (tmp_path / "points.py").write_text(
-        "from torch import nn\n"
-        "def network():\n"
-        "    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(144, 2))\n"
-    )
-    own = ["network=custom", "network._target_=points.network", "data=npz", "data.path=points.npz"]
-    metric = ["metric=closeness", "metric.scale=0.1", "base.epochs=1", "base.lr=0.01", "split.reward_size=40"]
-    done = keepdrop("train-cnn", *own, *metric, *chosen, "run_dir=run")
+def test_coordinates_are_not_augmented_unless_asked_for(keepdrop, points, tmp_path, chosen):
+    done = keepdrop("train-cnn", *points, "metric.scale=0.1", "base.epochs=1", "base.lr=0.01", *chosen, "run_dir=run")
     assert done.code == 0, done.err
     said = "The default augmentation is left out: it moves images, and their targets are no classes" in done.err
     stored = (tmp_path / "run/config.yaml").read_text()

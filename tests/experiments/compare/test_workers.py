@@ -78,6 +78,23 @@ def test_any_number_of_processes_finds_the_same(alone, keepdrop, tmp_path, check
     assert children(os.getpid()) == []
 
 
+def test_processes_augment_as_it_was_asked_for(points, keepdrop, spawn, tmp_path):
+    """A default would be left out for coordinates; processes have no command line to see that it is none."""
+    asked = [*points, "metric.scale=0.3", "base.epochs=30", "base.lr=0.05", "augment=shift", "finetune.epochs=1"]
+    asked += [
+        "stages=[one]",
+        "targets.removed=[0.5]",
+        "seeds=[0]",
+        "methods=[l1-uniform,l2-uniform]",
+        "compensate=[false]",
+    ]
+    assert keepdrop("compare", *asked, "quiet=true", "workers=1", "run_dir=alone").code == 0
+    together = spawn("compare", *asked, "quiet=true", "workers=2", "run_dir=together", cwd=tmp_path)
+    out, err = together.communicate(timeout=120)
+    assert together.returncode == 0 and "Notice" not in err and "left out" not in err, (out, err)
+    assert results(tmp_path / "together") == results(tmp_path / "alone")
+
+
 def test_an_error_of_a_process_is_one_sentence(keepdrop, checkpoint):
     command = ["workers=2", f"checkpoint={checkpoint}", "finetune.lr=1e6", "finetune.epochs=1"]
     result = keepdrop("compare", *QUICK, *command, "run_dir=run")
