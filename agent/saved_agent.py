@@ -92,7 +92,7 @@ def load_agent(folder: Path | str, policies: Mapping[str, Callable[..., Policy]]
 
     Args:
         folder: what `save_agent` wrote.
-        policies: constructors of the caller's own policies by class name, beside keepdrop's two.
+        policies: constructors of the caller's own policies by class name, beside keepdrop's.
 
     Raises:
         AgentMismatch: no agent there, a damaged file, a newer format, an unknown policy, or weights that
@@ -100,15 +100,17 @@ def load_agent(folder: Path | str, policies: Mapping[str, Callable[..., Policy]]
     """
     folder = Path(folder)
     data = _read(folder)
-    facts = _facts(folder, data)
+    header = _header(folder, data)
+    facts = _facts(folder, header, data)
     version = facts.get("format_version")
     if version != FORMAT_VERSION:
         raise AgentMismatch(
             f"the agent in {folder} has format version {version}, but this keepdrop reads {FORMAT_VERSION}; "
             "train it again or install the version named in its facts.json"
         )
-    policy = _rebuild(folder, facts, data, {**POLICIES, **(policies or {})})
-    _load_weights(folder, policy, data)
+    state = _tensors(folder, data)
+    policy = _rebuild(folder, facts, state, {**POLICIES, **(policies or {})})
+    _load_weights(folder, policy, state, header)
     return SavedAgent(policy, facts, folder)
 
 
@@ -162,8 +164,8 @@ def _read(folder: Path) -> bytes:
         raise AgentMismatch(f"cannot read {folder / WEIGHTS}: {error.strerror or error}") from error
 
 
-def _facts(folder: Path, data: bytes) -> dict[str, Any]:
-    embedded = _parse(folder, WEIGHTS, _header(folder, data)["facts"])
+def _facts(folder: Path, header: Mapping[str, str], data: bytes) -> dict[str, Any]:
+    embedded = _parse(folder, WEIGHTS, header["facts"])
     try:
         text = (folder / FACTS).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -203,7 +205,7 @@ def _parse(folder: Path, name: str, text: str) -> dict[str, Any]:
 
 
 def _rebuild(
-    folder: Path, facts: Mapping[str, Any], data: bytes, policies: Mapping[str, Callable[..., Policy]]
+    folder: Path, facts: Mapping[str, Any], state: Mapping[str, Tensor], policies: Mapping[str, Callable[..., Policy]]
 ) -> Policy:
     described = facts.get("policy")
     described = described if isinstance(described, dict) else {}
@@ -215,7 +217,7 @@ def _rebuild(
         # Without storage at first: numbers in a file must not ask for memory before they fit the file's own tensors.
         with torch.device("meta") if policies[kind] is POLICIES.get(kind) else nullcontext():
             shown = policies[kind](**kwargs)
-        _check_shapes(folder, shown, data)
+        _check_shapes(folder, shown, state)
         return shown if not _on_meta(shown) else policies[kind](**kwargs)
     except AgentMismatch:
         raise
@@ -235,8 +237,8 @@ def _tensors(folder: Path, data: bytes) -> dict[str, Tensor]:
     return state
 
 
-def _check_shapes(folder: Path, policy: Policy, data: bytes) -> None:
-    state, wanted = _tensors(folder, data), _module(policy).state_dict()
+def _check_shapes(folder: Path, policy: Policy, state: Mapping[str, Tensor]) -> None:
+    wanted = _module(policy).state_dict()
     for key in sorted(wanted.keys() | state.keys()):
         have = tuple(state[key].shape) if key in state else "missing"
         want = tuple(wanted[key].shape) if key in wanted else "not part of it"
@@ -246,10 +248,11 @@ def _check_shapes(folder: Path, policy: Policy, data: bytes) -> None:
             )
 
 
-def _load_weights(folder: Path, policy: Policy, data: bytes) -> None:
-    state, header = _tensors(folder, data), _header(folder, data)
+def _load_weights(folder: Path, policy: Policy, state: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
     if "sha256" in header and header["sha256"] != _digest(header["facts"], state):  # not in files of version 0.1.0
-        raise AgentMismatch(f"{folder / WEIGHTS} is damaged (its sha256 differs); copy it again, or train anew")
+        raise AgentMismatch(
+            f"{folder / WEIGHTS} is damaged (its sha256 differs); copy it again, or train the agent again"
+        )
     for key, tensor in state.items():
         if not bool((tensor.double().abs() <= LARGEST_WEIGHT).all()):  # NaN is not, either
             raise AgentMismatch(
