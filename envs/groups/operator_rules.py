@@ -112,7 +112,7 @@ def apply_operator(
         return _weight_norm(forest, labelled, args, out)
     if name == "embedding" and (table := _labels_of(labelled, args[0])) is not None:
         return spread(per_channel(forest, table, 1), out.dim() - 1, out.shape)
-    if name in ("bmm", "mm") and (kept := _product(*operands, out)) is not None:
+    if name in ("bmm", "mm") and (kept := _product(operands, out)) is not None:
         return kept
     reason = f"the operation {name!r} is not one that keeps channels apart"
     fix_all(forest, known, next((why for part, why in REASONS.items() if part in name), reason))
@@ -128,12 +128,12 @@ def of_first(result: Tensor | None, out: Any) -> Any:
     return result if isinstance(out, Tensor) else [result] + [None] * (len(out) - 1)
 
 
-def _product(left: Tensor | None, right: Tensor | None, out: Tensor) -> Tensor | None:
+def _product(operands: Sequence[Tensor | None], out: Tensor) -> Tensor | None:
     """Matrices multiplied along positions leave the channels of the one apart (the values of an attention of one head).
 
     None where that is not so: of several heads, and where channels are summed over.
     """
-    rows, columns = out.dim() - 2, out.dim() - 1
+    (left, right), rows, columns = operands, out.dim() - 2, out.dim() - 1
     kept, own, summed = (left, rows, columns) if right is None else (right, columns, rows)
     if kept is None or (left is not None and right is not None) or varying(kept) != [own]:
         return None
