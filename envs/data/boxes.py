@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
+from .packing import as_tensor
 
 BOX_KEYS, LABEL_KEYS = ("boxes", "bboxes"), ("labels", "class_labels")
 NO_BOX = -1.0  # the label of rows that pad
@@ -92,7 +93,7 @@ def checked_targets(targets: Tensor) -> Tensor:
 def _plain(values: Any) -> Tensor:
     """A tensor of float32, without the subclass that transforms may have given it."""
     try:
-        found = torch.as_tensor(values)
+        found = as_tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(
             f"A detection target holds {type(values).__name__}; expected tensors or arrays of boxes and labels."

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset,
 from ...errors import UserError, summarised
 from .boxes import as_boxes, holds_boxes, padded
 from .images import ArrayImages, LabelledData, LabelledImages, as_targets
-from .packing import Packing, is_several, packed_batch
+from .packing import Packing, as_tensor, is_several, packed_batch
 
 IMAGE_KEYS = ("image", "images", "img", "pixel_values", "x", "input", "inputs", "data")
 TARGET_KEYS = ("label", "labels", "target", "targets", "y", "class", "mask")
@@ -380,10 +380,8 @@ def _image(value: Any) -> Tensor:
 
 
 def _target(value: Any) -> Tensor:
-    if isinstance(value, np.ndarray) and not (value.flags.writeable and value.flags.c_contiguous):
-        value = value.copy()  # torch takes neither negative strides nor, without a warning, read-only memory
     try:
-        return torch.as_tensor(value)
+        return as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(
             f"A dataset must give an integer label, or a target that is a number, an array or a tensor; got "

@@ -131,6 +131,13 @@ def packing_of(images: Any) -> Packing | None:
     return packing_of(inner) if found is None and inner is not None else found
 
 
+def as_tensor(value: Any) -> Tensor:
+    """A tensor of any array or number; numpy's views of negative strides and its read-only memory are copied first."""
+    if isinstance(value, np.ndarray) and not (value.flags.writeable and value.flags.c_contiguous):
+        value = value.copy()  # torch does not take the one, and warns of the other
+    return torch.as_tensor(value)
+
+
 def _named(item: Any) -> list[tuple[str | None, Tensor]]:
     """Inputs in order: those of a mapping by name, as items may name them in any order."""
     pairs: list[tuple[str | None, Any]] = (
@@ -145,9 +152,7 @@ def _named(item: Any) -> list[tuple[str | None, Tensor]]:
 
 def _tensor(which: Any, value: Any) -> Tensor:
     try:
-        if isinstance(value, np.ndarray):
-            value = np.ascontiguousarray(value) if value.flags.writeable else value.copy()
-        return torch.as_tensor(value).detach().cpu()
+        return as_tensor(value).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(
             f"Input {which} of a dataset's item is a {type(value).__name__}; expected a tensor, an array or a number in"

@@ -250,6 +250,12 @@ def test_crowds_are_left_out_and_further_entries_do_not_matter():
     assert as_boxes(target).tolist() == [[*BOX, 3.0]]
 
 
+def test_boxes_may_be_views_and_read_only():
+    boxes = np.array([BOX, ELSEWHERE], dtype=np.float32)[::-1]
+    boxes.flags.writeable = False
+    assert as_boxes({"boxes": boxes, "labels": np.array([4, 3])[::-1]}).tolist() == [[*ELSEWHERE, 3.0], [*BOX, 4.0]]
+
+
 def test_no_boxes_and_no_loss_are_refused_in_a_sentence():
     objective = Objective(MeanAveragePrecision(quarters))
     with pytest.raises(UserError, match="Detection has no loss that fits every network"):

@@ -96,3 +96,10 @@ def test_damaged_facts_of_a_file_are_refused(facts):
 def test_views_of_numpy_arrays_are_read():
     batch, packing = packed_batch((LEFT.numpy()[::-1], np.arange(6)))
     assert torch.equal(packing.unpacked(batch)[0], LEFT.flip(0))
+
+
+def test_a_number_is_one_number_whatever_holds_it():
+    """As in batches of torch's own collation, where an array without sides gives (B,)."""
+    for speed in (0.5, torch.tensor(0.5), np.float32(0.5), np.array(0.5, np.float32)):
+        data = from_datasets(Items([((LEFT[0], speed), 0)]), Items([((RIGHT[0], 0.5), 0)]))
+        assert packing_of(data.train).unpacked(data.train.batch(torch.arange(1))[0])[1].shape == (1,)
