@@ -312,12 +312,17 @@ def as_float64(values: Tensor) -> Tensor:
 
 def _errors(outputs: Tensor, targets: Tensor) -> Tensor:
     """Absolute errors (B, S), float64."""
+    check_one_each(outputs, targets)
+    return (as_float64(outputs) - as_float64(targets)).abs().reshape(len(targets), -1)
+
+
+def check_one_each(outputs: Tensor, targets: Tensor) -> None:
+    """UserError unless the outputs have the shape of their targets."""
     if outputs.shape != targets.shape:
         raise UserError(
             f"The network returns {tuple(outputs.shape)} for targets of shape {tuple(targets.shape)}; expected one "
             "number per target."
         )
-    return (as_float64(outputs) - as_float64(targets)).abs().reshape(len(targets), -1)
 
 
 def _check_maps(outputs: Tensor, targets: Tensor, ignore_index: int | None) -> None:

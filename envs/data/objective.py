@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from ...errors import UserError, first_line
 from .images import LabelledImages
-from .metrics import BinaryAccuracy, Metric, Top1, as_classes, as_float64, same_sides
+from .metrics import BinaryAccuracy, Metric, Top1, as_classes, as_float64, check_one_each, same_sides
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Outputs (B, ...) and targets (B, ...) -> a scalar, the mean over the batch."""
@@ -118,7 +118,7 @@ class Objective:
         if self.loss is not None:
             return self.loss(outputs, targets.to(outputs.dtype) if targets.is_floating_point() else targets)
         if self._has_numbers(targets):
-            _check_one_each(outputs, targets)
+            check_one_each(outputs, targets)
             return functional.mse_loss(outputs, targets.to(outputs.dtype))
         outputs, targets = self._as_classes(outputs, targets)
         return functional.cross_entropy(outputs, targets, ignore_index=self._ignored, label_smoothing=smoothing)
@@ -348,14 +348,6 @@ def _tried(call: Callable[[], Any], what: str, shapes: str) -> Any:
             f"The {what} fails on {shapes} ({type(error).__name__}: {first_line(error).partition('. ')[0]}); expected "
             "one that takes them."
         ) from error
-
-
-def _check_one_each(outputs: Tensor, targets: Tensor) -> None:
-    if outputs.shape != targets.shape:
-        raise UserError(
-            f"The network returns {tuple(outputs.shape)} for targets of shape {tuple(targets.shape)}; expected one "
-            "number per target."
-        )
 
 
 def _name(function: Any) -> str:
