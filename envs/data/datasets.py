@@ -9,24 +9,31 @@ Shape suffixes: B images of a batch.
 from __future__ import annotations
 
 import hashlib
-import math
-import random
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset, default_collate
+from torch.utils.data import DataLoader
 
-from ...errors import UserError, summarised
+from ...errors import UserError
 from .boxes import as_boxes, holds_boxes, padded
 from .images import ArrayImages, LabelledData, LabelledImages, as_targets
-from .packing import Packing, as_tensor, is_several, packed_batch
+from .items import (
+    ARRAYS,
+    evenly,
+    image_of,
+    label_of,
+    listed_labels,
+    loaded,
+    pair_of,
+    read_item,
+    shown,
+    target_of,
+    undisturbed,
+)
+from .packing import Packing, is_several, packed_batch
 
-IMAGE_KEYS = ("image", "images", "img", "pixel_values", "x", "input", "inputs", "data")
-TARGET_KEYS = ("label", "labels", "target", "targets", "y", "class", "mask")
 PROBES = 32  # items by which labels that a dataset lists are compared with those it gives
 HASHED_ITEMS = 512  # of a split, whose pixels go into its digest
 
@@ -64,12 +71,12 @@ def from_datasets(train: Any, test: Any, n_classes: int | None = None) -> Labell
 
 def labelled_images(source: Any, name: str, n_classes: int | None = None) -> LabelledImages:
     """One part of `from_datasets`; a `LabelledImages` stays as it is. `name` stands in errors."""
-    if isinstance(source, tuple | list) and len(source) == 2 and all(isinstance(part, _ARRAYS) for part in source):
-        return images_in_memory(_target(source[0]), _target(source[1]), name, n_classes)
+    if isinstance(source, tuple | list) and len(source) == 2 and all(isinstance(part, ARRAYS) for part in source):
+        return images_in_memory(target_of(source[0]), target_of(source[1]), name, n_classes)
     pair = source if isinstance(source, tuple | list) and len(source) == 2 else (None, None)
-    if is_several(pair[0]) and isinstance(pair[1], _ARRAYS):
+    if is_several(pair[0]) and isinstance(pair[1], ARRAYS):
         packed, packing = packed_batch(pair[0])
-        images = images_in_memory(packed, _target(pair[1]), name, n_classes)
+        images = images_in_memory(packed, target_of(pair[1]), name, n_classes)
         images.packing = packing
         return images
     if _is_labelled_images(source):
@@ -140,7 +147,7 @@ class DatasetImages:
         self._indices = torch.arange(len(dataset)) if indices is None else indices
         if len(self._indices) == 0:
             raise UserError("The dataset is empty; give at least one image.")
-        if box_room is None and holds_boxes(pair_of(_item(dataset, int(self._indices[0])))[1]):
+        if box_room is None and holds_boxes(pair_of(read_item(dataset, int(self._indices[0])))[1]):
             self.box_room = self._most_boxes()
         image, first = self._item(0)
         self.image_shape: tuple[int, ...] = tuple(image.shape)
@@ -154,28 +161,28 @@ class DatasetImages:
             self.n_classes = max(1, int(self.labels.max()) + 1)
 
     def _item(self, position: int) -> tuple[Tensor, Tensor]:
-        image, target = pair_of(_item(self._dataset, int(self._indices[position])))
+        image, target = pair_of(read_item(self._dataset, int(self._indices[position])))
         if self.box_room is None:
-            return self._input(image), _target(target)
+            return self._input(image), target_of(target)
         return self._input(image), padded(self._boxes(target), self.box_room)
 
     def _input(self, value: Any) -> Tensor:
         """An image, or several inputs in one tensor (`Packing`)."""
         if self.packing is None and is_several(value):
             self.packing = Packing.of(value)
-        return _image(value) if self.packing is None else self.packing.pack(value)
+        return image_of(value) if self.packing is None else self.packing.pack(value)
 
     def _most_boxes(self) -> int:
         """Boxes of the image that has most; twice as many where they are not the same when they are read again."""
         with undisturbed():
-            targets = (pair_of(_item(self._dataset, int(index)))[1] for index in self._indices)
+            targets = (pair_of(read_item(self._dataset, int(index)))[1] for index in self._indices)
             most = max(len(self._boxes(target)) for target in targets)
             self.box_room = 2 * max(1, most)
             return max(1, most) if self._repeats_itself() else self.box_room
 
     def _boxes(self, target: Any) -> Tensor:
         if not holds_boxes(target):
-            raise UserError(f"A dataset's first target held boxes, another one is {_shown(target)}; expected boxes.")
+            raise UserError(f"A dataset's first target held boxes, another one is {shown(target)}; expected boxes.")
         return as_boxes(target)
 
     @property
@@ -196,11 +203,11 @@ class DatasetImages:
         return self._labels
 
     def _label(self, position: int) -> int:
-        return _as_label(pair_of(_item(self._dataset, int(self._indices[position])))[1])
+        return label_of(pair_of(read_item(self._dataset, int(self._indices[position])))[1])
 
     def _listed_labels(self) -> Tensor | None:
         """Labels that the dataset lists, (len,), where an even sample of its items has the same ones; else None."""
-        listed = _listed(self._dataset)
+        listed = listed_labels(self._dataset)
         if listed is None or len(listed) != len(self._dataset):
             return None
         chosen = listed[self._indices]
@@ -223,7 +230,7 @@ class DatasetImages:
             raise UserError("The dataset gave images with NaN or infinite values; fix or remove them.")
         if not self._classified:
             return images, self._stacked([target for _, target in items])
-        labels = torch.tensor([_as_label(target) for _, target in items])
+        labels = torch.tensor([label_of(target) for _, target in items])
         if labels.min() < 0 or labels.max() >= self.n_classes:
             raise UserError(
                 f"Dataset labels must lie in 0..{self.n_classes - 1}, got {int(labels.min())}..{int(labels.max())}."
@@ -275,152 +282,4 @@ class DatasetImages:
         return all(torch.equal(self._item(each)[0], self._item(each)[0]) for each in some)
 
 
-class CollatedItems:
-    """The items of a dataset as a DataLoader's own `collate_fn` makes them of one item at a time."""
-
-    def __init__(self, dataset: Any, collate: Any) -> None:
-        self._dataset, self._collate = dataset, collate
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def __getitem__(self, index: int) -> tuple[Any, Any]:
-        images, targets = pair_of(self._collate([_item(self._dataset, index)]))
-        if isinstance(images, Mapping):
-            return {name: value[0] for name, value in images.items()}, targets[0]
-        listed = isinstance(images, tuple | list) and len(images) > 1  # a list of one: that of images
-        several = listed and is_several(images) and len(images[0]) == 1
-        return tuple(value[0] for value in images) if several else images[0], targets[0]
-
-
-def loaded(loader: DataLoader[Any], name: str) -> Any:
-    """What a DataLoader loads, as a map-style dataset: its dataset, of it the subset that a sampler names."""
-    dataset: Any = loader.dataset
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
-        raise UserError(
-            f"{name} is a DataLoader of an iterable dataset, whose images have no numbers; give a map-style dataset, "
-            "or a pair (images, labels) of tensors."
-        )
-    if loader.collate_fn not in (default_collate, None):
-        dataset = CollatedItems(dataset, loader.collate_fn)
-    sampler = loader.sampler
-    chosen = sampler if isinstance(sampler, list | tuple | range) else getattr(sampler, "indices", None)
-    if chosen is None:
-        return dataset
-    return Subset(dataset, list(dict.fromkeys(int(index) for index in chosen)))
-
-
-def _item(dataset: Any, index: int) -> Any:
-    """One item of the user's dataset, whose own mistakes (a damaged image) are a sentence."""
-    try:
-        return dataset[index]
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"Item {index} of a dataset cannot be read ({summarised(error)}); repair it, or leave it out."
-        ) from error
-
-
-def pair_of(item: Any) -> tuple[Any, Any]:
-    """Image and target of a dataset's item: of a mapping by their names, else the first two; more may follow labels."""
-    if isinstance(item, Mapping):
-        keys = [next((key for key in known if key in item), None) for known in (IMAGE_KEYS, TARGET_KEYS)]
-        if keys[0] is not None and holds_boxes(item):
-            return item[keys[0]], item
-        if None in keys:
-            raise UserError(
-                f"A dataset's item is a mapping of {', '.join(map(str, item))}; expected an image under one of "
-                f"{', '.join(IMAGE_KEYS)} and a target under one of {', '.join(TARGET_KEYS)}."
-            )
-        return item[keys[0]], item[keys[1]]
-    if not isinstance(item, tuple | list) or len(item) < 2:
-        raise UserError(f"A dataset must give (image tensor, label), got {_shown(item)}.")
-    second = item[1] if isinstance(item[1], _ARRAYS) else None
-    if len(item) > 2 and second is not None and math.prod(second.shape) > 1 and _target(second).is_floating_point():
-        raise UserError(
-            f"A dataset's item is {_shown(item)}, of which the second could be an input or a target; give (image, "
-            "target), or ((image, second input), target)."
-        )
-    return item[0], item[1]
-
-
-def evenly(count: int, most: int) -> list[int]:
-    """At most `most` positions of `count`, evenly spread, the first and the last among them."""
-    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)).tolist()
-
-
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """Items read in here draw from the global generators, which get their states back."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
-
-
-_ARRAYS = (Tensor, np.ndarray)
 _OURS = (ArrayImages, DatasetImages)
-
-
-def _image(value: Any) -> Tensor:
-    if not isinstance(value, _ARRAYS):
-        hint = "give one tensor" if isinstance(value, tuple | list | Mapping) else "add a transform that makes one"
-        raise UserError(f"A dataset must give (image tensor, label), got as an image {_shown(value)}; {hint}.")
-    image = _target(value)
-    if image.ndim < 2 or not image.is_floating_point():
-        raise UserError(
-            "Dataset images must be floating tensors (channels, height, width), "
-            f"got {image.dtype} of shape {tuple(image.shape)}; convert them in the dataset's transform."
-        )
-    return image
-
-
-def _target(value: Any) -> Tensor:
-    try:
-        return as_tensor(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"A dataset must give an integer label, or a target that is a number, an array or a tensor; got "
-            f"{type(value).__name__}: convert it in the dataset."
-        ) from error
-
-
-def _as_label(value: Any) -> int:
-    """One integer of a label, be it a number, a tensor or an array of one element."""
-    label = _target(value)
-    if label.numel() != 1:
-        raise UserError(
-            f"Dataset targets differ in shape: {_shown(value)} came after a single integer label; give all of them one "
-            "shape."
-        )
-    return int(label.reshape(()))
-
-
-def _listed(dataset: Any) -> Tensor | None:
-    """The labels that a dataset lists, where they are integers, one per item; they may be anything."""
-    if isinstance(dataset, Subset):
-        whole = _listed(dataset.dataset)
-        return None if whole is None else whole[torch.as_tensor(list(dataset.indices), dtype=torch.int64)]
-    if isinstance(dataset, TensorDataset):
-        listed: Any = dataset.tensors[1] if len(dataset.tensors) > 1 else None
-    else:
-        listed = getattr(dataset, "targets", None)
-    try:
-        labels = torch.as_tensor(listed)
-    except (TypeError, ValueError, RuntimeError):
-        return None
-    if labels.is_floating_point() or labels.dim() == 0 or labels.shape[1:].numel() != 1:
-        return None
-    return labels.reshape(-1).long()
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, _ARRAYS):
-        return f"{value.dtype} {tuple(value.shape)}"
-    if isinstance(value, tuple | list):
-        return f"a {type(value).__name__} of {', '.join(map(_shown, value[:4])) or 'nothing'}"
-    return f"{type(value).__name__}" + (f" (mode {value.mode})" if hasattr(value, "getbands") else "")

@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...errors import Notice, UserError
-from .datasets import evenly, undisturbed
 from .images import ArrayImages, LabelledData, LabelledImages
+from .items import evenly, undisturbed
 
 POINTS = {1: (65,), 2: (8, 9), 3: (4, 4, 5)}  # sides of the thumbnail of a signal, an image, a volume
 MOST_READ = 2000  # images of a split that lie in no memory and have to be read
