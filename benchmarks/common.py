@@ -1,4 +1,4 @@
-"""What several benchmarks share: the ResNet-20 on CIFAR-10, result files that can be resumed, the machine."""
+"""What several benchmarks share: a ResNet on CIFAR-10, result files that can be resumed, the machine."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,18 @@ from keepdrop.envs.data.sources import npz
 from keepdrop.envs.data.splits import split
 from keepdrop.envs.networks.built_in import cifar_resnet
 from keepdrop.envs.networks.checkpoint import load_checkpoint
-from keepdrop.envs.task import LayerTask, PruningTask
+from keepdrop.envs.task import PruningTask
 
 
-def make_task(data: str, checkpoint: str, layer: str) -> LayerTask:
-    """The layer of a ResNet-20, scored on 5,000 of the test images."""
-    model = cifar_resnet(20)
+def make_task(
+    data: str, checkpoint: str, layers: Sequence[str] | None = None, depth: int = 20, device: str = "cpu"
+) -> PruningTask:
+    """A ResNet, or some layers of it (names or globs), scored on 5,000 of the test images."""
+    model = cifar_resnet(depth)
     load_checkpoint(model, checkpoint)
     images = npz(data, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     splits = split(images, reward_from="test", reward_size=5000, seed=0)
-    return PruningTask(model.eval(), splits).layer(layer)
+    return PruningTask(model.eval().to(device), splits, layers=layers, device=device)
 
 
 def opened(path: Path, about: dict[str, Any], parts: str) -> dict[str, Any]:

@@ -20,11 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import machine, opened
-from keepdrop.envs.data.sources import npz
-from keepdrop.envs.data.splits import split
-from keepdrop.envs.networks.built_in import cifar_resnet
-from keepdrop.envs.networks.checkpoint import load_checkpoint
+from common import machine, make_task, opened
 from keepdrop.envs.one_shot import OneShotTask
 from keepdrop.envs.repair.reconstruction import ReconstructionSettings
 from keepdrop.envs.surgery.group_cost import pruned_cost
@@ -154,11 +150,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, default=RESULTS)
     options = parser.parse_args()
-    model = cifar_resnet(options.depth)
-    load_checkpoint(model, options.checkpoint)
-    images = npz(options.data, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    splits = split(images, reward_from="test", reward_size=5000, seed=0)
-    task = PruningTask(model.eval().to(options.device), splits, layers=["layer*.conv1"])
+    task = make_task(options.data, options.checkpoint, ["layer*.conv1"], options.depth, options.device)
     one_shot = OneShotTask(task, ReconstructionSettings(images=1000))
     about = {"network": f"resnet{options.depth}", "epochs": options.epochs, "seed": options.seed}
     found = opened(options.json, about, "rows")

@@ -122,7 +122,7 @@ def main() -> None:
     steps = [2 * MASKS * IMAGES * i for i in range(options.updates // 2 + 1)]
     about = {"layer": options.layer, "drop_bound": options.drop_bound, "mask_images": steps}
     found = opened(options.json, about, "curves")
-    layer = make_task(options.data, options.checkpoint, options.layer)
+    layer = make_task(options.data, options.checkpoint).layer(options.layer)
     for name, agent in {**AGENTS, "best of random masks": None}.items():
         curves = found["curves"].setdefault(name, [])
         for seed in range(len(curves), options.seeds):

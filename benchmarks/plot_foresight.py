@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from keepdrop.experiments.oracle.correlations import spearman
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PLOT = ROOT / "benchmarks/results/foresight.json", ROOT / "docs/assets/foresight.svg"
@@ -30,27 +31,14 @@ def label(stage: str) -> str:
     return LABELS.get(stage, f"{stage} minibatches")
 
 
-def ranks(values_MN: Tensor) -> Tensor:
-    """Average ranks along the last dimension."""
-    below = (values_MN[..., None, :] < values_MN[..., :, None]).sum(-1)
-    equal = (values_MN[..., None, :] == values_MN[..., :, None]).sum(-1)
-    return below.double() + (equal.double() - 1) / 2
-
-
-def spearman(x_MN: Tensor, y_MN: Tensor) -> Tensor:
-    """Rank correlations along the last dimension; nan where one of the two is constant."""
-    x, y = ranks(x_MN), ranks(y_MN)
-    x, y = x - x.mean(-1, keepdim=True), y - y.mean(-1, keepdim=True)
-    return (x * y).sum(-1) / (x.square().sum(-1) * y.square().sum(-1)).sqrt()
-
-
 def interval(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float]:
-    """The rank correlation and its 95 % bootstrap interval."""
-    pairs = torch.tensor([x, y], dtype=torch.float64)
+    """The rank correlation and its 95 % bootstrap interval; nan where a figure is constant."""
+    first, second = torch.tensor([x, y], dtype=torch.float64)
     drawn = torch.randint(len(x), (RESAMPLES, len(x)), generator=torch.Generator().manual_seed(0))
-    found = spearman(pairs[0][drawn], pairs[1][drawn])
-    low, high = torch.nanquantile(found, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return float(spearman(pairs[:1], pairs[1:])[0]), low, high
+    found = [spearman(first[rows], second[rows]) for rows in (torch.arange(len(x)), *drawn)]
+    rho, *resampled = np.array(found, dtype=float)
+    low, high = np.nanquantile(resampled, [0.025, 0.975])
+    return rho, low, high
 
 
 def predictors(rows: Sequence[dict[str, Any]], before: str) -> dict[str, list[float]]:

@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--masks", type=int, default=4)
     parser.add_argument("--json", type=Path, default=RESULTS)
     options = parser.parse_args()
-    task = make_task(options.data, options.checkpoint, "layer1.0.conv1").task
+    task = make_task(options.data, options.checkpoint)
     task.settings = replace(EvaluationSettings(), dtype="bfloat16")
     rows = []
     for name in [group.name for group in task.plan.groups if group.name.endswith(".conv1")]:
