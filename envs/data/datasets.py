@@ -30,9 +30,9 @@ from .items import (
     read_item,
     shown,
     target_of,
-    undisturbed,
 )
 from .packing import Packing, is_several, packed_batch
+from .randomness import randomness_restored
 
 PROBES = 32  # items by which labels that a dataset lists are compared with those it gives
 HASHED_ITEMS = 512  # of a split, whose pixels go into its digest
@@ -174,7 +174,7 @@ class DatasetImages:
 
     def _most_boxes(self) -> int:
         """Boxes of the image that has most; twice as many where they are not the same when they are read again."""
-        with undisturbed():
+        with randomness_restored():
             targets = (pair_of(read_item(self._dataset, int(index)))[1] for index in self._indices)
             most = max(len(self._boxes(target)) for target in targets)
             self.box_room = 2 * max(1, most)
@@ -196,7 +196,7 @@ class DatasetImages:
         if not self._classified:
             return self._stacked([self._item(position)[1] for position in range(len(self))])
         if self._labels is None:
-            with undisturbed():
+            with randomness_restored():
                 self._labels = self._listed_labels()
                 if self._labels is None:
                     self._labels = torch.tensor([self._label(each) for each in range(len(self))])
@@ -260,7 +260,7 @@ class DatasetImages:
         dataset that augments, which differ from one reading to the next.
         """
         if self._digest is None:
-            with undisturbed():
+            with randomness_restored():
                 self._digest = self._computed_digest()
         return self._digest
 

@@ -6,9 +6,7 @@ Mistakes in them, a damaged file or a label that is a name, are a sentence.
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -98,18 +96,6 @@ def pair_of(item: Any) -> tuple[Any, Any]:
 def evenly(count: int, most: int) -> list[int]:
     """At most `most` positions of `count`, evenly spread, the first and the last among them."""
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)).tolist()
-
-
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """Items read in here draw from the global generators, which get their states back."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
 
 
 def image_of(value: Any) -> Tensor:

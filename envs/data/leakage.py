@@ -25,7 +25,8 @@ from torch.nn import functional
 
 from ...errors import Notice, UserError
 from .images import ArrayImages, LabelledData, LabelledImages
-from .items import evenly, undisturbed
+from .items import evenly
+from .randomness import randomness_restored
 
 POINTS = {1: (65,), 2: (8, 9), 3: (4, 4, 5)}  # sides of the thumbnail of a signal, an image, a volume
 MOST_READ = 2000  # images of a split that lie in no memory and have to be read
@@ -96,7 +97,7 @@ class Thumbnails:
         """Those of a whole source."""
         bare = getattr(images, "images", images)
         positions = np.array(evenly(len(images), len(images) if isinstance(bare, ArrayImages) else MOST_READ))
-        with undisturbed():
+        with randomness_restored():
             parts = np.array_split(positions, -(-len(positions) // 512))
             values = torch.cat([_thumbnail(images.batch(torch.from_numpy(rows))[0]) for rows in parts])
         values = values - values.mean(1, keepdim=True)
@@ -111,7 +112,7 @@ class Thumbnails:
 
     def pixels(self, rows: np.ndarray) -> Tensor:
         """The images themselves, (rows, points) float32."""
-        with undisturbed():
+        with randomness_restored():
             return self.images.batch(torch.from_numpy(self.positions[rows]))[0].flatten(1)
 
 

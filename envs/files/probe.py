@@ -11,9 +11,9 @@ from torch import nn
 
 from ...errors import UserError, first_line
 from ..data.packing import Packing
+from ..data.randomness import randomness_restored
 from ..networks.copying import copied
 from ..networks.inputs import tensors_in
-from ..networks.modes import randomness_restored
 from ..networks.module_kinds import run
 
 LARGEST_INPUT, TOLERANCE = 10**7, 1e-2

@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from ...errors import summarised
+from ..data.randomness import random_states, randomness_restored
 from ..networks.inputs import resized, tensors_in
-from ..networks.modes import modes_restored, random_states, randomness_restored
+from ..networks.modes import modes_restored
 from ..networks.module_kinds import Inputs, is_attention, is_extended, is_leaf, is_recurrent, run
 from .channel_labels import ChannelLabels, compress, varying
 from .module_rules import (

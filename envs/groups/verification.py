@@ -14,9 +14,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
 from ...errors import summarised
+from ..data.randomness import randomness_restored
 from ..networks.copying import copied
 from ..networks.inputs import mapped, resized, tensors_in
-from ..networks.modes import randomness_restored
 from ..networks.module_kinds import Inputs, run
 from ..surgery.cutting import prune
 from ..surgery.filter_group import FilterGroup

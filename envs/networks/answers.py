@@ -19,9 +19,10 @@ from torch.utils._pytree import MappingKey, SequenceKey, tree_flatten_with_path
 
 from ...errors import UserError
 from ..data.packing import Packing
+from ..data.randomness import randomness_restored
 from .copying import copied
 from .inputs import as_call, beside
-from .modes import evaluating, randomness_restored
+from .modes import evaluating
 from .module_kinds import Inputs, run
 from .unwrapping import plain_network
 

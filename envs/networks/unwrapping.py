@@ -12,9 +12,10 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.optim.swa_utils import AveragedModel
 
 from ...errors import UserError, first_line
+from ..data.randomness import randomness_restored
 from .copying import copied
 from .inputs import beside, resized
-from .modes import evaluating, modes_restored, randomness_restored
+from .modes import evaluating, modes_restored
 from .module_kinds import Inputs, run
 from .weights_in_parts import fold_norms, make_masks_permanent
 

@@ -5,11 +5,11 @@ import random
 import numpy as np
 import pytest
 import torch
+from keepdrop.envs.data.randomness import randomness_restored
 from keepdrop.envs.evaluation.masked_network import MaskedNetwork
 from keepdrop.envs.groups.finding import BATCH_MATTERS, TRAINING_ONLY, find_groups
 from keepdrop.envs.groups.verification import difference
 from keepdrop.envs.networks.inputs import tensors_in
-from keepdrop.envs.networks.modes import randomness_restored
 from keepdrop.envs.surgery.cutting import prune
 from torch import Tensor, nn
 from torch.nn import functional as F
