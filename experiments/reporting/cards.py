@@ -70,11 +70,6 @@ def final_accuracy(metrics: Mapping[str, Any]) -> float | None:
     return next((metrics[key] for key in keys if metrics.get(key) is not None), None)
 
 
-def report_images(run: Run) -> int:
-    """Images of the report split; 0 where the run does not say."""
-    return int(((run.facts.get("splits") or {}).get("report") or {}).get("n_images") or 0)
-
-
 def cards(run: Run) -> Markup | None:
     """All cards that the run has figures for."""
     metrics = run.metrics or {}
@@ -97,7 +92,7 @@ def _accuracy(run: Run) -> Markup | None:
         return None if known is None else card("Base accuracy", percent(known), "on the reward split")
     if base is None:
         return card(name, percent(last), "on the report split")
-    tuned, n_images = metrics.get("finetuned_accuracy") is not None, report_images(run)
+    tuned, n_images = metrics.get("finetuned_accuracy") is not None, run.n_images("report")
     error = 100 * standard_error(last, n_images) if n_images else 0.0
     chance = f"{n_images:,} images, standard error {error:.2f} points" if n_images else ""
     states = f"base {percent(base)}" + (f", pruned {percent(metrics['pruned_accuracy'])}" if tuned else "")

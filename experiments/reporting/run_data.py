@@ -70,6 +70,14 @@ class Run:
         """The metric's name, where it is known."""
         return (self.metrics or {}).get("metric")
 
+    def split(self, role: str) -> Mapping[str, Any]:
+        """What the run says of its "fit", "reward" or "report" split; nothing where it stopped before."""
+        return (self.facts.get("splits") or {}).get(role) or {}
+
+    def n_images(self, role: str) -> int:
+        """Images of a split; 0 where the run does not say."""
+        return int(self.split(role).get("n_images") or 0)
+
     @property
     def finished(self) -> bool:
         """Whether the run wrote its last file."""

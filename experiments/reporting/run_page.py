@@ -71,8 +71,8 @@ def _summary(run: Run) -> Markup | None:
     if last is None or base is None or not metrics.get("base_macs") or not metrics.get("pruned_macs"):
         return None
     less = change(metrics["base_macs"], metrics["pruned_macs"])
-    report = (run.facts.get("splits") or {}).get("report") or {}
-    images = f" on {report['n_images']:,} report images, which nothing was chosen on" if report.get("n_images") else ""
+    n_images = run.n_images("report")
+    images = f" on {n_images:,} report images, which nothing was chosen on" if n_images else ""
     lost = f"{display_name(run.metric)} {points(last - base)}"
     text = f"MACs {less}, {lost}: {percent(base)} before, {percent(last)} now{images}."
     return tag("p", text, class_="lead")

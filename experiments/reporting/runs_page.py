@@ -49,7 +49,7 @@ def _unfinished(runs: Sequence[Run], names: Sequence[str]) -> Markup | None:
 
 def _comparable(runs: Sequence[Run], names: Sequence[str]) -> Markup | None:
     """Says so where runs were evaluated on different images."""
-    hashes = {((run.facts.get("splits") or {}).get("report") or {}).get("sha256") for run in runs}
+    hashes = {run.split("report").get("sha256") for run in runs}
     if len(hashes - {None}) <= 1:
         return None
     text = "These runs have different report splits, so their accuracies were measured on different images."

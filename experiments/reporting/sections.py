@@ -76,18 +76,14 @@ def _percent_axis(run: Run) -> Axis:
     return Axis(f"{display_name(run.metric)}, %", "{:g}".format, most=100)
 
 
-def _reward_images(run: Run) -> int:
-    return int(((run.facts.get("splits") or {}).get("reward") or {}).get("n_images") or 0)
-
-
 def _chance(run: Run, accuracies: Sequence[float]) -> list[float]:
     """One standard error of each accuracy on the reward split, in percentage points."""
-    n_images = _reward_images(run)
+    n_images = run.n_images("reward")
     return [100 * standard_error(each, n_images) for each in accuracies] if n_images else []
 
 
 def _chance_text(run: Run) -> str:
-    n_images = _reward_images(run)
+    n_images = run.n_images("reward")
     if not n_images:
         return ""
     one = f"one image of {n_images:,} is {100 / n_images:.2f} points"
