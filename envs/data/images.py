@@ -103,6 +103,7 @@ class ArrayImages:
         if len(images) != len(labels):
             raise UserError(f"There are {len(images)} images but {len(labels)} labels; give one label per image.")
         self._images, self.n_classes, self.packing = images, n_classes, packing
+        self._digest: str | None = None
         self.labels = labels.long() if n_classes else labels
         self.target_shape = tuple(labels.shape[1:])
         self._scale = scale if scale is not None else (1.0 if images.is_floating_point() else 1 / 255)
@@ -137,7 +138,12 @@ class ArrayImages:
         )
 
     def digest(self) -> str:
-        """sha256 over labels, pixels and normalisation."""
+        """sha256 over labels, pixels and normalisation; computed once, as splits and every training ask for it."""
+        if self._digest is None:
+            self._digest = self._computed_digest()
+        return self._digest
+
+    def _computed_digest(self) -> str:
         digest = hashlib.sha256(f"{self.image_shape} {self._mean} {self._std} {self._scale}".encode())
         digest.update(self.labels.contiguous().numpy().tobytes())
         # NHWC is how most arrays arrive, so this is a view and not a copy.
