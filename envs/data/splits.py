@@ -41,6 +41,11 @@ class Splits:
         """What answers are scored by, and what is minimised in training."""
         return objective_of(self.reward)
 
+    @property
+    def example(self) -> torch.Tensor:
+        """One reward image, (1, C, H, W), to see what a network makes of it."""
+        return self.reward.batch(torch.arange(1))[0]
+
     def summary(self) -> dict[str, dict[str, Any]]:
         """Source, number of images and hash of each role; only JSON types."""
         return {

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ...envs.data.datasets import from_datasets
@@ -69,8 +68,7 @@ class Job:
         data, objective = from_datasets(train, test), Objective(chosen.metric, chosen.loss)
         self.splits = three_splits(data, chosen.reward_from, chosen.reward_size, chosen.split_seed, objective)
         check_augment(augment, self.splits.fit)
-        image = self.splits.reward.batch(torch.arange(1))[0]
-        plain, self.notes = ready_network(model, image, chosen.output, packing_of(data.train))
+        plain, self.notes = ready_network(model, self.splits.example, chosen.output, packing_of(data.train))
         for note in self.notes:
             warnings.warn(note, Notice, stacklevel=4)
         self.dense = plain.eval().to(where)
@@ -140,7 +138,7 @@ class Job:
         self, pruned: nn.Module, tuned: nn.Module, kept: KeptChannels, records: Sequence[LayerRecord]
     ) -> PruningResult:
         splits, dense = self.splits, self.dense
-        example = splits.reward.batch(torch.arange(1))[0].to(next(dense.parameters()).device)
+        example = splits.example.to(next(dense.parameters()).device)
         before, after = count_cost(dense, example), count_cost(tuned, example)
         base, cut, final = (accuracy_on(model, splits.report) for model in (dense, pruned, tuned))
         return PruningResult(

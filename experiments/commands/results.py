@@ -50,7 +50,7 @@ def metrics_of(
     networks: Networks, splits: Splits, records: Sequence[LayerRecord], config: DictConfig, tuned: Tuned
 ) -> dict[str, Any]:
     """Everything that `metrics.json` holds; accuracies are fractions on the report split unless named otherwise."""
-    example = splits.reward.batch(torch.arange(1))[0].to(resolve_device(config.device))
+    example = splits.example.to(resolve_device(config.device))
     dense, pruned = count_cost(networks.dense, example), count_cost(networks.pruned, example)
     return {
         "metric": splits.objective.name,

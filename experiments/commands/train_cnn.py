@@ -43,7 +43,7 @@ def check(config: DictConfig) -> Splits:
     resolve_device(config.device)
     splits = build_splits(config)
     check_augmentation(config, splits)
-    try_network(NetworkConstructor(config.network, 0, one_image(splits), packing_of(splits.fit))(), splits)
+    try_network(NetworkConstructor(config.network, 0, splits.example, packing_of(splits.fit))(), splits)
     return splits
 
 
@@ -51,9 +51,8 @@ def train(splits: Splits, context: RunContext) -> dict[str, Any]:
     """Train the network and write weights, provenance and metrics."""
     config, folder = context.config, context.folder
     folder.write_json(FACTS, provenance(config.seed) | {"splits": splits.summary()})
-    construct = NetworkConstructor(
-        config.network, derive_seed(config.seed, "init"), one_image(splits), packing_of(splits.fit)
-    )
+    seed = derive_seed(config.seed, "init")
+    construct = NetworkConstructor(config.network, seed, splits.example, packing_of(splits.fit))
     model = construct().to(resolve_device(config.device))
     for note in construct.notes:
         context.terminal.say(note)
@@ -80,14 +79,9 @@ def show(metrics: Mapping[str, Any], context: RunContext) -> None:
 
 def metrics_of(model: torch.nn.Module, splits: Splits) -> dict[str, Any]:
     """Accuracies (fractions) on the reward and the report split, and what the network costs."""
-    cost = count_cost(model, one_image(splits).to(next(model.parameters()).device))
+    cost = count_cost(model, splits.example.to(next(model.parameters()).device))
     accuracies: dict[str, float] = {}
     for role in ("reward", "report"):
         images = getattr(splits, role)
         accuracies |= {f"{role}_accuracy": accuracy_on(model, images), f"n_{role}": len(images)}
     return accuracies | {"metric": splits.objective.name, "macs": cost.macs, "params": cost.params}
-
-
-def one_image(splits: Splits) -> torch.Tensor:
-    """(1, C, H, W), to see what the network makes of it."""
-    return splits.reward.batch(torch.arange(1))[0]

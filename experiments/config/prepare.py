@@ -92,8 +92,8 @@ def prepare(config: DictConfig, layers: Sequence[str] | None) -> Inputs:
     device = resolve_device(config.device)
     splits = build_splits(config)
     check_augmentation(config, splits)
-    image = splits.reward.batch(torch.arange(1))[0]
-    construct = NetworkConstructor(config.network, derive_seed(config.seed, "init"), image, packing_of(splits.fit))
+    image, seed = splits.example, derive_seed(config.seed, "init")
+    construct = NetworkConstructor(config.network, seed, image, packing_of(splits.fit))
     dense = base = None
     if config.checkpoint is not None:
         try_network(construct(), splits)
