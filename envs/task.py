@@ -184,6 +184,8 @@ class PruningTask:
     @cached_property
     def correct(self) -> Tensor:
         """What the network as it is now gets right on the reward split, image by image, or its points: (B,)."""
+        if self.origin is self:
+            return self.base.correct  # measured already
         return correct_flags(self.model, *self.reward_images, objective=self.objective)
 
     @property
