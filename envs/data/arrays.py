@@ -100,7 +100,7 @@ def checked_images(array: np.ndarray, key: str, name: str) -> Tensor:
 def _refuse_other_order(array: np.ndarray, channels_come_last: bool, what: str, form: str) -> None:
     """UserError where one of the sides looks like grey, colour or colour and alpha, and the channels do not.
 
-    More channels than pixels a side are no sign of it: boards of a game, maps of features.
+    More channels than pixels per side are no sign of it: boards of a game, maps of features.
     """
     axes = array.shape[1:]
     channels, sides = (axes[2], axes[:2]) if channels_come_last else (axes[0], axes[1:])

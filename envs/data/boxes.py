@@ -48,7 +48,7 @@ def as_boxes(target: Mapping[str, Any]) -> Tensor:
 
 
 def check_boxes(rows: Tensor) -> None:
-    """UserError for boxes (n, 5) that are no corners, or whose labels are negative or no whole numbers."""
+    """UserError for boxes (n, 5) that are not corners, or whose labels are negative or not whole numbers."""
     corners, labels = rows[:, :4], rows[:, 4]
     odd = ((corners[:, 2:] < corners[:, :2]).any(1) | ~torch.isfinite(corners).all(1)).nonzero().flatten()
     if len(odd):

@@ -63,7 +63,7 @@ class TopK:
 class PixelAccuracy:
     """Fraction of an image's pixels whose largest logit is the target's class.
 
-    Logits (B, C, ...), targets int64 (B, ...), or one logit a pixel for targets 0 and 1 (`as_classes`). Pixels whose
+    Logits (B, C, ...), targets int64 (B, ...), or one logit per pixel for targets 0 and 1 (`as_classes`). Pixels whose
     target is `ignore_index` do not count, nor do they in the default loss; an image without any other pixel scores 1.
     """
 
@@ -84,7 +84,7 @@ class PixelAccuracy:
 class MeanIoU:
     """Intersection over union of predicted and target pixels of a class, averaged over classes, image by image.
 
-    Logits (B, C, ...), targets int64 (B, ...), or one logit a pixel for targets 0 and 1 (`as_classes`). Classes that
+    Logits (B, C, ...), targets int64 (B, ...), or one logit per pixel for targets 0 and 1 (`as_classes`). Classes that
     occur in neither do not count, nor do pixels whose target is `ignore_index` (nor in the default loss). An image
     without any other pixel scores 1. The mean over images is not the usual figure of a data set, which sums
     intersections and unions over images first and so has no score per image.

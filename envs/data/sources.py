@@ -155,7 +155,7 @@ def _rgb(image: Any, path: Path) -> Any:
         if image.mode == "F" or values.min() < 0 or values.max() > 65535:
             raise UserError(
                 f"'{path}' holds {'floating' if image.mode == 'F' else '32-bit'} values from {values.min()} to "
-                f"{values.max()}, whose white is unknown; save it with 8 or 16 bits a channel."
+                f"{values.max()}, whose white is unknown; save it with 8 or 16 bits per channel."
             )
         image = Image.fromarray((values.astype(np.float64) / 257).round().astype(np.uint8))
     # A palette with transparency goes through RGBA, as Pillow asks for.
