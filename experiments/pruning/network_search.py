@@ -109,7 +109,7 @@ class NetworkAgent:
         trainer = NetworkTrainer(env, policy, projection(one_shot, target), settings.agent, generator)
         controls = {f"{UNIFORM} {settings.warm_start}": trainer.mask()}
         controls |= self._reconstruction(one_shot, target, trainer.project)
-        if settings.start in controls:
+        if settings.start == RECONSTRUCTION and RECONSTRUCTION in controls:
             kept = [float(part.double().mean()) for part in one_shot.choices(controls[RECONSTRUCTION]).values()]
             with torch.no_grad():
                 policy.log_weight.copy_(torch.tensor(kept, dtype=torch.float64).log())
