@@ -1,1 +1,1 @@
-"""Networks: kinds of modules, inputs, modes, graph rewrites, cost, checkpoints, the built-in CNNs."""
+"""Networks: kinds of modules, wrappers, inputs and outputs, modes, graph rewrites, cost, checkpoints, the built-in CNNs."""

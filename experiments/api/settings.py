@@ -34,8 +34,8 @@ class Settings:
         reward_size: images masks are scored on; None: a fifth of the source, at most 2,000.
         split_seed: draws the reward images.
         order: "forward" (low to high), "backward" or "largest_first".
-        masks: sampled an update of an agent.
-        images: reward images a mask; None for all.
+        masks: sampled per update of an agent.
+        images: reward images per mask; None for all.
         agent: how each layer's agent is trained.
         evaluation: how masks are evaluated, compensation included.
         reward: what an agent is trained on; None: `TryAndLearn(drop_bound)`.

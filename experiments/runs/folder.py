@@ -174,7 +174,7 @@ class RunFolder:
             write_atomically(self.root / HASHES, json.dumps(kept, indent=1) + "\n")
 
     def check_hashes(self) -> None:
-        """Raise a `UserError` that names the first file which is not as the run wrote it; one that is gone counts not.
+        """Raise a `UserError` that names the first file which is not as the run wrote it; missing files do not count.
 
         The hashes tell damage and changes by hand, not an attack: who can write the files can write the hashes.
         """

@@ -171,7 +171,7 @@ class _Run:
         last_step = min(self.n_steps, (epoch + 1) * self.steps_per_epoch)
         self.losses, self.points = [], []
         with _global_rng_seeded(_mix(self.seed, 2 * epoch), self.device):
-            # A generator an epoch: an epoch is the same whether or not the ones before ran in this process.
+            # One generator per epoch: an epoch is the same whether or not the ones before ran in this process.
             generator = torch.Generator().manual_seed(_mix(self.seed, 2 * epoch + 1))
             order = torch.randperm(len(self.data), generator=generator).split(self.settings.batch_size)
             for step, indices in zip(range(first_step, last_step), order, strict=False):
