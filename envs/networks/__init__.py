@@ -1,1 +1,1 @@
-"""Networks: kinds of modules, wrappers, inputs and outputs, modes, graph rewrites, cost, checkpoints, the built-in CNNs."""
+"""Networks: module kinds, wrappers, inputs and outputs, modes, graph rewrites, cost, checkpoints, built-in CNNs."""
