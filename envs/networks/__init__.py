@@ -1,1 +1,1 @@
-"""Networks: module kinds, wrappers, inputs and outputs, modes, graph rewrites, cost, checkpoints, built-in CNNs."""
+"""Networks: built-in CNNs, module kinds, wrappers, inputs and outputs, modes, graph rewrites, cost, checkpoints."""
