@@ -1,4 +1,4 @@
-"""One loop for training a base network and for fine-tuning a pruned one: SGD, a schedule, optional distillation.
+"""One loop for training a base network and for fine-tuning a pruned one: SGD, a schedule, distillation, averaging.
 
 Shape suffixes: B images of a batch.
 """
@@ -22,6 +22,7 @@ from ...envs.networks.memory_layout import CONTIGUOUS, common_layout, layout_of
 from ...envs.networks.modes import modes_restored
 from ...errors import UserError
 from .augment import Augment, RandomCropFlip
+from .averaging import Average
 from .heads import Heads
 from .snapshot import TrainingState, load_snapshot, save_snapshot
 from .train_settings import TrainSettings
@@ -80,8 +81,9 @@ def fit_network(
     `distill_weight` > 0. `progress` is called after every epoch. With `snapshot`, weights and momentum are written
     there after every epoch, and a later call with the same arguments resumes from it, to the same final weights; the
     file stays, so that a finished training is not repeated. `epoch_ends` is told about an epoch before its snapshot is
-    written. The model is moved to `device`, which defaults to its own. A network that is frozen as a whole is trained
-    as a whole. Where it answers with several outputs in training mode, `heads` says which is which.
+    written. With `ema` the model is the average of its weights while `epoch_ends` looks at it, and in the end. The
+    model is moved to `device`, which defaults to its own. A network that is frozen as a whole is trained as a whole.
+    Where it answers with several outputs in training mode, `heads` says which is which.
 
     Raises DivergedError when the loss stops being finite, and UserError when there are no parameters, the data holds
     fewer than 2 images, the teacher is missing, `augment` would move images away from their target maps, or the
@@ -89,7 +91,8 @@ def fit_network(
     """
     with modes_restored(model, teacher), _thawed(model):
         run = _Run.build(model, data, replace(settings, lr=settings.rate), seed, augment, teacher, device)
-        state = TrainingState(model, run.optimizer, run.identity() if snapshot is not None else "")
+        identity = run.identity() if snapshot is not None else ""
+        state = TrainingState(model, run.optimizer, identity, average=run.average)
         if snapshot is not None and snapshot.exists():
             state.step = load_snapshot(state, snapshot)
         history = []
@@ -101,11 +104,14 @@ def fit_network(
             state.step = record.step
             history.append(record)
             if epoch_ends is not None:
-                epoch_ends(record)
+                with run.averaged():
+                    epoch_ends(record)
             if snapshot is not None:
                 save_snapshot(state, snapshot)
             if progress is not None:
                 progress(record)
+        if run.average is not None:
+            run.average.swap()
     return TrainResult(run.n_steps, tuple(history))
 
 
@@ -129,6 +135,19 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.heads = Heads(self.model)
+        self.average = None if self.settings.ema is None else Average(self.model, self.settings.ema)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model is the average of its weights inside, where there is one."""
+        if self.average is None:
+            yield
+            return
+        self.average.swap()
+        try:
+            yield
+        finally:
+            self.average.swap()
 
     @classmethod
     def build(
@@ -163,6 +182,7 @@ class _Run:
         """What must be equal for a snapshot to be this training's."""
         names = [f"{name} {tuple(tensor.shape)}" for name, tensor in self.model.state_dict().items()]
         facts = f"{self.settings} {self.seed} {self.data.digest()} {names}{self.objective.identity}"
+        facts += "" if self.settings.ema is None else f" ema {self.settings.ema}"
         return hashlib.sha256(facts.encode()).hexdigest()
 
     def epoch(self, first_step: int) -> TrainProgress:
@@ -201,6 +221,8 @@ class _Run:
         loss, outputs = self._loss(images, labels)
         loss.backward()
         self.optimizer.step()
+        if self.average is not None:
+            self.average.update(step)
         self.losses.append(float(loss.detach() * len(labels)))
         if not math.isfinite(self.losses[-1]):  # before the metric meets what is no number
             self._refuse_divergence(step // self.steps_per_epoch, self.losses[-1])

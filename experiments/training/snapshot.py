@@ -1,4 +1,4 @@
-"""Training that survives a kill: weights and momentum after every epoch, in one safetensors file."""
+"""Training that survives a kill: weights, momentum and moving average after every epoch, in one safetensors file."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from torch import Tensor, nn
 
 from ...atomic import write_atomically
 from ...errors import UserError
+from .averaging import Average
 
 
 @dataclass
 class TrainingState:
-    """A training between two epochs: the model, its optimizer, who it is, and how many steps are done."""
+    """A training between two epochs: the model, its optimizer, who it is, the steps done, and the average if any."""
 
     model: nn.Module
     optimizer: torch.optim.SGD
     identity: str
     step: int = 0
+    average: Average | None = None
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The trained parameters in the optimizer's order, under names made of their position."""
@@ -31,12 +33,14 @@ class TrainingState:
 
 
 def save_snapshot(state: TrainingState, path: Path) -> None:
-    """Write weights, buffers, momentum and the step number to `path`, atomically; UserError on a full disk."""
+    """Write weights, buffers, momentum, average and step number to `path`, atomically; UserError on a full disk."""
     tensors = {f"model/{name}": tensor for name, tensor in state.model.state_dict().items()}
     for name, parameter in state.trained():
         buffer = state.optimizer.state.get(parameter, {}).get("momentum_buffer")
         if buffer is not None:
             tensors[name] = buffer
+    if state.average is not None:
+        tensors |= {f"average/{name}": tensor for name, tensor in state.average.tensors.items()}
     # Clones, because safetensors refuses tensors that share memory (tied weights).
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     facts = {"identity": state.identity, "step": str(state.step)}
@@ -62,4 +66,6 @@ def load_snapshot(state: TrainingState, path: Path) -> int:
         if name in tensors:
             # In the parameter's own memory layout, like the buffer SGD makes itself.
             state.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(tensors[name])
+    for name, kept in state.average.tensors.items() if state.average is not None else ():
+        kept.copy_(tensors[f"average/{name}"])
     return int(facts["step"])

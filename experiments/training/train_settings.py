@@ -37,6 +37,8 @@ class TrainSettings:
         top_lr: highest learning rate where `lr` is None, of a training of 5,000 steps or more.
         auxiliary: weight of the loss of every further head of a network that answers with several in training mode
             (GoogLeNet, Inception, deep supervision).
+        ema: decay of a moving average of the weights, such as 0.999: the average is what is judged and kept. It rises
+            with the steps (`Average`), so a short training needs no other one. None: the weights themselves.
     """
 
     epochs: float = 5.0
@@ -54,6 +56,7 @@ class TrainSettings:
     # Kept out of the text that identifies a training: with `lr` None it names the rate in use, as it always did.
     top_lr: float = field(default=0.05, repr=False)
     auxiliary: float = field(default=0.3, repr=False)
+    ema: float | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.schedule not in ("cosine", "linear", "constant"):
@@ -66,6 +69,8 @@ class TrainSettings:
         for name in ("momentum", "warmup", "final_lr", "label_smoothing", "distill_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} must lie in [0, 1], got {getattr(self, name)}.")
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise UserError(f"ema must lie in [0, 1), such as 0.999, or be left out, got {self.ema}.")
         check_numbers(self, epochs=(0, 1e6), batch_size=(2, 10**7), lr=NOT_NEGATIVE, top_lr=NOT_NEGATIVE)
         check_numbers(self, weight_decay=NOT_NEGATIVE, temperature=POSITIVE, auxiliary=NOT_NEGATIVE)
 

@@ -11,7 +11,7 @@ from keepdrop.experiments.api.settings import Settings
 from keepdrop.experiments.runs.folder import RunFolder
 from keepdrop.experiments.training.train_settings import TrainSettings
 
-LATER = ("top_lr", "auxiliary")  # fields of TrainSettings that version 0.1.0 does not have
+LATER = ("top_lr", "auxiliary", "ema")  # fields of TrainSettings that version 0.1.0 does not have
 
 
 def begun(folder, asked, lr):

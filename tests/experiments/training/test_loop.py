@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from keepdrop.envs.networks.built_in import small_cnn
 from keepdrop.envs.networks.checkpoint import hash_state
 from keepdrop.errors import UserError
 from keepdrop.experiments.training.augment import RandomCropFlip
+from keepdrop.experiments.training.averaging import Average
 from keepdrop.experiments.training.loop import TrainSettings, fit_network, recalibrate_bn
 from torch import nn
 from torch.nn import functional as F
@@ -171,9 +173,9 @@ class Interrupted(Exception):  # noqa: N818
     """Stands for the end of the process."""
 
 
-@pytest.mark.parametrize("stop_after", [1, 2, 3])
-def test_resumes_from_its_snapshot_to_the_same_weights(tmp_path, stop_after):
-    settings = TrainSettings(epochs=3.5, batch_size=16)
+@pytest.mark.parametrize(("stop_after", "ema"), [(1, None), (2, None), (3, None), (2, 0.9)])
+def test_resumes_from_its_snapshot_to_the_same_weights(tmp_path, stop_after, ema):
+    settings = TrainSettings(epochs=3.5, batch_size=16, ema=ema)
 
     def train(model, **kwargs):
         return fit_network(model, images(), settings, seed=0, augment=RandomCropFlip(1), **kwargs)
@@ -219,6 +221,60 @@ def test_resumes_after_a_real_kill(tmp_path):
     assert hash_state(resumed) == hash_state(whole)
 
 
+def test_the_average_is_what_its_formula_says_and_the_training_is_the_same(monkeypatch):
+    """Steps 0, 1, 2, ... keep (1 + step) / (10 + step) of it, until that is more than `ema`."""
+    plain, averaged, after = network(), network(), []
+    settings = TrainSettings(epochs=2, batch_size=8)
+    update = Average.update
+
+    def noted(self, step):
+        update(self, step)
+        after.append({name: value.detach().clone() for name, value in self.model.state_dict().items()})
+
+    monkeypatch.setattr(Average, "update", noted)
+    seen = []
+
+    def ends(record):
+        seen.append(averaged.conv1.weight.detach().clone())
+
+    begun = {name: value.detach().clone() for name, value in averaged.state_dict().items()}
+    fit_network(plain, images(), settings, seed=0)
+    fit_network(averaged, images(), replace(settings, ema=0.3), seed=0, epoch_ends=ends)
+    assert len(after) == 10
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in after[-1].items())
+    expected = begun["conv1.weight"]
+    for step, state in enumerate(after):
+        kept = min(0.3, (1 + step) / (10 + step))
+        expected = kept * expected + (1 - kept) * state["conv1.weight"]
+    torch.testing.assert_close(averaged.conv1.weight.detach(), expected)
+    assert len(seen) == 2 and torch.equal(seen[-1], averaged.conv1.weight)
+    assert not torch.equal(averaged.conv1.weight, plain.conv1.weight)
+    # Statistics are averaged like the weights they describe, and counters stay counters.
+    assert not torch.equal(averaged.bn1.running_mean, plain.bn1.running_mean)
+    assert torch.equal(averaged.bn1.num_batches_tracked, plain.bn1.num_batches_tracked)
+
+
+def test_an_average_gets_over_a_rate_that_ends_high():
+    """What it is for: weights that jump about an optimum have a better mean."""
+    data, generator = images(200), torch.Generator().manual_seed(0)
+    data.labels[torch.randperm(200, generator=generator)[:60]] = 0  # noise to jump about
+    settings = TrainSettings(epochs=12, batch_size=8, lr=0.1, schedule="constant", weight_decay=0.0)
+    losses = {}
+    for ema in (None, 0.95):
+        model = linear_network()
+        fit_network(model, data, replace(settings, ema=ema), seed=0)
+        with torch.inference_mode():
+            batch, labels = data.batch(torch.arange(len(data)))
+            losses[ema] = float(F.cross_entropy(model(batch), labels))
+    assert losses[0.95] < losses[None]
+
+
+@pytest.mark.parametrize("ema", [1.0, -0.1, float("nan")])
+def test_a_decay_that_is_none_is_refused(ema):
+    with pytest.raises(UserError, match=r"ema must lie in \[0, 1\), such as 0.999, or be left out, got"):
+        TrainSettings(ema=ema)
+
+
 def test_snapshot_of_another_training_and_a_damaged_one_are_refused(tmp_path):
     path = tmp_path / "snapshot"
     settings = TrainSettings(epochs=1, batch_size=16)
@@ -228,6 +284,7 @@ def test_snapshot_of_another_training_and_a_damaged_one_are_refused(tmp_path):
         (network(), images(41), settings, 0),
         (network(widths=(2, 3, 4, 4, 5)), images(), settings, 0),
         (network(), images(), TrainSettings(epochs=2, batch_size=16), 0),
+        (network(), images(), TrainSettings(epochs=1, batch_size=16, ema=0.9), 0),
     ]
     for model, data, chosen, seed in others:
         before = hash_state(model)

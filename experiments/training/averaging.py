@@ -1,0 +1,47 @@
+"""Exponential moving average (EMA) of a network's weights while it trains."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+RAMP = 10  # steps: after t of them the decay is at most (1 + t) / (RAMP + t)
+
+
+class Average:
+    """The moving average of a model's state, batch-norm statistics included; integers are copied.
+
+    A decay of .999 remembers a thousand steps, more than a short training has. So it rises with the steps, as in
+    TensorFlow's `ExponentialMovingAverage(num_updates=...)`: the average spans about the last tenth of them, until the
+    decay that was given is less. The weights that a network was cut with are forgotten within a few steps.
+
+    The running statistics of a batch normalisation are averages of the same steps already, and averaged with the
+    weights they describe those: measuring them anew on training images was no better (docs/results.md).
+
+    Args:
+        model: being trained; the average begins with its state.
+        decay: share that is kept at every step, in [0, 1).
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model, self.decay = model, decay
+        self.tensors: dict[str, Tensor] = {name: each.detach().clone() for name, each in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the model as it is after step 0, 1, ..."""
+        share = 1 - min(self.decay, (1 + step) / (RAMP + step))
+        for name, value in self.model.state_dict().items():
+            kept = self.tensors[name]
+            if kept.is_floating_point() or kept.is_complex():
+                kept.lerp_(value, share)
+            else:
+                kept.copy_(value)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the model's state and the average, in place; a second call takes it back, bit for bit."""
+        mine = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+        for name, value in self.model.state_dict().items():
+            value.copy_(self.tensors[name])
+        self.tensors = mine
