@@ -24,14 +24,14 @@ from common import machine, make_task, opened
 from keepdrop.envs.one_shot import OneShotTask
 from keepdrop.envs.repair.reconstruction import ReconstructionSettings
 from keepdrop.envs.surgery.group_cost import pruned_cost
-from keepdrop.envs.surgery.macs_target import Target, keep_best, spread_evenly
+from keepdrop.envs.surgery.cutoff import keep_best, spread_evenly
+from keepdrop.envs.surgery.targets import Target
 from keepdrop.envs.task import PruningTask
 from keepdrop.experiments.compare.methods import (
     CriterionMethod,
     Masks,
     Observations,
     ReconstructionMethod,
-    meter_of,
 )
 from keepdrop.experiments.pruning.network_search import NetworkAgent, NetworkSearchSettings
 from keepdrop.experiments.runs.seeds import derive_seed
@@ -67,7 +67,7 @@ def random_widths(task: PruningTask, seen: Observations, target: Target, number:
     for name, observation in seen.of(task).items():
         share = 0.2 + 0.8 * float(torch.rand((), generator=generator))
         ranking[name] = spread_evenly(observation["weights"].square().sum(1), share)
-    return keep_best(meter_of(task, target), ranking, target)
+    return keep_best(task.constraints(target), ranking)
 
 
 @torch.no_grad()

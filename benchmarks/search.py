@@ -35,7 +35,7 @@ from keepdrop.envs.networks.cost import count_cost
 from keepdrop.envs.observation import STATISTIC_NAMES
 from keepdrop.envs.one_shot import OneShotTask
 from keepdrop.envs.repair.reconstruction import ReconstructionSettings
-from keepdrop.envs.surgery.macs_target import Target
+from keepdrop.envs.surgery.targets import Target
 from keepdrop.envs.task import PruningTask
 from keepdrop.experiments.pruning.network_search import NetworkAgent, NetworkSearchSettings
 from keepdrop.experiments.pruning.search import train_on_layer

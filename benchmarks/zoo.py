@@ -32,7 +32,7 @@ from keepdrop.envs.groups.finding import find_groups
 from keepdrop.envs.networks.cost import count_cost
 from keepdrop.envs.one_shot import OneShotTask
 from keepdrop.envs.repair.reconstruction import ReconstructionSettings
-from keepdrop.envs.surgery.macs_target import Target
+from keepdrop.envs.surgery.targets import Target
 from keepdrop.envs.task import PruningTask
 from keepdrop.errors import UserError
 from keepdrop.experiments.compare.methods import CriterionMethod, Masks, Observations, ReconstructionMethod

@@ -31,6 +31,8 @@ from .surgery.group_matching import dense_rows, named_as, restricted
 from .surgery.kept_channels import KeptChannels
 from .surgery.limits import Limits
 from .surgery.masking import MixKey
+from .surgery.meters import Clock, Meter
+from .surgery.targets import Constraints, Target, constraints_of
 
 
 class DecisionTask(Protocol):
@@ -82,6 +84,7 @@ class PruningTask:
         origin: the task of the dense network, if `model` was pruned already; `replace_model` sets it.
         kept: which of the dense network's channels are left; None if that is not known.
         trained: the task of the network as it was trained last, which compensation aims at; None: the dense one.
+        clock: what a network takes on the device at hand, for targets and rewards of time; None: not known.
     """
 
     def __init__(
@@ -98,6 +101,7 @@ class PruningTask:
         origin: PruningTask | None = None,
         kept: KeptChannels | None = None,
         trained: PruningTask | None = None,
+        clock: Clock | None = None,
     ) -> None:
         self.model = model
         self.splits = splits
@@ -110,6 +114,7 @@ class PruningTask:
         self.trained = trained or self.origin
         self.kept = KeptChannels() if origin is None else kept
         self._limits = limits or Limits()
+        self.clock = clock
 
     @cached_property
     def plan(self) -> GroupPlan:
@@ -182,6 +187,15 @@ class PruningTask:
         return count_cost(self.model, self.example)
 
     @cached_property
+    def seconds(self) -> Meter | None:
+        """What the network as it is now takes, by filters kept per group of the plan; None without a clock."""
+        return None if self.clock is None else self.clock(self.model, self.plan.groups)
+
+    def constraints(self, target: Target) -> Constraints:
+        """What a target means for the network as it is now; UserError for one of time without a clock."""
+        return constraints_of(target, self.model, self.cost, self.groups, self.clock)
+
+    @cached_property
     def correct(self) -> Tensor:
         """What the network as it is now gets right on the reward split, image by image, or its points: (B,)."""
         if self.origin is self:
@@ -220,7 +234,15 @@ class PruningTask:
             pruned_macs=macs,
             base_params=self.base.cost.params,
             pruned_params=params,
+            base_seconds=None if self.origin.seconds is None else self.origin.seconds.whole,
+            pruned_seconds=None if self.seconds is None else self.seconds.cost(self._kept(self.seconds, n_kept)),
         )
+
+    @staticmethod
+    def _kept(meter: Meter, n_kept: Mapping[FilterGroup, int]) -> list[int]:
+        """Counts in the meter's order; groups that are not named keep all."""
+        named = {group.name: count for group, count in n_kept.items()}
+        return [named.get(group.name, group.n_filters) for group in meter.groups]
 
     def with_settings(self, settings: EvaluationSettings, seed: int | None = None) -> PruningTask:
         """The same network, evaluated under other settings, or with other images behind statistics and compensation.
@@ -240,6 +262,7 @@ class PruningTask:
             origin=None if self.origin is self else self.origin,
             kept=self.kept,
             trained=None if self.trained is self else self.trained,
+            clock=self.clock,
         )
         task.trained = task if self.trained is self else task.trained
         task.plan, task.groups, task.limits = self.plan, self.groups, self.limits
@@ -269,6 +292,7 @@ def replace_model(
         origin=task.origin,
         kept=kept,
         trained=task.trained,
+        clock=task.clock,
     )
     replaced.trained = replaced if trained else replaced.trained
     return replaced

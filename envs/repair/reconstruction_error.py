@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from ...errors import UserError
 from ..data.objective import TOP1, Objective
 from ..networks.modes import evaluating
+from ..surgery.cutoff import keep_best
 from ..surgery.filter_group import Cut, FilterGroup
 from ..surgery.folding import reading_weight
 from ..surgery.group_matching import regrouped
-from ..surgery.macs_target import MacsMeter, Target, keep_best
+from ..surgery.targets import Constraints
 from .patches import inputs_at, obstacle
 from .reconstruction import Reconstruction, ReconstructionSettings
 
@@ -107,52 +108,49 @@ def check_readable(model: nn.Module, groups: Sequence[FilterGroup]) -> None:
 
 def reconstruction_scores(
     model: nn.Module,
-    meter: MacsMeter,
-    target: Target,
+    constraints: Constraints,
     images: Tensor,
     labels: Tensor,
     *,
     objective: Objective = TOP1,
     repair: ReconstructionSettings | None = None,
 ) -> dict[str, Tensor]:
-    """Scores (N,) float64 by group name; `keep_best` makes them masks that meet a MACs target at the least error.
+    """Scores (N,) float64 by group name; `keep_best` makes them masks that hold `constraints` at the least error.
 
     Args:
         model: the dense network, untouched.
-        meter: counts the MACs, of the groups that may be pruned.
-        target: what is to go; a part of it in every round.
+        constraints: what is to go of the groups that may be pruned; a part of it in every round.
         images, labels: (B, ...) of the fit split, on the device of the network.
         objective: whose loss is differentiated.
         repair: how the network is repaired between two rounds.
 
-    Raises UserError for a target that cannot be met, and as `error_curves`.
+    Raises UserError for constraints that cannot be met, and as `error_curves`.
     """
-    meter.check(target)
+    constraints.check()
     repair = repair or ReconstructionSettings(images=512, places=16)
-    masks = {group.name: torch.ones(group.n_filters, dtype=torch.bool) for group in meter.groups}
-    curves = error_curves(model, meter.groups, images, labels, objective=objective)
-    scores = _scores_per_mac(curves, meter, masks)
-    n_rounds = math.ceil(target.removed / PER_ROUND - 1e-9)
+    masks = {group.name: torch.ones(group.n_filters, dtype=torch.bool) for group in constraints.groups}
+    curves = error_curves(model, constraints.groups, images, labels, objective=objective)
+    scores = _scores_per_cost(curves, constraints, masks)
+    n_rounds = math.ceil(constraints.removed / PER_ROUND - 1e-9)
     repairing = Reconstruction(model, images[: repair.images], repair) if n_rounds > 1 else None
     for number in range(1, n_rounds):
         assert repairing is not None
-        masks = keep_best(meter, scores, replace(target, removed=target.removed * number / n_rounds))
-        choices = {group: masks[group.name] for group in meter.groups}
-        groups = regrouped(meter.groups, model, choices)
+        masks = keep_best(constraints.eased(number, n_rounds), scores)
+        choices = {group: masks[group.name] for group in constraints.groups}
+        groups = regrouped(constraints.groups, model, choices)
         curves = error_curves(repairing.cut(choices), groups, images, labels, objective=objective)
-        scores = _scores_per_mac(curves, meter, masks)
+        scores = _scores_per_cost(curves, constraints, masks)
     return scores
 
 
-def _scores_per_mac(
-    curves: Mapping[str, ErrorCurve], meter: MacsMeter, masks: Mapping[str, Tensor]
+def _scores_per_cost(
+    curves: Mapping[str, ErrorCurve], constraints: Constraints, masks: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Scores (N,) by group name for `keep_best`: the error per MAC, of filters that are gone already less than any."""
-    counts = [int(masks[group.name].sum()) for group in meter.groups]
+    """Scores (N,) by group name for `keep_best`: the error per cost saved, of filters that are gone already less than any."""
+    counts = [int(masks[group.name].sum()) for group in constraints.groups]
     scores = {}
-    for position, group in enumerate(meter.groups):
-        fewer = [n - (i == position) for i, n in enumerate(counts)]
-        saved = max(meter.macs(counts) - meter.macs(fewer), 1e-12)
+    for position, group in enumerate(constraints.groups):
+        saved = max(constraints.saved(counts, position), 1e-12)
         scores[group.name] = torch.full((group.n_filters,), -1.0, dtype=torch.float64)
         scores[group.name][masks[group.name]] = curves[group.name].scores(saved)
     return scores

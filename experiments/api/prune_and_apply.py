@@ -17,7 +17,7 @@ from ...agent.saved_agent import SavedAgent
 from ...envs.networks.checkpoint import hash_state
 from ...envs.one_shot import GROUP_NAME
 from ...envs.repair.reconstruction import ReconstructionSettings
-from ...envs.surgery.macs_target import Target
+from ...envs.surgery.targets import Target
 from ...errors import UserError
 from ...rewards.try_and_learn import TryAndLearn, check_drop_bound
 from ..pruning.input_checks import check_fineness

@@ -18,7 +18,7 @@ from ...envs.data.objective import display_name
 from ...envs.networks.cost import count_cost
 from ...envs.one_shot import GROUP_NAME
 from ...envs.surgery.kept_channels import KeptChannels
-from ...envs.surgery.macs_target import Target
+from ...envs.surgery.targets import Target
 from ...envs.task import PruningTask
 from ...errors import UserError
 from ..config.cli_errors import groups
@@ -28,7 +28,7 @@ from ..config.prepare import Inputs, check_controls, prepare
 from ..config.schema import INHERITED, ApplyConfig
 from ..config.stored import check_targets, inherit, run_with_config
 from ..config.training import Tuned, begin_task, build_recovery, finetune
-from ..deploy.export import check_exports
+from ..deploy.export import check_exports, try_exports
 from ..deploy.runtimes import check_runtimes
 from ..pruning.decide import AskCriterion, Decider
 from ..pruning.network_decide import AskNetworkAgent, AskNetworkCriterion, NetworkDecider
@@ -44,9 +44,9 @@ from .results import (
     group_facts,
     latency_metrics,
     latency_rows,
-    remarks,
     report_accuracy,
     save_result,
+    show_remarks,
 )
 from .running import carry_out
 
@@ -71,8 +71,7 @@ def show(metrics: Mapping[str, Any], context: RunContext) -> None:
     terminal.methods(metrics["methods"], metrics["base_accuracy"], display_name(metrics.get("metric"), opens=True))
     if rows := latency_rows(metrics.get("latency", [])):
         terminal.totals(rows)
-    for sentence in remarks(metrics):
-        terminal.console.print(sentence, markup=False)
+    show_remarks(metrics, context)
 
 
 def inherited(config: DictConfig) -> DictConfig:
@@ -132,6 +131,7 @@ def check(config: DictConfig) -> Inputs:
     check_controls(config.controls, inputs)
     assert inputs.dense is not None
     check_runtimes(config.latency.runtimes, inputs.device)
+    try_exports(config.export, inputs.dense, inputs.splits)
     check_agents(known, inputs.task(inputs.dense))
     return inputs
 
@@ -146,6 +146,7 @@ def apply_agents(inputs: Inputs, context: RunContext) -> dict[str, Any]:
         methods[name] = prune_with(schedules.control(name, counts), name, task, context)
     ours = methods[AGENT]
     metrics = apply_metrics(methods, task, config) | save_result(ours.networks, ours.kept, task.splits, context)
+    metrics |= latency_metrics(ours.networks, task.splits, metrics, context)
     write_curves(task, ours.records, context.folder, context.terminal)
     context.folder.write_json(METRICS, metrics)
     return metrics
@@ -215,10 +216,7 @@ def apply_metrics(methods: Mapping[str, Method], task: PruningTask, config: Dict
     }
     ours = {key: value for key, value in rows[AGENT].items() if key != "bound_held"}
     held = task.base.accuracy - methods[AGENT].records[-1].pruned_accuracy <= config.drop_bound + 1e-9
-    networks = methods[AGENT].networks
-    fraction = ours["pruned_macs"] / task.base.cost.macs
-    timed = latency_metrics(networks, task.example, fraction, config)
-    return base | ours | timed | {"drop_bound": config.drop_bound, "bound_held": held, "methods": rows}
+    return base | ours | {"drop_bound": config.drop_bound, "bound_held": held, "methods": rows}
 
 
 def method_metrics(method: Method, task: PruningTask) -> dict[str, Any]:

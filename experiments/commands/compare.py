@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from ...envs.repair.reconstruction import ReconstructionSettings
-from ...envs.surgery.macs_target import Target
+from ...envs.surgery.targets import Target
 from ..compare.choices import Choices
 from ..compare.measuring import TRAINED, choose, measure, result_name, unmeasured
 from ..compare.methods import AGENT, PEERS

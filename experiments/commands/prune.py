@@ -15,7 +15,7 @@ from ...envs.data.objective import display_name
 from ...envs.one_shot import GROUP_NAME, OneShotTask
 from ...envs.repair.reconstruction import ReconstructionSettings
 from ...envs.surgery.kept_channels import KeptChannels
-from ...envs.surgery.macs_target import Target
+from ...envs.surgery.targets import Target
 from ...envs.task import LayerTask, PruningTask
 from ...rewards.outcome import RewardFunction
 from ..config.build import build_policy_factory, build_reward
@@ -34,7 +34,7 @@ from ..config.ignored import (
 )
 from ..config.prepare import Inputs, check_controls, check_network_search, check_search, prepare
 from ..config.training import begin_task, build_recovery, finetune
-from ..deploy.export import check_exports
+from ..deploy.export import check_exports, try_exports
 from ..deploy.runtimes import check_runtimes
 from ..pruning.decide import Decider, Decision, observation_tensors
 from ..pruning.layer_agents import TrainLayerAgents
@@ -46,7 +46,7 @@ from ..pruning.trained_agents import load_agents
 from ..reporting.curves import write_curves
 from ..runs.context import RunContext
 from ..runs.provenance import command_line
-from .results import Networks, metrics_of, save_result, show_results, write_results
+from .results import Networks, latency_metrics, metrics_of, save_result, show_results, write_results
 from .running import carry_out
 
 
@@ -85,6 +85,7 @@ def check(config: DictConfig) -> Inputs:
     inputs = prepare(config, plain(config.layers))
     check_controls(config.controls, inputs)
     check_runtimes(config.latency.runtimes, inputs.device)
+    try_exports(config.export, inputs.construct() if inputs.dense is None else inputs.dense, inputs.splits)
     if config.target.removed is None:
         check_search(config, inputs)
     else:
@@ -105,6 +106,7 @@ def prune_network(inputs: Inputs, context: RunContext) -> dict[str, Any]:
     networks = Networks(task.model, pruned.model, tuned.model)
     metrics = metrics_of(networks, task.splits, records, config, tuned)
     metrics |= save_result(networks, kept, task.splits, context)
+    metrics |= latency_metrics(networks, task.splits, metrics, context)
     tracker.kept_filters({record.name: record.keep for record in records}, len(records))
     tracker.hparams(plain(config), metrics)
     write_results(metrics, context.folder)

@@ -20,7 +20,7 @@ from ...agent.learning.natural_evolution import NetworkTrainer
 from ...envs.one_shot import OneShotTask
 from ...envs.repair.reconstruction import ReconstructionSettings
 from ...envs.surgery.group_cost import pruned_cost
-from ...envs.surgery.macs_target import Target
+from ...envs.surgery.targets import Target
 from ...envs.task import PruningTask
 from ...errors import first_line
 from ..config.entry_point import settings

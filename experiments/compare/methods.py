@@ -17,7 +17,9 @@ from ...agent.policies.distributions import top_mask
 from ...envs.observation import STATISTIC_NAMES
 from ...envs.one_shot import OneShotTask
 from ...envs.repair.reconstruction_error import ERROR_IMAGES, RECONSTRUCTION, reconstruction_scores
-from ...envs.surgery.macs_target import MacsMeter, Target, keep_best, spread_evenly
+from ...envs.surgery.cutoff import keep_best, spread_evenly
+from ...envs.surgery.meters import MacsMeter, removed
+from ...envs.surgery.targets import Constraints, Target
 from ...envs.task import PruningTask
 from ...errors import UserError
 from ..pruning.decide import observation_tensors
@@ -87,7 +89,7 @@ class CriterionMethod:
             ranking[name] = spread_evenly(score) if self.allocation == "uniform" else normalised(score, self.criterion)
             if self.allocation == "global-mean":
                 ranking[name] /= ranking[name].mean().clamp_min(1e-12)
-        return keep_best(meter_of(task, target), ranking, target)
+        return keep_best(task.constraints(target), ranking)
 
 
 class ReconstructionMethod:
@@ -104,10 +106,9 @@ class ReconstructionMethod:
 
     def choose(self, task: PruningTask, target: Target, seed: int) -> Masks:
         """Measure, cut a part, repair, measure again; the seed is the task's."""
-        meter = meter_of(task, target)
-        images, labels = task.fit_images(self.images)
-        found = reconstruction_scores(task.model, meter, target, images, labels, objective=task.objective)
-        return keep_best(meter, found, target)
+        goal, (images, labels) = task.constraints(target), task.fit_images(self.images)
+        found = reconstruction_scores(task.model, goal, images, labels, objective=task.objective)
+        return keep_best(goal, found)
 
 
 class AtAgentCounts:
@@ -162,13 +163,13 @@ class RandomBest:
     def choose(self, task: PruningTask, target: Target, seed: int) -> Masks:
         """Draw and evaluate masks, evaluate the best again on all images, keep the best (the first of equal ones)."""
         generator = torch.Generator().manual_seed(derive_seed(seed, self.name))
-        (quick, exact), meter = self.tasks(task), meter_of(task, target)
+        (quick, exact), goal = self.tasks(task), task.constraints(target)
         count = self.evaluations(task, target, seed)
         some = None if self.images is None else torch.randperm(quick.n_images, generator=generator)[: self.images]
         n_finalists = min(FINALISTS, max(1, count // 2))
         found: list[tuple[float, Tensor]] = []
         for _ in range(max(1, count - n_finalists)):
-            keep = quick.joined(self._draw(task, meter, target, generator))
+            keep = quick.joined(self._draw(task, goal, generator))
             found.append((quick.outcomes(keep[None], some)[0].pruned_accuracy, keep))
         found.sort(key=lambda pair: -pair[0])
         finalists = [keep for _, keep in found[:n_finalists]]
@@ -176,7 +177,7 @@ class RandomBest:
         self.facts = {"mask_evaluations": len(found) + len(accuracies), "judged_accuracy": accuracies[best]}
         return exact.named(finalists[best])
 
-    def _draw(self, task: PruningTask, meter: MacsMeter, target: Target, generator: torch.Generator) -> Masks:
+    def _draw(self, task: PruningTask, goal: Constraints, generator: torch.Generator) -> Masks:
         ranking = {}
         for group in task.groups:
             weight = LOWEST_WEIGHT + (1 - LOWEST_WEIGHT) * float(torch.rand((), generator=generator))
@@ -185,7 +186,7 @@ class RandomBest:
             else:
                 order = scores(self.observations.of(task)[group.name], STATISTIC_NAMES, self.inside)
             ranking[group.name] = spread_evenly(order, weight)
-        return keep_best(meter, ranking, target)
+        return keep_best(goal, ranking)
 
 
 def criterion_scores(criterion: str, observed: Mapping[str, dict[str, Tensor]], seed: int) -> Masks:
@@ -216,4 +217,4 @@ def check_masks(method: str, task: PruningTask, target: Target, masks: Masks) ->
                 f"Method {method!r} gave {shape or 'nothing'} for {group.name!r}; expected a bool mask of "
                 f"{group.n_filters} filters that keeps at least one."
             )
-    return meter_of(task, target).removed([int(masks[group.name].sum()) for group in task.groups])
+    return removed(meter_of(task, target), [int(masks[group.name].sum()) for group in task.groups])

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from ...envs.networks.copying import copied
-from ...envs.surgery.macs_target import SLACK, MacsMeter, Target
+from ...envs.surgery.targets import Constraints, Target
 from ...envs.task import PruningTask
 from ...errors import UserError
-from .methods import PEERS, Masks, meter_of
+from .methods import PEERS, Masks
 
 HALVINGS = 12  # of the interval of ratios: fine enough for layers of 4,096 filters
 
@@ -35,19 +35,19 @@ class TorchPruning:
 
     def choose(self, task: PruningTask, target: Target, seed: int) -> Masks:
         """Bisect the pruning ratio; the smallest that meets the target counts."""
-        meter = meter_of(task, target)
+        goal = task.constraints(target)
         low, high = 0.0, 1.0
         best = None
         for _ in range(HALVINGS):
             ratio = (low + high) / 2
             masks = self.masks_at(task, ratio)
-            if _removed(meter, masks) >= target.removed - SLACK:
+            if _holds(goal, masks):
                 best, high = masks, ratio
             else:
                 low = ratio
         if best is None:
             raise UserError(
-                f"{self.name} does not reach {100 * target.removed:g} % of the MACs at any ratio; leave it out of "
+                f"{self.name} does not reach {100 * goal.removed:g} % of the MACs at any ratio; leave it out of "
                 "methods or give a smaller target."
             )
         self.facts = {"pruning_ratio": high}
@@ -93,5 +93,5 @@ def _ignored(model: torch.nn.Module, roots: Iterable[str]) -> list[torch.nn.Modu
     return [module for name, module in model.named_modules() if isinstance(module, kinds) and name not in wanted]
 
 
-def _removed(meter: MacsMeter, masks: Masks) -> float:
-    return meter.removed([int(masks[group.name].sum()) for group in meter.groups])
+def _holds(goal: Constraints, masks: Masks) -> bool:
+    return goal.holds([int(masks[group.name].sum()) for group in goal.groups])

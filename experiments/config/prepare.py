@@ -20,7 +20,7 @@ from ...envs.repair.reconstruction import Reconstruction, ReconstructionSettings
 from ...envs.repair.reconstruction_error import RECONSTRUCTION, check_readable
 from ...envs.surgery.filter_group import FilterGroup, select_groups
 from ...envs.surgery.limits import Limits, check_limits
-from ...envs.surgery.macs_target import MacsMeter, Target
+from ...envs.surgery.targets import Target, constraints_of
 from ...envs.task import DenseBaseline, EvaluationSettings, PruningTask, measure_baseline
 from ...errors import Notice, UserError
 from ...rewards.try_and_learn import check_drop_bound
@@ -181,6 +181,6 @@ def check_targets(inputs: Inputs, targets: Sequence[Target], repair: Reconstruct
     example = inputs.splits.fit.batch(torch.arange(1))[0].to(inputs.device)
     cost = count_cost(dense, example)
     for target in targets:
-        MacsMeter(dense, cost, inputs.groups, target.of).check(target)
+        constraints_of(target, dense, cost, inputs.groups).check()
     if repair is not None:
         Reconstruction(dense, example, repair)  # refuses what it cannot follow

@@ -21,7 +21,7 @@ from ...envs.networks.cost import Cost, count_cost
 from ...envs.observation import STATISTIC_NAMES, Observation, observe
 from ...envs.surgery.filter_group import FilterGroup
 from ...envs.surgery.group_cost import pruned_cost
-from ...envs.surgery.macs_target import SLACK
+from ...envs.surgery.targets import SLACK
 from ...errors import UserError
 from ..runs.seeds import derive_seed
 from ..training.augment import Augment

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,10 +14,11 @@ from ...agent.saved_agent import SavedAgent, check_agent, save_agent
 from ...envs.networks.checkpoint import hash_state
 from ...envs.observation import STATISTIC_NAMES
 from ...envs.one_shot import GROUP_NAME, OneShotTask
-from ...envs.surgery.macs_target import Target
+from ...envs.surgery.targets import Target
 from ...envs.task import PruningTask
 from ..runs.seeds import derive_seed
 from .decide import AGENT, AskCriterion, observation_tensors
+from .halving import Training
 from .network_search import NetworkAgent, NetworkSearchSettings, Report, projection
 
 
@@ -46,6 +47,7 @@ class TrainNetworkAgent:
         target: the MACs to remove.
         report: told about every update.
         facts: saved with the agent (command, configuration).
+        training: of the search's best masks, where `settings.halving` wants that.
     """
 
     def __init__(
@@ -54,17 +56,18 @@ class TrainNetworkAgent:
         target: Target,
         report: Report | None = None,
         facts: Mapping[str, Any] | None = None,
+        training: Training | None = None,
     ) -> None:
-        self.settings, self.target = settings, target
+        self.settings, self.target, self.training = settings, target, training
         self.report, self.facts = report, dict(facts or {})
 
     def __call__(self, one_shot: OneShotTask, working: Path, state: Path, seed: int) -> NetworkDecision:
         """Train, save, decide."""
         task = one_shot.task
-        agent = NetworkAgent(self.settings, one_shot, self.report, state)
+        agent = NetworkAgent(self.settings, one_shot, self.report, state, self.training)
         masks = agent.choose(self.target, seed)
         assert agent.policy is not None
-        facts = {**fit_facts(task), "target": asdict(self.target), "seed": seed, **agent.facts}
+        facts = {**fit_facts(task), "target": self.target.facts(), "seed": seed, **agent.facts}
         known = {
             "base_hash": hash_state(task.model),
             "base_accuracy": task.base.accuracy,

@@ -1,4 +1,4 @@
-"""One agent for a whole network: trained to keep the most accuracy at a MACs target."""
+"""One agent for a whole network: trained to keep the most accuracy at a target (MACs, time, parameters, bytes)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...agent.criteria import CRITERIA
+from ...agent.criteria import scores as criterion_scores
 from ...agent.learning.natural_evolution import NetworkAgentSettings, NetworkTrainer, Project
 from ...agent.policies.network import NetworkPolicy
 from ...atomic import write_atomically
@@ -19,13 +21,16 @@ from ...envs.observation import STATISTIC_NAMES
 from ...envs.one_shot import OneShotTask
 from ...envs.repair.reconstruction import ReconstructionSettings
 from ...envs.repair.reconstruction_error import ERROR_IMAGES, RECONSTRUCTION, reconstruction_scores
-from ...envs.surgery.macs_target import SLACK, MacsMeter, Target, keep_best
+from ...envs.surgery.cutoff import keep_best, spread_evenly
+from ...envs.surgery.targets import Target
 from ...errors import UserError
 from ...ranges import COUNT, IMAGES, MASKS, check_numbers
 from ...rewards.outcome import Outcome, Reward
 from ..runs.seeds import derive_seed
+from .decide import observation_tensors
+from .halving import Candidate, Halving, HalvingSettings, Result, Training
 
-STEP = 0.01  # of the MACs
+STEP = 0.01  # of what has to go
 UNIFORM = "uniform"
 STARTS = (RECONSTRUCTION, UNIFORM)
 Report = Callable[[NetworkTrainer, Mapping[str, float]], None]
@@ -49,6 +54,7 @@ class NetworkSearchSettings:
         start: how much of each layer the untrained agent keeps: what "reconstruction" does, the criterion that needs
             no search, or the same fraction everywhere ("uniform").
         agent: how the agent learns.
+        halving: which of the best masks are trained before one of them decides; none by default.
     """
 
     masks: int = 10
@@ -58,6 +64,7 @@ class NetworkSearchSettings:
     warm_start: str = "l2"
     start: str = RECONSTRUCTION
     agent: NetworkAgentSettings = field(default_factory=NetworkAgentSettings)
+    halving: HalvingSettings = field(default_factory=HalvingSettings)
 
     def __post_init__(self) -> None:
         if self.masks < 4 or self.masks % 2:
@@ -81,7 +88,8 @@ class NetworkAgent:
         settings: of the search.
         one_shot: evaluates the final cut; searched ones are repaired as `settings.rough` says.
         report: told about every update.
-        state: file that keeps the training after every update; an existing one is resumed.
+        state: file that keeps the training after every update, and what halving has found; an existing one is resumed.
+        training: of candidates, if `settings.halving` wants that.
 
     After `choose`, `policy` is the trained one and `facts` says, JSON-able, how the search went.
     """
@@ -92,9 +100,10 @@ class NetworkAgent:
         one_shot: OneShotTask,
         report: Report | None = None,
         state: Path | None = None,
+        training: Training | None = None,
     ) -> None:
         self.settings, self.one_shot = settings, one_shot
-        self.report = report
+        self.report, self.training = report, training or Training()
         self.state = state
         self.facts: dict[str, Any] = {}
         self.policy: NetworkPolicy | None = None
@@ -113,25 +122,45 @@ class NetworkAgent:
             kept = [float(part.double().mean()) for part in one_shot.choices(controls[RECONSTRUCTION]).values()]
             with torch.no_grad():
                 policy.log_weight.copy_(torch.tensor(kept, dtype=torch.float64).log())
-        self._train(trainer, env, seed)
+        if settings.halving.on:
+            controls |= self._criteria(trainer.project)
+        results = self._train(trainer, env, seed)
         self.policy = policy
-        return one_shot.named(self._settle(trainer, controls))
+        halving = Halving(settings.halving, self.one_shot, self.training, seed, results)
+        if self.state is not None:
+            state = self.state
+            halving.keep = lambda results: _keep({**trainer.state_dict(), "halving": results}, state)
+        return one_shot.named(self._settle(trainer, controls, halving))
+
+    def _criteria(self, project: Project) -> dict[str, Tensor]:
+        """Every criterion's filters, the same fraction of every layer; the search's warm start is there already."""
+        seen = [observation_tensors(layer) for layer in self.one_shot.layers]
+        found = {}
+        for name in CRITERIA:
+            if name not in ("random", self.settings.warm_start):
+                of_layers = [spread_evenly(criterion_scores(each, STATISTIC_NAMES, name)) for each in seen]
+                found[f"{UNIFORM} {name}"] = project(torch.cat(of_layers))
+        return found
 
     def _reconstruction(self, one_shot: OneShotTask, target: Target, project: Project) -> dict[str, Tensor]:
         """The mask of the criterion that needs no search, under its name; nothing where it cannot read the network."""
         task = one_shot.task
-        meter = MacsMeter(task.model, task.cost, one_shot.groups, target.of)
         images, labels = task.fit_images(ERROR_IMAGES)
+        goal, objective = task.constraints(target), task.objective
         try:
-            scores = reconstruction_scores(task.model, meter, target, images, labels, objective=task.objective)
+            scores = reconstruction_scores(task.model, goal, images, labels, objective=objective)
         except UserError:
             return {}
         return {RECONSTRUCTION: project(torch.cat([scores[group.name] for group in one_shot.groups]))}
 
-    def _train(self, trainer: NetworkTrainer, env: FilterPruningVectorEnv, seed: int) -> None:
+    def _train(self, trainer: NetworkTrainer, env: FilterPruningVectorEnv, seed: int) -> list[Result]:
+        """All updates; returns what an interrupted halving had found."""
+        results: list[Result] = []
         if self.state is not None and self.state.is_file():
             try:
-                trainer.load_state_dict(torch.load(self.state, weights_only=True))
+                state = torch.load(self.state, weights_only=True)
+                trainer.load_state_dict(state)
+                results = [dict(each) for each in state.get("halving", [])]
             except Exception as error:  # torch's reader raises almost anything
                 raise UserError(
                     f"The search so far, {str(self.state)!r}, is damaged; delete it to begin the search anew."
@@ -144,11 +173,13 @@ class NetworkAgent:
                 _keep(trainer.state_dict(), self.state)
             if self.report is not None:
                 self.report(trainer, metrics)
+        return results
 
-    def _settle(self, trainer: NetworkTrainer, controls: Mapping[str, Tensor]) -> Tensor:
+    def _settle(self, trainer: NetworkTrainer, controls: Mapping[str, Tensor], halving: Halving) -> Tensor:
         """The mean policy's mask, one of the best sampled ones or a control, whichever the whole reward split prefers.
 
-        So the decision is never worse there than a choice that needs no search.
+        So the decision is never worse there than a choice that needs no search: repaired, or after the last rung of
+        halving, which trains the best ones of them all.
         """
         sampled = [scored.mask for scored in trainer.best.masks]
         candidates = [trainer.mask(), *sampled, *controls.values()]
@@ -165,7 +196,23 @@ class NetworkAgent:
             "judged_accuracy": accuracies[best],
             "reward_curve": [metrics["reward_mean"] for metrics in trainer.history],
         }
-        return candidates[best]
+        if not self.settings.halving.on:
+            return candidates[best]
+        found = zip(names, candidates, accuracies, strict=True)
+        return self._after_training([Candidate(*each, control=each[0] in controls) for each in found], halving)
+
+    def _after_training(self, candidates: Sequence[Candidate], halving: Halving) -> Tensor:
+        """The mask that halving prefers; of the criteria the best one is trained. Adds what was found to the facts."""
+        criteria = [each for each in candidates if each.control and each.name != RECONSTRUCTION]
+        known = {f"{UNIFORM} {self.settings.warm_start}", max(criteria, key=lambda each: each.repaired).name}
+        best = halving.best([each for each in candidates if each not in criteria or each.name in known])
+        self.facts |= {
+            "decided_by": best.name,
+            "judged_accuracy": best.repaired,
+            "trained_accuracy": best.accuracy,
+            "halving": halving.rungs,
+        }
+        return best.mask
 
 
 def best_of(one_shot: OneShotTask, candidates: Sequence[Tensor]) -> tuple[int, list[float]]:
@@ -175,26 +222,22 @@ def best_of(one_shot: OneShotTask, candidates: Sequence[Tensor]) -> tuple[int, l
 
 
 def projection(one_shot: OneShotTask, target: Target) -> Project:
-    """Makes scores of all filters the mask that just meets a MACs target and holds the limits of the surgery."""
-    task = one_shot.task
-    meter = MacsMeter(task.model, task.cost, one_shot.groups, target.of)
+    """Makes scores of all filters the mask that just meets a target and holds the limits of the surgery."""
+    goal = one_shot.task.constraints(target)
     sizes = [group.n_filters for group in one_shot.groups]
-
-    def meets(masks: Mapping[str, Tensor]) -> bool:
-        return meter.removed([int(masks[group.name].sum()) for group in one_shot.groups]) >= target.removed - SLACK
 
     def project(scores_N: Tensor) -> Tensor:
         by_name = {group.name: each for group, each in zip(one_shot.groups, scores_N.split(sizes), strict=True)}
-        aim = target.removed
-        while aim < 1:
-            masks = keep_best(meter, by_name, replace(target, removed=aim))
+        aim = goal
+        while aim.removed < 1:
+            masks = keep_best(aim, by_name)
             allowed = {layer.group.name: layer.allowed(masks[layer.group.name][None])[0] for layer in one_shot.layers}
-            if meets(allowed):
+            kept = [int(allowed[group.name].sum()) for group in one_shot.groups]
+            if goal.holds(kept):
                 return one_shot.joined(allowed)
-            aim += STEP  # what the limits took back has to go elsewhere
+            aim = aim.tightened(kept, STEP)  # what the limits took back has to go elsewhere
         raise UserError(
-            f"{100 * target.removed:g} % of the MACs cannot be removed under surgery.round_to, min_kept and protect; "
-            "lower them or give a smaller target."
+            f"A target of {target} cannot be met under surgery.round_to, min_kept and protect; lower them or ask for less."
         )
 
     return project

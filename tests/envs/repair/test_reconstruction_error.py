@@ -9,7 +9,8 @@ from keepdrop.envs.networks.built_in import small_cnn
 from keepdrop.envs.networks.checkpoint import hash_state
 from keepdrop.envs.networks.cost import count_cost
 from keepdrop.envs.repair.reconstruction_error import error_curves, reconstruction_scores
-from keepdrop.envs.surgery.macs_target import MacsMeter, Target, keep_best
+from keepdrop.envs.surgery.cutoff import keep_best
+from keepdrop.envs.surgery.targets import Target, constraints_of
 from keepdrop.errors import UserError
 from torch import nn
 from torch.nn import functional as F
@@ -83,11 +84,11 @@ def test_masks_meet_the_target_and_leave_the_network_alone(removed, images, labe
     torch.manual_seed(0)
     model = small_cnn(widths=(8, 8, 8, 8))
     groups = [group for group in find_groups(model, images[:1]).groups][:3]
-    meter, before = MacsMeter(model, count_cost(model, images[:1]), groups, "groups"), hash_state(model)
+    cost, before = count_cost(model, images[:1]), hash_state(model)
     flags = [parameter.requires_grad for parameter in model.parameters()]
-    target = Target(removed, "groups")
-    masks = keep_best(meter, reconstruction_scores(model, meter, target, images, labels), target)
-    assert meter.removed([int(masks[group.name].sum()) for group in groups]) >= removed - 1e-9
+    goal = constraints_of(Target(removed, "groups"), model, cost, groups)
+    masks = keep_best(goal, reconstruction_scores(model, goal, images, labels))
+    assert goal.holds([int(masks[group.name].sum()) for group in groups])
     assert all(bool(mask.any()) for mask in masks.values())
     assert hash_state(model) == before and model.training
     assert [parameter.requires_grad for parameter in model.parameters()] == flags
@@ -96,10 +97,8 @@ def test_masks_meet_the_target_and_leave_the_network_alone(removed, images, labe
 
 def test_the_same_images_give_the_same_masks(network, images, labels):
     groups = groups_of(network, images, "conv1", "conv2")
-    meter = MacsMeter(network, count_cost(network, images[:1]), groups, "groups")
-    first, second = (
-        reconstruction_scores(copy.deepcopy(network), meter, Target(0.5, "groups"), images, labels) for _ in range(2)
-    )
+    goal = constraints_of(Target(0.5, "groups"), network, count_cost(network, images[:1]), groups)
+    first, second = (reconstruction_scores(copy.deepcopy(network), goal, images, labels) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 

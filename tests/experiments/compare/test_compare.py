@@ -11,7 +11,8 @@ import pytest
 import torch
 from command_line import run_main
 from keepdrop.envs.evaluation.dense_baseline import measure_baseline
-from keepdrop.envs.surgery.macs_target import Target
+from keepdrop.envs.surgery.meters import removed
+from keepdrop.envs.surgery.targets import Target
 from keepdrop.envs.task import EvaluationSettings, PruningTask
 from keepdrop.errors import UserError
 from keepdrop.experiments.compare.methods import (
@@ -270,7 +271,7 @@ def test_torch_pruning_chooses_what_it_would_cut(task, global_pruning):
 
     peer = TorchPruning(global_pruning)
     masks = peer.choose(task, Target(0.5), 0)
-    assert 0.5 <= meter_of(task, Target(0.5)).removed([int(mask.sum()) for mask in masks.values()]) < 0.6
+    assert 0.5 <= removed(meter_of(task, Target(0.5)), [int(mask.sum()) for mask in masks.values()]) < 0.6
     model = copy.deepcopy(task.model).requires_grad_(True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

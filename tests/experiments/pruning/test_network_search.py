@@ -4,10 +4,11 @@ import pytest
 import torch
 from digits_task import make_task
 from keepdrop.agent.learning.natural_evolution import NetworkAgentSettings
-from keepdrop.envs.networks.cost import count_cost
 from keepdrop.envs.one_shot import OneShotTask
 from keepdrop.envs.repair.reconstruction import ReconstructionSettings
-from keepdrop.envs.surgery.macs_target import MacsMeter, Target, spread_evenly
+from keepdrop.envs.surgery.cutoff import spread_evenly
+from keepdrop.envs.surgery.meters import removed
+from keepdrop.envs.surgery.targets import Target
 from keepdrop.errors import UserError
 from keepdrop.experiments.pruning.network_search import NetworkAgent, NetworkSearchSettings, best_of, projection
 
@@ -48,10 +49,10 @@ def test_a_control_that_wins_is_named(one_shot, monkeypatch):
     """The agent's own masks are made useless: the decision then is the better control's, and says so."""
     agent = NetworkAgent(search(0), one_shot)
     task, worst = one_shot.task, torch.zeros(one_shot.n_filters, dtype=torch.bool)
-    meter = MacsMeter(task.model, count_cost(task.model, task.example), one_shot.groups, TARGET.of)
+    meter = task.constraints(TARGET).each[0].meter
     for group, part in one_shot.choices(torch.arange(one_shot.n_filters)).items():
         worst[part[: 1 + (group.n_filters > 8)]] = True
-    assert meter.removed([int(part.sum()) for part in one_shot.choices(worst).values()]) > 0.9
+    assert removed(meter, [int(part.sum()) for part in one_shot.choices(worst).values()]) > 0.9
     real = best_of
     monkeypatch.setattr(
         "keepdrop.experiments.pruning.network_search.best_of",
