@@ -23,8 +23,8 @@ import torch
 from common import machine, make_task, opened
 from keepdrop.envs.one_shot import OneShotTask
 from keepdrop.envs.repair.reconstruction import ReconstructionSettings
-from keepdrop.envs.surgery.group_cost import pruned_cost
 from keepdrop.envs.surgery.cutoff import keep_best, spread_evenly
+from keepdrop.envs.surgery.group_cost import pruned_cost
 from keepdrop.envs.surgery.targets import Target
 from keepdrop.envs.task import PruningTask
 from keepdrop.experiments.compare.methods import (

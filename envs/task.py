@@ -188,7 +188,9 @@ class PruningTask:
 
     @cached_property
     def seconds(self) -> Meter | None:
-        """What the network as it is now takes, by filters kept per group of the plan; None without a clock."""
+        """What the dense network takes, by filters kept per group of its plan; None without a clock."""
+        if self.origin is not self:
+            return self.origin.seconds
         return None if self.clock is None else self.clock(self.model, self.plan.groups)
 
     def constraints(self, target: Target) -> Constraints:
@@ -234,15 +236,17 @@ class PruningTask:
             pruned_macs=macs,
             base_params=self.base.cost.params,
             pruned_params=params,
-            base_seconds=None if self.origin.seconds is None else self.origin.seconds.whole,
-            pruned_seconds=None if self.seconds is None else self.seconds.cost(self._kept(self.seconds, n_kept)),
+            base_seconds=None if self.seconds is None or self.kept is None else self.seconds.whole,
+            pruned_seconds=self._seconds_at(n_kept),
         )
 
-    @staticmethod
-    def _kept(meter: Meter, n_kept: Mapping[FilterGroup, int]) -> list[int]:
-        """Counts in the meter's order; groups that are not named keep all."""
+    def _seconds_at(self, n_kept: Mapping[FilterGroup, int]) -> float | None:
+        """Time of the network cut to these counts; None without a clock, or where what is left of it is not known."""
+        if self.seconds is None or self.kept is None:
+            return None
         named = {group.name: count for group, count in n_kept.items()}
-        return [named.get(group.name, group.n_filters) for group in meter.groups]
+        left = [named.get(group.name, self.kept.n_kept(group)) for group in self.seconds.groups]
+        return self.seconds.cost(left)
 
     def with_settings(self, settings: EvaluationSettings, seed: int | None = None) -> PruningTask:
         """The same network, evaluated under other settings, or with other images behind statistics and compensation.

@@ -146,7 +146,7 @@ def reconstruction_scores(
 def _scores_per_cost(
     curves: Mapping[str, ErrorCurve], constraints: Constraints, masks: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Scores (N,) by group name for `keep_best`: the error per cost saved, of filters that are gone already less than any."""
+    """Scores (N,) by group name for `keep_best`: error per cost saved; filters that are gone already come last."""
     counts = [int(masks[group.name].sum()) for group in constraints.groups]
     scores = {}
     for position, group in enumerate(constraints.groups):

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -38,7 +37,7 @@ class Meter(Protocol):
 
 
 Clock = Callable[[nn.Module, Sequence[FilterGroup]], Meter]
-"""Makes the meter of seconds of a network in whatever state of pruning, for some of its groups."""
+"""Makes the meter of seconds of a dense network, for some of its groups."""
 
 
 def removed(meter: Meter, kept: Sequence[int]) -> float:
@@ -149,28 +148,3 @@ def _header(model: nn.Module) -> int:
     """Bytes of a weights file beside the tensors."""
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
     return len(save_tensors(tensors)) - sum(value.numel() * value.element_size() for value in tensors.values())
-
-
-def best_multiple(model: nn.Module, meter: Meter) -> int:
-    """The multiple of channels that time goes by: the largest one at which at least three quarters of it are lost.
-
-    Every group is narrowed alone, filter by filter. Where the cost falls with every filter alike, a multiple m sees one
-    m-th of the fall, so 1 is the answer; where it falls in steps, their width.
-
-    Args:
-        model: the network the meter's groups were found in.
-        meter: counts seconds.
-    """
-    whole = [group.n_filters for group in meter.groups]
-    falls: list[tuple[int, float]] = []  # (channels left behind a step, what the step saved)
-    for position, group in enumerate(meter.groups):
-        root = group.cuts[0]
-        channels, each = width(model.get_submodule(root.module), "out"), root.channels.shape[1]
-        at = [meter.cost([*whole[:position], n, *whole[position + 1 :]]) for n in range(1, group.n_filters + 1)]
-        for n, (fewer, more) in enumerate(zip(at, at[1:], strict=False), start=1):
-            falls.append((channels - (group.n_filters - n) * each, max(0.0, more - fewer)))
-    total = math.fsum(saved for _, saved in falls)
-    for multiple in (64, 32, 16, 8, 4, 2):
-        if total > 0 and math.fsum(saved for left, saved in falls if left % multiple == 0) >= 0.75 * total:
-            return multiple
-    return 1

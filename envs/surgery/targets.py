@@ -55,8 +55,8 @@ class Target:
             value = getattr(self, name)
             if value is not None and not 0 < value < 1:
                 raise UserError(
-                    f"target.{name} is {value:g}; expected the fraction of the dense network's {what} that may be left, "
-                    f"between 0 and 1{_hint(value)}"
+                    f"target.{name} is {value:g}; expected the fraction of the dense network's {what} that may be "
+                    f"left, between 0 and 1{_hint(value)}"
                 )
         if self.milliseconds is not None and not 0 < self.milliseconds < math.inf:
             raise UserError(f"target.milliseconds is {self.milliseconds:g}; expected a time above 0.")
@@ -203,10 +203,10 @@ def _unmet(each: Constraint, fewest: Sequence[int]) -> str:
             f"{100 * each.asked:g} % of the MACs cannot be removed: {how} {100 * most:.1f} % are gone; give a smaller "
             "target or more layers."
         )
-    left = amount(each.meter.cost(fewest), UNITS[each.name])
+    left, whole = (amount(value, UNITS[each.name]) for value in (each.meter.cost(fewest), each.meter.whole))
     return (
-        f"target.{each.name}={each.asked:g} cannot be met: {how} {left} of {amount(each.meter.whole, UNITS[each.name])} "
-        f"({100 * (1 - most):.1f} %) are left; give a larger one or more layers."
+        f"target.{each.name}={each.asked:g} cannot be met: {how} {left} of {whole} ({100 * (1 - most):.1f} %) are left; "
+        "give a larger one or more layers."
     )
 
 

@@ -1,8 +1,6 @@
-"""Meters: counted like the surgery, to the last parameter and byte; the multiple that steps in time show."""
+"""Meters: counted like the surgery, to the last parameter and byte."""
 
 import copy
-import dataclasses
-import math
 
 import pytest
 import torch
@@ -12,8 +10,7 @@ from keepdrop.envs.networks.built_in import cifar_resnet, small_cnn
 from keepdrop.envs.networks.cost import count_cost
 from keepdrop.envs.surgery.cutting import prune
 from keepdrop.envs.surgery.kept_channels import KeptChannels
-from keepdrop.envs.surgery.meters import MacsMeter, WeightsMeter, best_multiple
-from stepped_meter import SteppedMeter
+from keepdrop.envs.surgery.meters import MacsMeter, WeightsMeter
 from torch import nn
 
 CASES = {"chain": (small_cnn(), (1, 1, 8, 8)), "residual": (cifar_resnet(8), (1, 3, 16, 16))}
@@ -77,15 +74,3 @@ def test_a_depthwise_network_and_a_shared_layer_count_once():
     assert groups and meter.whole == sum(parameter.numel() for parameter in model.parameters())
     kept, smaller, _ = cut(copy.deepcopy(model), groups)
     assert meter.cost(kept) == pytest.approx(sum(parameter.numel() for parameter in smaller.parameters()))
-
-
-@pytest.mark.parametrize(("step", "multiple"), [(1, 1), (4, 4), (8, 8), (16, 16)])
-def test_the_multiple_is_the_width_of_the_steps(step, multiple):
-    model, _, groups, _ = planned("chain")
-    assert best_multiple(model, SteppedMeter(groups, step)) == multiple
-
-
-def test_a_flat_profile_shows_no_multiple():
-    model, _, groups, _ = planned("chain")
-    assert best_multiple(model, dataclasses.replace(SteppedMeter(groups, 1), per_step=0.0)) == 1
-    assert math.isfinite(SteppedMeter(groups, 1).whole)
