@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from ...agent.learning.natural_evolution import NetworkTrainer
 from ...agent.learning.trainer import Trainer
 from ...envs.task import LayerTask
+from ..pruning.halving import Trained
 from ..pruning.schedule import LayerRecord
 from ..training.loop import TrainProgress
 
@@ -17,9 +18,10 @@ class Progress:
     """One step of the work; `print` is a callback, since `str` makes one line of it.
 
     Attributes:
-        stage: "search" (one update of a layer's agent), "layer" (a layer is cut), "recovery" or "finetune" (one epoch).
-        name: the layer, empty while fine-tuning.
-        done, total: updates, layers or epochs.
+        stage: "search" (one update of a layer's agent), "halving" (one of a search's best masks was trained), "layer"
+            (a layer is cut), "recovery" or "finetune" (one epoch).
+        name: the layer, or what found the mask; empty while fine-tuning.
+        done, total: updates, masks, layers or epochs.
         metrics: of the step; accuracies and fractions in [0, 1].
     """
 
@@ -60,6 +62,12 @@ class Reporter:
         shown = {"reward": metrics["reward_mean"]}
         shown |= {name: metrics[f"info/{name}"] for name in ("macs_fraction", "accuracy_drop")}
         self.tell("search", "network", len(trainer.history), trainer.settings.updates, shown)
+
+    def finalist(self, trained: Trained) -> None:
+        """One mask was trained."""
+        found = {"repaired": trained.candidate.repaired, "trained": trained.candidate.accuracy}
+        found |= {"minibatches": trained.minibatches}
+        self.tell("halving", trained.candidate.name, trained.done, trained.total, found)
 
     def epoch(self, stage: str, epochs: float, progress: TrainProgress) -> None:
         """One epoch of training."""

@@ -20,6 +20,7 @@ from ...envs.repair.reconstruction import ReconstructionSettings
 from ...envs.surgery.targets import Target
 from ...errors import UserError
 from ...rewards.try_and_learn import TryAndLearn, check_drop_bound
+from ..pruning.halving import Training
 from ..pruning.input_checks import check_fineness
 from ..pruning.layer_agents import TrainLayerAgents
 from ..pruning.network_decide import AskNetworkAgent, NetworkDecider, TrainNetworkAgent
@@ -103,7 +104,9 @@ def prune(
     job.check_training(finetune, recover)
     recovery = job.recovery(recover)
     if macs_removed is not None:
-        agent = TrainNetworkAgent(job.settings.network, Target(macs_removed, "network"), job.reporter.network)
+        target, tuning = Target(macs_removed, "network"), finetune if isinstance(finetune, TrainSettings) else FINETUNE
+        training = Training(tuning, augment, job.reporter.finalist)
+        agent = TrainNetworkAgent(job.settings.network, target, job.reporter.network, training=training)
         return job.run(_at_once(agent, job, recovery, drop_bound), finetune, folder, asked)
     chosen = job.settings
     reward = chosen.reward or TryAndLearn(drop_bound)

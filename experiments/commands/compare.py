@@ -20,6 +20,7 @@ from ..compare.workers import DoAll, Work, workers
 from ..config.entry_point import plain, run_with_hydra, settings
 from ..config.ignored import (
     BASE_TRAINING,
+    HALVING,
     LAYER_EVALUATION,
     TRAINED_ALREADY,
     Ignored,
@@ -49,7 +50,7 @@ def _without(*names: str) -> Callable[[DictConfig], bool]:
 
 
 def _untrained(config: DictConfig) -> bool:
-    return not set(config.stages) & set(TRAINED)
+    return not set(config.stages) & set(TRAINED) and not config.network_search.halving.candidates
 
 
 SEARCHES = ("random-best", "taylor-random-best")
@@ -72,11 +73,12 @@ IGNORED = (
     Ignored("random_seeds", "methods does not name random-uniform.", _without("random-uniform")),
     Ignored("random_best", "methods does not name random-best.", _without(*SEARCHES)),
     Ignored(
-        "network_search.masks network_search.warm_start network_search.agent",
+        "network_search.masks network_search.warm_start network_search.agent network_search.halving",
         "methods does not name agent.",
         _without(AGENT),
     ),
     Ignored("network_search", "methods names neither agent nor random-best.", _without(AGENT, *SEARCHES)),
+    HALVING,
     *training("finetune"),
 )
 

@@ -18,11 +18,12 @@ from ...envs.surgery.kept_channels import KeptChannels
 from ...envs.surgery.targets import Target
 from ...envs.task import LayerTask, PruningTask
 from ...rewards.outcome import RewardFunction
-from ..config.build import build_policy_factory, build_reward
+from ..config.build import build_augment, build_policy_factory, build_reward
 from ..config.entry_point import plain, run_with_hydra, settings
 from ..config.ignored import (
     BASE_TRAINING,
     COMPENSATION,
+    HALVING,
     LAYER_EVALUATION,
     PATIENCE,
     REPAIR,
@@ -37,6 +38,7 @@ from ..config.training import begin_task, build_recovery, finetune
 from ..deploy.export import check_exports, try_exports
 from ..deploy.runtimes import check_runtimes
 from ..pruning.decide import Decider, Decision, observation_tensors
+from ..pruning.halving import Trained, Training
 from ..pruning.layer_agents import TrainLayerAgents
 from ..pruning.network_decide import TrainNetworkAgent
 from ..pruning.network_schedule import NetworkSchedule, show_update
@@ -46,6 +48,7 @@ from ..pruning.trained_agents import load_agents
 from ..reporting.curves import write_curves
 from ..runs.context import RunContext
 from ..runs.provenance import command_line
+from ..training.train_settings import TrainSettings
 from .results import Networks, latency_metrics, metrics_of, save_result, show_results, write_results
 from .running import carry_out
 
@@ -71,6 +74,7 @@ IGNORED = (
     COMPENSATION,
     REPAIR,
     SEARCH_REPAIR,
+    HALVING,
     PATIENCE,
     *training("recovery.train"),
     *training("finetune"),
@@ -132,14 +136,21 @@ def run_schedule(task: PruningTask, context: RunContext) -> tuple[PruningTask, K
 
 def train_network_agent(context: RunContext, search: NetworkSearchSettings) -> TrainNetworkAgent:
     """Trains one agent for all layers, with a bar and a scalar for every metric of every update."""
-    config = context.config
+    config, terminal = context.config, context.terminal
 
     def report(trainer: NetworkTrainer, metrics: Mapping[str, float]) -> None:
-        context.terminal.advance(len(trainer.history), show_update(trainer, metrics))
+        terminal.advance(len(trainer.history), show_update(trainer, metrics))
         context.tracker.scalars(f"agent/{GROUP_NAME}", metrics, len(trainer.history))
 
+    def trained(finalist: Trained) -> None:
+        terminal.advance(search.agent.updates, f"finalist {finalist.done} of {finalist.total}")
+        terminal.say(f"[{finalist.done}/{finalist.total}] {finalist}")
+        found = {"repaired": finalist.candidate.repaired, "trained": finalist.candidate.accuracy}
+        context.tracker.scalars("halving", found, finalist.done)
+
+    training = Training(settings(config.finetune, TrainSettings), build_augment(config.augment), trained)
     facts = {"command": command_line(), "config": plain(config)}
-    return TrainNetworkAgent(search, Target(**plain(config.target)), report, facts)
+    return TrainNetworkAgent(search, Target(**plain(config.target)), report, facts, training)
 
 
 def train_layer_agents(context: RunContext, reward: RewardFunction) -> Decider:

@@ -23,10 +23,13 @@ from ...envs.surgery.group_cost import pruned_cost
 from ...envs.surgery.targets import Target
 from ...envs.task import PruningTask
 from ...errors import first_line
+from ..config.build import build_augment
 from ..config.entry_point import settings
+from ..pruning.halving import Training
 from ..pruning.network_search import NetworkAgent, NetworkSearchSettings
 from ..runs.folder import RunFolder
 from ..runs.seeds import derive_seed
+from ..training.train_settings import TrainSettings
 from .methods import (
     AGENT,
     MEAN_RANKED,
@@ -79,7 +82,14 @@ class Choices:
         """A fresh agent for one job; what it has learned is on disk after every update."""
         state = self._state(job)
         state.parent.mkdir(parents=True, exist_ok=True)
-        return NetworkAgent(self.search, self.task_of(job), partial(self._learned, job), state)
+        return NetworkAgent(self.search, self.task_of(job), partial(self._learned, job), state, self._training(job))
+
+    def _training(self, job: Job) -> Training:
+        """How halving, if it is wanted, trains an agent's best masks."""
+        train, augment = settings(self.config.finetune, TrainSettings), build_augment(self.config.augment)
+        return Training(
+            train, augment, lambda trained: self.report(trained.done / trained.total, f"{job.label}, {trained}")
+        )
 
     def _state(self, job: Job) -> Path:
         return self.folder / f"choices/{job.key}.state"

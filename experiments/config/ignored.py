@@ -68,6 +68,11 @@ COMPENSATION = Ignored(
 )
 REPAIR = Ignored("repair", "evaluation.compensate=false repairs nothing.", _without_compensation)
 SEARCH_REPAIR = Ignored("network_search.repair_images network_search.repair_places", REPAIR.why, _without_compensation)
+HALVING = Ignored(
+    "network_search.halving.minibatches",
+    "network_search.halving.candidates=[] trains no mask.",
+    _is("network_search.halving.candidates", []),
+)
 # How masks are judged one layer at a time; networks decided at once are cut for real, and repaired.
 LAYER_EVALUATION = (
     "evaluation.target evaluation.ridge evaluation.compensation_images evaluation.cache_gib evaluation.method "

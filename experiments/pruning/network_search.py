@@ -237,7 +237,8 @@ def projection(one_shot: OneShotTask, target: Target) -> Project:
                 return one_shot.joined(allowed)
             aim = aim.tightened(kept, STEP)  # what the limits took back has to go elsewhere
         raise UserError(
-            f"A target of {target} cannot be met under surgery.round_to, min_kept and protect; lower them or ask for less."
+            f"A target of {target} cannot be met under surgery.round_to, min_kept and protect; lower them or ask for "
+            "less."
         )
 
     return project

@@ -87,6 +87,8 @@ REFUSED = [
     (("compare", "methods=[l1-uniform]"), "random_best.evaluations=2", "does not name random-best"),
     (("compare", "methods=[random-best]"), "network_search.agent.updates=2", "does not name agent"),
     (("compare", "methods=[l1-uniform]"), "network_search.images=60", "neither agent nor random-best"),
+    (("compare", "methods=[random-best]"), "network_search.halving.candidates=[4]", "does not name agent"),
+    *((command, "network_search.halving.minibatches=[9]", "trains no mask") for command in (TARGET, ("compare",))),
     (("compare", "finetune.distill_weight=0"), "finetune.temperature=2", "no teacher"),
     (("compare", "finetune.schedule=constant"), "finetune.final_lr=0.1", "never falls"),
     (("inspect", "example_inputs=mine.example"), "input_shape=[3,32,32]", "says what goes in"),
