@@ -16,7 +16,7 @@ from ..networks.copying import copied
 from ..networks.graph_passes import fold_batch_norms, functionalise, reuse_memory
 from ..networks.memory_layout import CHANNELS_LAST, arranged, layout_of, order_weights
 from ..networks.sized_tracing import traced as trace
-from ..surgery.filter_group import FilterGroup
+from ..surgery.filter_group import FilterGroup, masked_modules
 from .fused_conv import FusedConv, feeders, fuse
 
 Frontier = tuple[Tensor, ...]
@@ -68,7 +68,7 @@ def partition(model: nn.Module, groups: Sequence[FilterGroup], example: Tensor, 
         raise ValueError("its forward takes several arguments")
     functionalise(traced)
     fold_batch_norms(traced)
-    consumers = {cut.module for group in groups for cut in group.consumers}
+    consumers = masked_modules(groups)
     for name in consumers - {node.target for node in traced.graph.nodes}:
         traced.add_submodule(name, ready.get_submodule(name))  # it runs in training mode only
     with torch.inference_mode():

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from ...errors import UserError
 from ..networks.answers import adapter_of
 from ..networks.memory_layout import arranged, layout_of
-from ..surgery.filter_group import FilterGroup
+from ..surgery.filter_group import Branch, FilterGroup, masked_modules, vanished
 from ..surgery.folding import (
     by_input,
     fold,
@@ -90,7 +90,7 @@ class MaskedNetwork:
         found = None if method == "whole" else self._partitioned(model, example, method, fusing)
         self.method = "whole" if found is None else "split"
         self._partition = found or unpartitioned(model, example)
-        names = {cut.module for group in groups for cut in group.consumers}
+        names = masked_modules(groups)
         masked = self._partition.masked
         self._weights = {name: reading_weight(masked.get_submodule(name)).detach().clone() for name in names}
         self._run = torch.compile(self._partition.suffix, dynamic=False) if compile else self._partition.suffix
@@ -163,11 +163,26 @@ class MaskedNetwork:
         if stacked is None:
             raise ValueError("this network's masks run one by one; see `stacks`.")
         weights = {name: weight.expand(n_masks, *weight.shape).clone() for name, weight in self._weights.items()}
+        gone = self._gone(masks)
         for group in self.groups:
             for cut in group.consumers if group.name in masks else ():
                 choices = (mixes or {}).get((group.name, cut.module), masks[group.name])
-                fold_all(weights[cut.module], cut, choices)
+                if group.branch is None or group.branch not in gone:
+                    fold_all(weights[cut.module], cut, choices)
+                    continue
+                rows = ~gone[group.branch]  # elsewhere the branch's last layer sees none of these filters
+                weights[cut.module][rows] = fold_all(weights[cut.module][rows], cut, choices[rows])
+        for branch, rows in gone.items():
+            weights[branch.chain[0]][rows] = 0
         return torch.inference_mode()(lambda frontier: stacked(frontier, weights))
+
+    def _gone(self, masks: Mapping[str, Tensor]) -> dict[Branch, Tensor]:
+        """Under which of the M masks each branch has vanished, (M,) bool; those that never do are left out."""
+        gone: dict[Branch, Tensor] = {}
+        for group in self.groups:
+            if group.branch is not None and group.name in masks and not bool((kept := masks[group.name].any(1)).all()):
+                gone[group.branch] = gone[group.branch] | ~kept if group.branch in gone else ~kept
+        return gone
 
     def _folded(
         self, masks: Mapping[str, Tensor], index: int, mixes: Mapping[MixKey, Tensor]
@@ -177,7 +192,13 @@ class MaskedNetwork:
         What a plain mask drops is not yet zero in the weights: most are never looked at again (`_zeroed`).
         """
         folded: dict[str, tuple[Tensor, Tensor]] = {}
+        gone = vanished({group: masks[group.name][index] for group in self.groups if group.name in masks})
+        for branch in gone:
+            weight, read = self._untouched(branch.chain[0])
+            folded[branch.chain[0]] = weight, torch.zeros_like(read)
         for group in self.groups:
+            if group.branch is not None and group.branch in gone:
+                continue  # what its filters are does not matter: the branch's last layer sees none of it
             for cut in group.consumers if group.name in masks else ():
                 mix = mixes.get((group.name, cut.module))
                 module = self._partition.masked.get_submodule(cut.module)

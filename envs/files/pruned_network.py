@@ -3,6 +3,7 @@
 `architecture.json` says how the dense network is made, which of its channels were kept (numbered as in the dense
 network), and what every tensor looks like; `load_pruned` makes the dense network, cuts it and fills in the weights. A
 probe, the network's answer to one fixed input of shape (1, ...), tells apart what shapes cannot (strides, activations).
+Format version 2 has `branches` besides, the residual branches that vanished; a network without any is of version 1.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +35,16 @@ from ..networks.module_kinds import Inputs
 from ..networks.unwrapping import is_lazy, plain_network
 from ..networks.weights_in_parts import normalised_in
 from ..surgery.cutting import cut_channels, find_module
+from ..surgery.filter_group import Branch
 from ..surgery.kept_channels import KeptChannels
 from ..surgery.slicing import width
+from ..surgery.whole_blocks import VALUE
 from .probe import check_probe, probe_input, probe_of
 from .renamed import current_target
 
-FORMAT_VERSION = 1
+FORMAT_VERSION, WITH_BRANCHES = 1, 2
 SIGNED = ("format_version", "constructor", "kept", "widths", "tensors", "weights_sha256", "probe")
+BRANCHES = "branches"
 LARGEST = 10**6  # no width or number of classes of keepdrop's own networks comes near
 WEIGHTS, ARCHITECTURE = "model.safetensors", "architecture.json"
 BUILT_IN = {
@@ -86,8 +91,8 @@ def save_pruned(
     own = _without_profile(model.state_dict())
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in own.items()}
     weights = save_tensors(tensors)
-    core = {
-        "format_version": FORMAT_VERSION,
+    core: dict[str, Any] = {
+        "format_version": WITH_BRANCHES if kept.branches else FORMAT_VERSION,
         "constructor": None if constructor is None else dict(constructor),
         "kept": kept.as_lists(),
         "widths": {name: dict(axes) for name, axes in kept.widths.items()},
@@ -95,6 +100,8 @@ def save_pruned(
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
         "probe": None if input_shape is None else probe_of(model, input_shape, packing),
     }
+    if kept.branches:
+        core[BRANCHES] = [asdict(branch) for branch in kept.branches]
     try:
         whole = {**core, "checksum": _checksum(core), "versions": _versions(), "facts": dict(facts or {})}
         text = json.dumps(whole, indent=1, allow_nan=False)
@@ -127,7 +134,8 @@ def load_pruned(folder: str | Path, constructor: Callable[[], nn.Module] | None 
         raise UserError(f"{Path(folder) / WEIGHTS} is not a safetensors file ({error}).") from error
     dense = _dense(core["constructor"], constructor, tensors, core["probe"])
     _check_widths(dense, core["kept"], core["widths"])
-    model = cut_channels(dense, core["kept"])
+    branches = _branches(core.get(BRANCHES, []))
+    model = cut_channels(dense, core["kept"], branches, [_constant_of(each, core["tensors"]) for each in branches])
     _fill(model, tensors, core["tensors"])
     check_probe(model.eval(), core["probe"])
     return model
@@ -141,24 +149,46 @@ def read_architecture(folder: str | Path) -> dict[str, Any]:
         core = parse_json(content)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({str(error)[:120]}); restore it.") from error
-    if not isinstance(core, dict) or core.get("format_version") != FORMAT_VERSION:
+    if not isinstance(core, dict) or core.get("format_version") not in (FORMAT_VERSION, WITH_BRANCHES):
         came = core.get("format_version") if isinstance(core, dict) else type(core).__name__
-        raise UserError(f"{path} has format version {came!r}, expected {FORMAT_VERSION}.")
-    _check_form(path, core)
-    signed = {key: core[key] for key in SIGNED}
+        raise UserError(f"{path} has format version {came!r}, expected {FORMAT_VERSION} or {WITH_BRANCHES}.")
+    signs = (*SIGNED, BRANCHES) if core["format_version"] == WITH_BRANCHES else SIGNED
+    _check_form(path, core, signs)
+    signed = {key: core[key] for key in signs}
     if core.get("checksum") != _checksum(signed):
         raise UserError(f"{path} is damaged or was edited (its checksum does not fit); restore it.")
     return core
 
 
-def _check_form(path: Path, core: Mapping[str, Any]) -> None:
-    missing = [key for key in SIGNED if key not in core]
+def _check_form(path: Path, core: Mapping[str, Any], signs: Sequence[str]) -> None:
+    missing = [key for key in signs if key not in core]
     if missing:
         raise UserError(f"{path} is damaged: {missing[0]!r} is missing; restore it.")
     nested = (core["kept"], core["widths"])
     proper = all(isinstance(each, dict) for each in (*nested, core["tensors"]))
     if not proper or not all(isinstance(axes, dict) for each in nested for axes in each.values()):
         raise UserError(f"{path} is damaged: 'kept', 'widths' or 'tensors' is not sorted by module; restore it.")
+
+
+def _branches(stored: Any) -> tuple[Branch, ...]:
+    """The vanished branches of a file: lists of names of modules, and nothing that decides what code runs."""
+    found = []
+    for each in stored if isinstance(stored, list) else [None]:
+        lists = [each.get(key) for key in ("chain", "inside", "heads")] if isinstance(each, dict) else [None]
+        proper = all(isinstance(names, list) and all(type(name) is str and name for name in names) for names in lists)
+        if not proper or not lists[0] or type(each.get("written")) is not bool:
+            raise UserError(f"The file's {BRANCHES!r} are damaged; restore it.")
+        found.append(Branch(*(tuple(names) for names in lists), written=each["written"]))
+    return tuple(found)
+
+
+def _constant_of(branch: Branch, described: Mapping[str, Any]) -> Tensor | None:
+    """Room for a branch's constant as the file describes it; None for one that vanished inside of another."""
+    place = described.get(f"{branch.tail}.{VALUE}")
+    shape = place.get("shape") if isinstance(place, dict) else None
+    if not isinstance(shape, list) or len(shape) != 1 or type(shape[0]) is not int or not 0 < shape[0] <= LARGEST:
+        return None
+    return torch.zeros(shape)
 
 
 def _dense(

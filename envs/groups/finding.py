@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import numpy as np
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from ..networks.unwrapping import is_lazy, is_wrapped, plain_network
 from ..surgery.filter_group import Axis, Cut, FilterGroup, GroupPlan, Skipped
 from ..surgery.shared_weights import shared_parameters
 from ..surgery.slicing import axes_of_parameter, tensor_axis
+from .branches import find_branches
 from .label_tracing import trace_labels
 from .module_rules import Ownership
 from .verification import Verifier
@@ -51,7 +53,9 @@ Channels = dict[Key, list[int]]
 Signature = tuple[tuple[Key, int], ...]
 
 
-def find_groups(model: nn.Module, example_inputs: Inputs, *, verify: bool = True) -> GroupPlan:
+def find_groups(
+    model: nn.Module, example_inputs: Inputs, *, verify: bool = True, whole_blocks: bool = False
+) -> GroupPlan:
     """Find the filter groups of `model`, in the order in which their root convolutions run.
 
     Args:
@@ -59,6 +63,8 @@ def find_groups(model: nn.Module, example_inputs: Inputs, *, verify: bool = True
             wrappers such as DataParallel are taken off, lazy modules get their sizes from the example.
         example_inputs: what it runs on: a tensor (B, C, H, W), a tuple of positional or a mapping of keyword arguments.
         verify: check masked == pruned for every group, on random weights and inputs in float64 (`Verifier`).
+        whole_blocks: look for residual branches that may vanish (`branches`), each verified as the groups are; their
+            groups may then keep nothing.
 
     All of it runs on the CPU, wherever the network is, so that the groups are the same everywhere.
 
@@ -73,13 +79,14 @@ def find_groups(model: nn.Module, example_inputs: Inputs, *, verify: bool = True
     found = _assemble(model, owners)
     notes = _notes(owners)
     refused: dict[str, str] = {}
-    if verify and found:
+    verifier = None
+    if (verify or whole_blocks) and found:
         trials = TRIALS if owners.reads_values else 1
         hints = _hints(owners, found)
         verifier = Verifier(
             model, example_inputs, trials=trials, draws=owners.draws, hints=hints, trained=owners.trained
         )
-        refused = verifier.failures(found)
+        refused = verifier.failures(found) if verify else {}
         notes += [BATCH_MATTERS] if verifier.batch_matters else []
     for group in found:
         if group.n_filters == 1:
@@ -87,7 +94,20 @@ def find_groups(model: nn.Module, example_inputs: Inputs, *, verify: bool = True
         if group.cuts[0].module in silent:
             refused.setdefault(group.name, SILENT)
     groups = tuple(group for group in found if group.name not in refused)
+    if whole_blocks and verifier is not None:
+        groups = _with_branches(model, example_inputs, groups, verifier)
     return GroupPlan(groups, tuple(_skipped(model, owners, groups, _reasons(found, refused))), tuple(notes))
+
+
+def _with_branches(
+    model: nn.Module, inputs: Inputs, groups: tuple[FilterGroup, ...], verifier: Verifier
+) -> tuple[FilterGroup, ...]:
+    marked = find_branches(model, inputs, groups)
+    trusted = verifier.vanishing(marked)
+    return tuple(
+        group if group.branch is None or group.branch in trusted else replace(group, branch=None, least=1)
+        for group in marked
+    )
 
 
 def _notes(owners: Ownership) -> list[str]:

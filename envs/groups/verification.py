@@ -19,7 +19,7 @@ from ..networks.copying import copied
 from ..networks.inputs import mapped, resized, tensors_in
 from ..networks.module_kinds import Inputs, run
 from ..surgery.cutting import prune
-from ..surgery.filter_group import FilterGroup
+from ..surgery.filter_group import Branch, FilterGroup
 from ..surgery.masking import masked_inputs
 from .label_tracing import Shapes, shapes_in_training, shapes_of
 from .operator_rules import HARD_SIZE
@@ -114,6 +114,24 @@ class Verifier:
                 unequal = f"cutting it does not equal masking it (relative difference {worst:.1e})"
                 return self._why_random(inputs) or unequal
         return self._failure_in_training(smaller)
+
+    def vanishing(self, groups: Sequence[FilterGroup]) -> set[Branch]:
+        """The branches of these groups that can be trusted to vanish: alone, and beside cuts of all other groups."""
+        branches = dict.fromkeys(group.branch for group in groups if group.branch is not None)
+        return {branch for branch in branches if self._vanishes(branch, groups)}
+
+    def _vanishes(self, branch: Branch, groups: Sequence[FilterGroup]) -> bool:
+        none = {group: torch.zeros(group.n_filters, dtype=torch.bool) for group in groups if group.branch == branch}
+        others = {group: self._keep(group, 0.7) for group in groups if group not in none}
+        for choices, inputs in itertools.product((none, none | others), self._trials):
+            try:
+                smaller = prune(self._probe, choices)
+                worst = _apart(self._probe, smaller, choices, inputs)
+            except Exception:
+                return False
+            if not worst <= self._tolerance or self._failure_in_training(smaller):
+                return False
+        return True
 
     def _failure_in_training(self, smaller: nn.Module) -> str | None:
         if self._trained is None:

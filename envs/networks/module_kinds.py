@@ -109,4 +109,6 @@ class LeafTracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Known modules, every layer that may read a group's filters, and whatever `torch.fx` takes as a leaf."""
+        if getattr(type(m), "traced_whole", False) is True:  # of ours, `surgery.whole_blocks.Vanished`
+            return True
         return is_leaf(m) or isinstance(m, (*_CONVS, nn.Linear)) or super().is_leaf_module(m, module_qualified_name)

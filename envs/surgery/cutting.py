@@ -6,7 +6,7 @@ Shapes: N filters of a group.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from ...errors import UserError
 from ..networks.copying import copied
-from .filter_group import FilterGroup
+from .filter_group import Branch, FilterGroup, vanished
 from .shared_weights import shared_parameters, tie_again
 from .slicing import Rows, axes_of, checked_rows, is_tensor_axis, slice_module, slice_tensor, width
+from .whole_blocks import find_module, vanish
 
 KeptRows = Mapping[str, Mapping[str, Rows]]
 """Module -> axis (`filter_group.Axis`) -> kept channels, ascending."""
@@ -30,17 +31,23 @@ def prune(model: nn.Module, choices: Mapping[FilterGroup, Tensor]) -> nn.Module:
         choices: keep mask (N,) bool of each group.
 
     The copy has parameters of its own (an optimiser made for `model` does not know them), the same training mode and
-    the same `requires_grad`. Raises UserError for a mask of another length or dtype, one that keeps nothing, channels
+    the same `requires_grad`. A mask that keeps nothing of a branch lets the whole block vanish (`whole_blocks`).
+
+    Raises UserError for a mask of another length or dtype, one that keeps nothing where something has to stay, channels
     that do not exist or that two groups claim.
     """
-    return cut_channels(model, kept_rows(model, choices))
+    return cut_channels(model, kept_rows(model, choices), vanished(choices))
 
 
 def kept_rows(model: nn.Module, choices: Mapping[FilterGroup, Tensor]) -> dict[str, dict[str, Rows]]:
-    """What stays of every module that the choices touch."""
+    """What stays of every module that the choices touch; of layers in a branch that vanishes, what was cut besides."""
+    choices = {group: checked_keep(group, keep) for group, keep in choices.items()}
+    gone = vanished(choices)
     dropped: dict[tuple[str, str], list[int]] = defaultdict(list)
     for group, keep in choices.items():
-        lost = ~checked_keep(group, keep).numpy()
+        if group.branch is not None and group.branch in gone:
+            continue
+        lost = ~keep.numpy()
         for cut in group.cuts:
             module = find_module(model, cut.module)
             if cut.channels.max() >= width(module, cut.axis):
@@ -58,10 +65,13 @@ def kept_rows(model: nn.Module, choices: Mapping[FilterGroup, Tensor]) -> dict[s
     return dict(kept)
 
 
-def cut_channels(model: nn.Module, kept: KeptRows) -> nn.Module:
+def cut_channels(
+    model: nn.Module, kept: KeptRows, branches: Sequence[Branch] = (), values: Sequence[Tensor | None] = ()
+) -> nn.Module:
     """A copy of `model` with only these channels; every list is checked (`slicing.checked_rows`).
 
-    Layers that share a parameter and lose the same channels share it in the copy as well.
+    Layers that share a parameter and lose the same channels share it in the copy as well. `branches` vanish once the
+    channels are cut; `values` are their constants, if those are known.
     """
     smaller = copied(model)
     shared = shared_parameters(smaller)
@@ -81,34 +91,27 @@ def cut_channels(model: nn.Module, kept: KeptRows) -> nn.Module:
                 }
                 slice_module(name, module, rows.get("out"), rows.get("in"))
     tie_again(smaller, shared)
+    vanish(smaller, branches, values)
     return smaller
 
 
 def checked_masks(group: FilterGroup, masks: Tensor) -> Tensor:
-    """Masks (M, N) as bool; ValueError for another shape and for a mask that keeps nothing."""
+    """Masks (M, N) as bool; ValueError for another shape and for one that keeps nothing but has to."""
     masks_MN = torch.as_tensor(masks, dtype=torch.bool)
     if masks_MN.dim() != 2 or masks_MN.shape[1] != group.n_filters:
         raise ValueError(
             f"masks of {group.name!r} have shape {tuple(masks_MN.shape)}, expected (M, {group.n_filters})."
         )
-    if not bool(masks_MN.any(1).all()):
+    if group.branch is None and not bool(masks_MN.any(1).all()):
         raise ValueError(f"a mask of {group.name!r} keeps no filter at all; keep at least one.")
     return masks_MN
 
 
 def checked_keep(group: FilterGroup, keep: Tensor) -> Tensor:
-    """`keep` on the CPU, if it is a (N,) bool mask of `group` that keeps something; UserError otherwise."""
+    """`keep` on the CPU, if it is a (N,) bool mask of `group` that keeps what it has to; UserError otherwise."""
     if not isinstance(keep, Tensor) or keep.dtype != torch.bool or tuple(keep.shape) != (group.n_filters,):
         came = f"{keep.dtype} {tuple(keep.shape)}" if isinstance(keep, Tensor) else type(keep).__name__
         raise UserError(f"The keep mask of {group.name!r} must be a bool tensor ({group.n_filters},), got {came}.")
-    if not bool(keep.any()):
+    if group.branch is None and not bool(keep.any()):
         raise UserError(f"The mask of {group.name!r} keeps none of its {group.n_filters} filters; keep at least one.")
     return keep.cpu()
-
-
-def find_module(model: nn.Module, name: str) -> nn.Module:
-    """The module of that qualified name; UserError if there is none."""
-    try:
-        return model.get_submodule(name)
-    except AttributeError as error:
-        raise UserError(f"The network has no module {name!r}; was it built by another constructor?") from error

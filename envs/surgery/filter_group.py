@@ -6,13 +6,14 @@ Shapes: N filters, R channels of one module that belong to one filter.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ...errors import UserError
 
@@ -47,6 +48,29 @@ class Cut:
             raise ValueError(f"channels of {self.module!r} must be distinct, not negative and not empty.")
 
 
+@dataclass(frozen=True)
+class Branch:
+    """The residual branch of a block, which may vanish: the constant that stays of it, and the layers that go.
+
+    Args:
+        chain: the layer that reads the last filters of the branch, and the modules behind it, one after the other, up
+            to the one whose output leaves the branch. Fed zeros they put out one number per channel: the constant.
+        inside: layers that work for the branch alone, the chain's among them.
+        heads: those of `inside` that read the block's input.
+        written: whether the network writes into the branch's output (`out += identity`).
+    """
+
+    chain: tuple[str, ...]
+    inside: tuple[str, ...]
+    heads: tuple[str, ...]
+    written: bool = False
+
+    @property
+    def tail(self) -> str:
+        """The module whose output leaves the branch."""
+        return self.chain[-1]
+
+
 @dataclass(frozen=True, eq=False)
 class FilterGroup:
     """Filters that can only go together; hashed by identity, so it may be a key of a `dict`.
@@ -55,11 +79,16 @@ class FilterGroup:
         name: qualified name of the root convolution, the first one to run; without one, of the first linear layer.
         n_filters: N, the number of keep/drop decisions.
         cuts: everything that is cut when a filter goes.
+        branch: the residual branch that all of these filters are in, if it may vanish. A mask that keeps none of them
+            lets it: the other groups of the branch go as well.
+        least: filters that a decision has to keep: 0 where keeping none leaves nothing but a constant of the branch.
     """
 
     name: str
     n_filters: int
     cuts: tuple[Cut, ...]
+    branch: Branch | None = None
+    least: int = 1
 
     def __post_init__(self) -> None:
         wrong = [cut.module for cut in self.cuts if len(cut.channels) != self.n_filters]
@@ -80,6 +109,32 @@ class FilterGroup:
         partners = ", ".join(cut.module for cut in self.producers[1:]) or "nothing"
         readers = ", ".join(cut.module for cut in self.consumers)
         return f"{self.name}: {self.n_filters} filters, coupled with {partners}, read by {readers}"
+
+
+def vanished(choices: Mapping[FilterGroup, Tensor]) -> tuple[Branch, ...]:
+    """The branches that vanish under keep masks (N,) of some groups: those of which one group keeps nothing."""
+    emptied = (group.branch for group, keep in choices.items() if not bool(keep.any()))
+    return tuple(dict.fromkeys(branch for branch in emptied if branch is not None))
+
+
+def masked_modules(groups: Iterable[FilterGroup]) -> set[str]:
+    """The layers whose weights carry masks of these groups: those that read them, and the last ones of branches."""
+    groups = list(groups)
+    last = {group.branch.chain[0] for group in groups if group.branch is not None}
+    return last | {cut.module for group in groups for cut in group.consumers}
+
+
+def coupled(choices: Mapping[FilterGroup, Tensor]) -> dict[FilterGroup, Tensor]:
+    """The same masks (N,), or (M, N), where a branch of which one group keeps nothing keeps nothing at all."""
+    gone: dict[Branch, Tensor] = {}
+    for group, keep in choices.items():
+        if group.branch is not None:
+            empty = ~keep.any(-1, keepdim=True)
+            gone[group.branch] = gone[group.branch] | empty if group.branch in gone else empty
+    return {
+        group: keep if group.branch is None or not bool(gone[group.branch].any()) else keep & ~gone[group.branch]
+        for group, keep in choices.items()
+    }
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
@@ -12,10 +12,11 @@ from torch import nn
 
 from ..networks.module_kinds import is_recurrent, n_products
 from .slicing import axes_of_parameter, width
+from .whole_blocks import constant, is_within
 
 if TYPE_CHECKING:
     from ..networks.cost import Cost
-    from .filter_group import FilterGroup
+    from .filter_group import Branch, FilterGroup
 
 
 def pruned_cost(model: nn.Module, cost: Cost, kept: Mapping[FilterGroup, int]) -> tuple[int, int]:
@@ -26,18 +27,26 @@ def pruned_cost(model: nn.Module, cost: Cost, kept: Mapping[FilterGroup, int]) -
     Args:
         model: the network the groups were found in.
         cost: its `count_cost`.
-        kept: filters kept, 0 to N, by group; groups that are not named keep all.
+        kept: filters kept, 0 to N, by group; groups that are not named keep all. Where a group of a branch keeps none,
+            the branch has vanished: its constant is left, and counts as parameters.
     """
+    ended = tuple(dict.fromkeys(group.branch for group, n in kept.items() if n == 0 and group.branch is not None))
     shares: dict[str, defaultdict[str, Fraction]] = defaultdict(lambda: defaultdict(lambda: Fraction(1)))
     for group, n_kept in kept.items():
         if not 0 <= n_kept <= group.n_filters:
             raise ValueError(f"group {group.name!r} cannot keep {n_kept} of its {group.n_filters} filters.")
+        if group.branch is not None and group.branch in ended:
+            continue
         for cut in group.cuts:
             gone = (group.n_filters - n_kept) * cut.channels.shape[1]
             shares[cut.module][cut.axis] -= Fraction(gone, width(model.get_submodule(cut.module), cut.axis))
-    macs, params = cost.macs, cost.params
+    dead = {each for branch in ended for each in (*branch.inside, branch.tail)}
+    macs, params = _without(model, cost, dead)
+    params += sum(_constants(model, branch, shares) for branch in ended)
     counted: set[nn.Parameter] = set()  # one that several layers share goes once
     for name, share in shares.items():
+        if is_within(name, dead):
+            continue
         module, lost = model.get_submodule(name), {}
         for key, parameter in module.named_parameters(recurse=False):
             axes = [*axes_of_parameter(module, key), *(axis for axis in share if axis.startswith(f"{key}:"))]
@@ -47,6 +56,18 @@ def pruned_cost(model: nn.Module, cost: Cost, kept: Mapping[FilterGroup, int]) -
         if name in cost.modules:
             macs -= _lost_macs(module, cost.modules[name].macs, share, lost)
     return macs, params
+
+
+def _without(model: nn.Module, cost: Cost, dead: Collection[str]) -> tuple[int, int]:
+    """MACs and parameters of everything but these modules; no other module has a part in their parameters."""
+    whole = [each for name, each in cost.modules.items() if is_within(name, dead)]
+    return cost.macs - sum(each.macs for each in whole), cost.params - sum(each.params for each in whole)
+
+
+def _constants(model: nn.Module, branch: Branch, shares: Mapping[str, Mapping[str, Fraction]]) -> int:
+    """What is left of a vanished branch: a number for each channel that is left where it ended."""
+    share = next((shares[name]["out"] for name in reversed(branch.chain) if "out" in shares.get(name, ())), Fraction(1))
+    return int(len(constant(model, branch)) * share)
 
 
 def _lost_macs(module: nn.Module, macs: int, share: Mapping[str, Fraction], lost: Mapping[str, int]) -> int:

@@ -9,14 +9,16 @@ Shapes: N filters.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from torch import Tensor, nn
 
 from .cutting import KeptRows, kept_rows
-from .filter_group import Cut, FilterGroup, GroupPlan
+from .filter_group import Branch, Cut, FilterGroup, GroupPlan, vanished
 from .kept_channels import KeptChannels
-from .slicing import Rows
+from .slicing import Rows, tensor_axis
+from .whole_blocks import VALUE, is_within
 
 
 def named_as(found: GroupPlan, dense: GroupPlan, kept: KeptChannels) -> GroupPlan:
@@ -33,7 +35,7 @@ def named_as(found: GroupPlan, dense: GroupPlan, kept: KeptChannels) -> GroupPla
     for group in found.groups:
         twin = dense_rows(group, dense, kept)
         if twin is not None:
-            groups.append(FilterGroup(twin[0].name, group.n_filters, group.cuts))
+            groups.append(replace(group, name=twin[0].name))
     return GroupPlan(tuple(groups), found.skipped, found.notes)
 
 
@@ -55,7 +57,7 @@ def dense_rows(group: FilterGroup, dense: GroupPlan, kept: KeptChannels) -> tupl
 def restricted(group: FilterGroup, rows: Rows) -> FilterGroup:
     """The group with these of its filters only, in this order."""
     cuts = tuple(Cut(each.module, each.axis, each.channels[rows], each.kind) for each in group.cuts)
-    return FilterGroup(group.name, len(rows), cuts)
+    return replace(group, n_filters=len(rows), cuts=cuts)
 
 
 def original_channels(cut: Cut, kept: KeptChannels) -> Rows:
@@ -69,13 +71,30 @@ def regrouped(
 ) -> tuple[FilterGroup, ...]:
     """The groups as `prune(model, choices)` has them, in the same order and under the same names, without searching.
 
+    Groups of a vanished block are not among them.
+
     Args:
         groups: of `model`, all that are to be followed.
         model: the network before the cut.
         choices: keep mask (N,) bool of each group that is cut; the others keep all filters.
     """
-    kept = kept_rows(model, choices)
-    return tuple(_shrunk(group, choices.get(group), kept) for group in groups)
+    kept, gone = kept_rows(model, choices), vanished(choices)
+    left = [group for group in groups if group.branch is None or group.branch not in gone]
+    return tuple(_without(_shrunk(group, choices.get(group), kept), gone) for group in left)
+
+
+def _without(group: FilterGroup, gone: Sequence[Branch]) -> FilterGroup:
+    """The group without the layers of vanished branches: of one that ended in it, the constant is cut with it."""
+    dead = [name for branch in gone for name in (*branch.inside, branch.tail)]
+    cuts = [cut for cut in group.cuts if not is_within(cut.module, dead)]
+    if len(cuts) == len(group.cuts):
+        return group
+    for branch in gone:
+        ends = [cut for name in branch.chain for cut in group.cuts if (cut.module, cut.axis) == (name, "out")]
+        if ends:
+            cuts.append(Cut(branch.tail, tensor_axis(VALUE, 0), ends[-1].channels, "pass"))
+    # The root, which names a group and holds its filters, makes them.
+    return replace(group, cuts=tuple(sorted(cuts, key=lambda cut: cut.kind != "producer")))
 
 
 def _shrunk(group: FilterGroup, keep: Tensor | None, kept: KeptRows) -> FilterGroup:
@@ -86,4 +105,4 @@ def _shrunk(group: FilterGroup, keep: Tensor | None, kept: KeptRows) -> FilterGr
         if left is not None:
             channels = np.searchsorted(left, channels).astype(np.int64)
         cuts.append(Cut(cut.module, cut.axis, channels, cut.kind))
-    return FilterGroup(group.name, len(rows), tuple(cuts))
+    return replace(group, n_filters=len(rows), cuts=tuple(cuts))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..networks.module_kinds import is_conv
-from .filter_group import Cut, FilterGroup
+from .filter_group import Cut, FilterGroup, vanished
 
 MixKey = tuple[str, str]
 """Name of the group, name of the consumer."""
@@ -30,12 +30,18 @@ def masked_inputs(
 
     Args:
         model: the network the groups were found in.
-        choices: keep mask (N,) bool of each group.
+        choices: keep mask (N,) bool of each group. Where one keeps nothing of a branch, the branch's last filters are
+            masked, which leaves the others without effect.
         mixes: for (group, consumer) a matrix (N, N) that is applied instead of the mask, x' = P x over filters.
     """
     handles = []
     try:
+        gone = vanished(choices)
+        for branch in gone:
+            handles.append(model.get_submodule(branch.chain[0]).register_forward_pre_hook(_nothing))
         for group, keep in choices.items():
+            if group.branch is not None and group.branch in gone:
+                continue
             matrix = torch.diag(keep.cpu().to(torch.float64))
             for cut in group.consumers:
                 mix = (mixes or {}).get((group.name, cut.module), matrix)
@@ -58,6 +64,10 @@ def channel_dim(module: nn.Module, value: Tensor) -> int:
 def batch_dim(module: nn.Module, value: Tensor) -> int:
     """Dimension of a consumer's input that holds the images; a recurrent layer may put the steps first."""
     return 1 if isinstance(module, nn.RNNBase) and not module.batch_first and value.dim() == 3 else 0
+
+
+def _nothing(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (torch.zeros_like(inputs[0]), *inputs[1:])
 
 
 def _mixer(cut: Cut, mix: Tensor) -> Any:

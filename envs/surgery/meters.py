@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -13,8 +13,9 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from ..networks.cost import Cost
-from .filter_group import FilterGroup
+from .filter_group import Branch, FilterGroup
 from .slicing import axes_of_parameter, width
+from .whole_blocks import constant, is_within
 
 Unit = Literal["params", "bytes"]
 STATISTICS = ("running_mean", "running_var")
@@ -47,10 +48,15 @@ def removed(meter: Meter, kept: Sequence[int]) -> float:
 
 @dataclass(frozen=True)
 class _Share:
-    """An amount, and how it shrinks along each axis: (position of a group, share of one of its filters)."""
+    """An amount, and how it shrinks along each axis: (position of a group, share of one of its filters).
+
+    It goes as a whole with each of `branches`; with `stands_for` it is there only once that branch has vanished.
+    """
 
     amount: float
     axes: tuple[tuple[tuple[int, float], ...], ...]
+    branches: tuple[Branch, ...] = ()
+    stands_for: Branch | None = None
 
     def at(self, dropped: Sequence[int]) -> float:
         """What is left when that many filters of each group are gone."""
@@ -71,7 +77,15 @@ class _SummedMeter:
     def cost(self, kept: Sequence[int]) -> float:
         """What is left when the group at position i keeps `kept[i]` filters."""
         dropped = [group.n_filters - n for group, n in zip(self.groups, kept, strict=True)]
-        return sum(share.at(dropped) for share in self._shares)
+        gone = {group.branch for group, n in zip(self.groups, kept, strict=True) if n == 0} - {None}
+        if not gone:
+            return sum(share.at(dropped) for share in self._shares if share.stands_for is None)
+        return sum(share.at(dropped) for share in self._shares if _stays(share, gone))
+
+    def _branches(self, name: str) -> tuple[Branch, ...]:
+        """The branches that a module is in."""
+        known = dict.fromkeys(group.branch for group in self.groups if group.branch is not None)
+        return tuple(branch for branch in known if is_within(name, (*branch.inside, branch.tail)))
 
     def _axis(self, model: nn.Module, name: str, axis: str) -> tuple[tuple[int, float], ...]:
         return tuple(
@@ -80,6 +94,12 @@ class _SummedMeter:
             for cut in group.cuts
             if cut.module == name and cut.axis == axis
         )
+
+
+def _stays(share: _Share, gone: Collection[Branch | None]) -> bool:
+    if share.stands_for is not None:
+        return share.stands_for in gone
+    return not any(each in gone for each in share.branches)
 
 
 class MacsMeter(_SummedMeter):
@@ -97,7 +117,7 @@ class MacsMeter(_SummedMeter):
         producers = {cut.module for group in groups for cut in group.producers}
         counted = producers if of == "groups" else set(cost.modules)
         self._shares = [
-            _Share(module.macs, (self._axis(model, name, "out"), self._axis(model, name, "in")))
+            _Share(module.macs, (self._axis(model, name, "out"), self._axis(model, name, "in")), self._branches(name))
             for name, module in cost.modules.items()
             if name in counted
         ]
@@ -129,10 +149,16 @@ class WeightsMeter(_SummedMeter):
                 axes = [*known, *(axis for axis in cut_axes.get(name, ()) if axis.startswith(f"{key}:"))]
                 shares = tuple(self._axis(model, name, axis) for axis in axes if axis in cut_axes.get(name, ()))
                 amount = value.numel() * (value.element_size() if unit == "bytes" else 1)
-                self._shares.append(_Share(amount, shares))
+                self._shares.append(_Share(amount, shares, self._branches(name)))
+        for branch in dict.fromkeys(group.branch for group in groups if group.branch is not None):
+            ends = [name for name in branch.chain if cut_axes.get(name, set()) & {"out"}]
+            value = constant(model, branch)
+            amount = len(value) * (value.element_size() if unit == "bytes" else 1)
+            out = (self._axis(model, ends[-1], "out"),) if ends else ()
+            self._shares.append(_Share(amount, out, stands_for=branch))
         if unit == "bytes":
             self._shares.append(_Share(_header(model), ()))
-        self.whole = sum(share.amount for share in self._shares)
+        self.whole = sum(share.amount for share in self._shares if share.stands_for is None)
 
 
 def _tensors(module: nn.Module, unit: Unit) -> Iterable[tuple[str, Tensor]]:
