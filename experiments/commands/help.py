@@ -15,7 +15,7 @@ from ..config.cli_errors import CONF, groups
 _GROUPS = "$APP_CONFIG_GROUPS"
 WIDTH = 120
 FLAGS = ("--help", "-h")
-OF_TRAINING = ("experiment", "policy", "reward")  # groups that say how an agent is trained
+OF_TRAINING = ("experiment", "policy", "recipe", "reward")  # groups that say how an agent is trained
 
 
 def command_help(root: str) -> str:

@@ -15,10 +15,9 @@ from ...envs.data.objective import display_name
 from ...envs.one_shot import GROUP_NAME, OneShotTask
 from ...envs.repair.reconstruction import ReconstructionSettings
 from ...envs.surgery.kept_channels import KeptChannels
-from ...envs.surgery.targets import Target
 from ...envs.task import LayerTask, PruningTask
 from ...rewards.outcome import RewardFunction
-from ..config.build import build_augment, build_policy_factory, build_reward
+from ..config.build import build_augment, build_policy_factory, build_reward, build_target
 from ..config.entry_point import plain, run_with_hydra, settings
 from ..config.ignored import (
     BASE_TRAINING,
@@ -33,7 +32,7 @@ from ..config.ignored import (
     refuse_ignored,
     training,
 )
-from ..config.prepare import Inputs, check_controls, check_network_search, check_search, prepare
+from ..config.prepare import UNTIMED, Inputs, check_controls, check_network_search, check_search, prepare
 from ..config.training import begin_task, build_recovery, finetune
 from ..deploy.export import check_exports, try_exports
 from ..deploy.runtimes import check_runtimes
@@ -63,14 +62,23 @@ def run(config: DictConfig) -> dict[str, Any]:
     return carry_out(config, check, prune_network, show_results)
 
 
-ONE_AGENT = "with target.removed one agent decides on all layers at once (network_search, repair)."
-AN_AGENT_A_LAYER = "without target.removed an agent decides on each layer (agent, search, reward, policy)."
+ONE_AGENT = "with a target one agent decides on all layers at once (network_search, repair)."
+AN_AGENT_A_LAYER = "without a target an agent decides on each layer (agent, search, reward, policy)."
+
+
+def has_target(config: DictConfig) -> bool:
+    """Whether one agent decides on all layers at once."""
+    return build_target(config.target) is not None
+
+
 IGNORED = (
     TRAINED_ALREADY,
     *BASE_TRAINING,
-    Ignored("order reward policy agent search warm_start", ONE_AGENT, lambda config: config.target.removed is not None),
-    Ignored(LAYER_EVALUATION, ONE_AGENT, lambda config: config.target.removed is not None),
-    Ignored("target.of network_search repair", AN_AGENT_A_LAYER, lambda config: config.target.removed is None),
+    Ignored("order reward policy agent search warm_start", ONE_AGENT, has_target),
+    Ignored(LAYER_EVALUATION, ONE_AGENT, has_target),
+    Ignored("target.of network_search repair", AN_AGENT_A_LAYER, lambda config: not has_target(config)),
+    Ignored("target.of", "it says whose MACs target.removed counts.", lambda config: config.target.removed is None),
+    UNTIMED,
     COMPENSATION,
     REPAIR,
     SEARCH_REPAIR,
@@ -90,7 +98,7 @@ def check(config: DictConfig) -> Inputs:
     check_controls(config.controls, inputs)
     check_runtimes(config.latency.runtimes, inputs.device)
     try_exports(config.export, inputs.construct() if inputs.dense is None else inputs.dense, inputs.splits)
-    if config.target.removed is None:
+    if not has_target(config):
         check_search(config, inputs)
     else:
         check_network_search(config, inputs)
@@ -104,7 +112,7 @@ def prune_network(inputs: Inputs, context: RunContext) -> dict[str, Any]:
     base, n_images = f"Base {display_name(task.objective.name)}", len(task.splits.reward)
     context.terminal.say(f"{base} on {n_images} reward images: {100 * task.base.accuracy:.2f} %")
     pruned, kept, records = run_schedule(task, context)
-    one_shot = None if config.target.removed is None else OneShotTask(task, build_repair(config))
+    one_shot = None if not has_target(config) else OneShotTask(task, build_repair(config))
     write_curves(task, records, context.folder, context.terminal, config.controls, config.seed, one_shot)
     tuned = finetune(task.model, pruned.model, task.splits, context)
     networks = Networks(task.model, pruned.model, tuned.model)
@@ -118,10 +126,10 @@ def prune_network(inputs: Inputs, context: RunContext) -> dict[str, Any]:
 
 
 def run_schedule(task: PruningTask, context: RunContext) -> tuple[PruningTask, KeptChannels, list[LayerRecord]]:
-    """Layer by layer within a drop bound, or all layers at once at a MACs target."""
+    """Layer by layer within a drop bound, or all layers at once at a target."""
     config, recover = context.config, build_recovery(task.model, context)
     log = ScheduleLog(context, task.objective.name)
-    if config.target.removed is None:
+    if not has_target(config):
         reward = build_reward(config.reward)
         decide = train_layer_agents(context, reward)
         schedule = Schedule(decide, reward, config.drop_bound, recover, config.order, config.seed)
@@ -137,6 +145,8 @@ def run_schedule(task: PruningTask, context: RunContext) -> tuple[PruningTask, K
 def train_network_agent(context: RunContext, search: NetworkSearchSettings) -> TrainNetworkAgent:
     """Trains one agent for all layers, with a bar and a scalar for every metric of every update."""
     config, terminal = context.config, context.terminal
+    target = build_target(config.target)
+    assert target is not None
 
     def report(trainer: NetworkTrainer, metrics: Mapping[str, float]) -> None:
         terminal.advance(len(trainer.history), show_update(trainer, metrics))
@@ -144,13 +154,13 @@ def train_network_agent(context: RunContext, search: NetworkSearchSettings) -> T
 
     def trained(finalist: Trained) -> None:
         terminal.advance(search.agent.updates, f"finalist {finalist.done} of {finalist.total}")
-        terminal.say(f"[{finalist.done}/{finalist.total}] {finalist}")
+        terminal.say(f"Finalist {finalist.done} of {finalist.total}, {finalist}")
         found = {"repaired": finalist.candidate.repaired, "trained": finalist.candidate.accuracy}
         context.tracker.scalars("halving", found, finalist.done)
 
     training = Training(settings(config.finetune, TrainSettings), build_augment(config.augment), trained)
     facts = {"command": command_line(), "config": plain(config)}
-    return TrainNetworkAgent(search, Target(**plain(config.target)), report, facts, training)
+    return TrainNetworkAgent(search, target, report, facts, training)
 
 
 def train_layer_agents(context: RunContext, reward: RewardFunction) -> Decider:

@@ -95,8 +95,9 @@ class Trained:
     total: int
 
     def __str__(self) -> str:
-        then, now = (f"{100 * each:.1f} %" for each in (self.candidate.repaired, self.candidate.accuracy))
-        return f"{self.candidate.name}: {then} repaired, {now} after {self.minibatches} minibatches"
+        then, now = self.candidate.repaired, self.candidate.accuracy
+        better = f"{100 * now:.1f} %" if now > then else "no better"
+        return f"{self.candidate.name}: {100 * then:.1f} % repaired, {better} after {self.minibatches} minibatches"
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ PRESETS = ("cifar10", "compare", "iterate", "oracle")
 # What a user has to give, where an option leaves it open.
 REQUIRED = {name: ["data.path=a.npz"] for name in ("npz", *(f"resnet20_{each}" for each in PRESETS))}
 OWN_FUNCTION = {"custom"}
+PRESETS = {"experiment", "recipe"}  # settings of several sections, no object of their own
 
 
 @functools.cache
@@ -82,7 +83,7 @@ def test_combinations_leave_out_no_option_and_no_root():
 def test_options_and_roots_compose(root, group, option):
     extra = [f"{group}._target_=math.sqrt"] if option in OWN_FUNCTION else REQUIRED.get(option, [])
     config = composed(root, [f"{group}={option}", *extra])
-    assert group == "experiment" or config[group]["_target_"]
+    assert group in PRESETS or config[group]["_target_"]
 
 
 @pytest.mark.parametrize(("group", "option"), [pair for pair in OPTIONS if pair[1] not in OWN_FUNCTION])
@@ -101,12 +102,23 @@ def test_keys_are_arguments(group, option):
 
 @pytest.mark.parametrize(("group", "option"), [pair for pair in OPTIONS if pair[1] not in OWN_FUNCTION])
 def test_every_argument_has_its_key(group, option):
-    if group == "experiment":
+    if group in PRESETS:
         pytest.skip("made of options that are looked at by themselves")
     node = composed(roots_with(group, option)[0], [f"{group}={option}", *REQUIRED.get(option, [])])[group]
     parameters = set(inspect.signature(get_object(node["_target_"])).parameters)
     offered = {"n_filters", "n_weights", "n_statistics", "statistic_names", "seed"} if group == "policy" else set()
     assert parameters - offered == {str(key) for key in node} - {"_target_", "_partial_"}
+
+
+@pytest.mark.parametrize("root", roots_with("recipe"))
+def test_a_recipe_is_of_fine_tuning_alone_and_goes_over_an_experiment(root):
+    """Every method gets the same, whatever chose its filters; what is typed beside it still wins."""
+    experiment = {"prune": "resnet20_cifar10", "compare": "resnet20_compare", "iterate": "resnet20_iterate"}[root]
+    asked = [f"experiment={experiment}", "data.path=x.npz"]
+    plain, made = composed(root, asked), composed(root, [*asked, "recipe=field", "finetune.temperature=3"])
+    changed = {key for key in plain if plain[key] != made[key]}
+    assert changed == {"finetune"} and made.finetune.temperature == 3 and made.finetune.epochs == plain.finetune.epochs
+    assert made.finetune.lr is None and made.finetune.ema is not None and made.finetune.schedule == "cosine"
 
 
 @pytest.mark.parametrize("root", ROOTS)
@@ -179,9 +191,7 @@ def test_examples_and_options_of_the_help_compose(command):
 
 @pytest.mark.parametrize("root", [root for root in ROOTS if root != "report"])
 def test_help_offers_the_groups_that_the_command_takes(root):
-    assert set(offered(root)) - {"experiment"} == set(groups()) & {
-        field.name for field in dataclasses.fields(ROOTS[root])
-    }
+    assert set(offered(root)) - PRESETS == set(groups()) & {field.name for field in dataclasses.fields(ROOTS[root])}
     for experiment in offered(root).get("experiment", []):
         assert root in roots_with("experiment", experiment)
 
