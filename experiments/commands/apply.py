@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from hydra import compose
@@ -18,16 +19,18 @@ from ...envs.data.objective import display_name
 from ...envs.networks.cost import count_cost
 from ...envs.one_shot import GROUP_NAME
 from ...envs.surgery.kept_channels import KeptChannels
-from ...envs.surgery.targets import Target
 from ...envs.task import PruningTask
 from ...errors import UserError
+from ..config.build import build_target
 from ..config.cli_errors import groups
 from ..config.entry_point import check_settings, first_value, is_sweep, plain, run_with_hydra, typed
 from ..config.ignored import COMPENSATION, LAYER_EVALUATION, REPAIR, Ignored, refuse_ignored, training
-from ..config.prepare import Inputs, check_controls, prepare
-from ..config.schema import INHERITED, ApplyConfig
-from ..config.stored import check_targets, inherit, run_with_config
+from ..config.prepare import UNTIMED, Inputs, check_controls, check_targets, is_timed, prepare
+from ..config.schema import INHERITED, ApplyConfig, TargetConfig
+from ..config.stored import check_targets as check_code
+from ..config.stored import inherit, run_with_config
 from ..config.training import Tuned, begin_task, build_recovery, finetune
+from ..deploy.clock import PROFILE
 from ..deploy.export import check_exports, try_exports
 from ..deploy.runtimes import check_runtimes
 from ..pruning.decide import AskCriterion, Decider
@@ -47,6 +50,7 @@ from .results import (
     report_accuracy,
     save_result,
     show_remarks,
+    target_facts,
 )
 from .running import carry_out
 
@@ -90,7 +94,7 @@ def inherited(config: DictConfig) -> DictConfig:
     chosen = HydraConfig.get().runtime.choices
     own = [name for name in groups() if name in config and chosen.get(name) != INHERITED]
     kept = {name: value for name, value in plain(config).items() if name not in own}
-    check_targets(kept, typed(), folder.path)
+    check_code(kept, typed(), folder.path)
     return config
 
 
@@ -127,13 +131,27 @@ def check(config: DictConfig) -> Inputs:
     check_exports(config.export)
     known = load_agents(config.agents)
     refuse_ignored(config, [*(ONE_SHOT if GROUP_NAME in known else LAYER_BY_LAYER), *IGNORED])
+    if GROUP_NAME in known:
+        take_target(config, known[GROUP_NAME])
+    refuse_ignored(config, [UNTIMED])
     inputs = prepare(config, known[GROUP_NAME].facts["groups"] if GROUP_NAME in known else list(known))
     check_controls(config.controls, inputs)
     assert inputs.dense is not None
+    if target := build_target(config.target):
+        check_targets(inputs, [target], None)
     check_runtimes(config.latency.runtimes, inputs.device)
     try_exports(config.export, inputs.dense, inputs.splits)
     check_agents(known, inputs.task(inputs.dense))
     return inputs
+
+
+def take_target(config: DictConfig, agent: SavedAgent) -> None:
+    """What the agent was trained for where nothing else is asked of it, and the times that its run went by."""
+    if build_target(config.target) is None:
+        config.target = {**asdict(TargetConfig()), **agent.facts["target"]}
+    before = Path(config.agents) / PROFILE
+    if is_timed(config) and config.profile.file is None and before.is_file():
+        config.profile.file = str(before)
 
 
 def apply_agents(inputs: Inputs, context: RunContext) -> dict[str, Any]:
@@ -172,9 +190,7 @@ class Schedules:
     def agent(self) -> Schedule | NetworkSchedule:
         """The trained agents'."""
         if GROUP_NAME in self.agents:
-            given = self.config.target
-            target = None if given.removed is None else Target(**plain(given))
-            return self._at_once(AskNetworkAgent(self.agents[GROUP_NAME], target))
+            return self._at_once(AskNetworkAgent(self.agents[GROUP_NAME], build_target(self.config.target)))
         return self._in_turn(AskAgents(self.agents))
 
     def control(self, criterion: str, counts: Mapping[str, int]) -> Schedule | NetworkSchedule:
@@ -231,4 +247,5 @@ def method_metrics(method: Method, task: PruningTask) -> dict[str, Any]:
         "finetune_seconds": None if tuned is None else tuned.seconds,
         "finetune": {} if tuned is None else dict(tuned.judged),
         "groups": [group_facts(record) for record in method.records],
+        "target": target_facts(method.records),
     }

@@ -15,7 +15,7 @@ from ..iterate.curve import write_curve
 from ..iterate.iteration import Iteration, State, goal, how
 from ..pruning.schedule import LayerRecord
 from ..runs.context import RunContext
-from .results import Networks, metrics_of, save_result, show_results, write_results
+from .results import Networks, latency_metrics, metrics_of, save_result, show_results, write_results
 from .running import carry_out
 
 
@@ -68,6 +68,7 @@ def iterate(inputs: Inputs, context: RunContext) -> dict[str, Any]:
     networks = Networks(task.model, state.model, tuned.model)
     metrics = metrics_of(networks, task.splits, layer_records(job, state, config), config, tuned)
     metrics |= save_result(networks, state.kept, task.splits, context)
+    metrics |= latency_metrics(networks, task.splits, metrics, context)
     write_results(metrics, context.folder, "iterate")
     return metrics
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,16 +21,20 @@ from ...envs.surgery.kept_channels import KeptChannels
 from ..config.build import made_of
 from ..config.entry_point import plain
 from ..config.training import Tuned
-from ..deploy.export import export_all
+from ..deploy.export import INT8, RUNTIME, as_exported, export_all
+from ..deploy.fastest import code_of, fastest_ways, int8_times, not_timed_sentence
+from ..deploy.int8 import int8_sentence
 from ..deploy.latency import measure_latency, paired, speed_advice, speed_change
+from ..deploy.runtimes import chosen_runtimes, not_timed
 from ..pruning.input_checks import resolve_device
 from ..pruning.schedule import LayerRecord
-from ..reporting.cards import bound_sentence, finetune_sentence
+from ..reporting.cards import bound_sentence, finetune_sentence, target_sentences
 from ..runs.console import signed
 from ..runs.context import RunContext
 from ..runs.folder import METRICS, RunFolder
 
 CUT = "cut"
+BUILT_IN = "keepdrop.envs.networks.built_in."
 
 
 @dataclass
@@ -68,20 +73,51 @@ def metrics_of(
         "drop_bound": config.drop_bound,
         "bound_held": all(record.within_bound for record in records),
         "gave_way": [record.name for record in records if not record.within_bound],
-        **latency_metrics(networks, example, pruned.macs / dense.macs, config),
         "groups": [group_facts(record) for record in records],
+        "target": target_facts(records),
     }
 
 
 def latency_metrics(
-    networks: Networks, example: torch.Tensor, macs_fraction: float, config: DictConfig
+    networks: Networks, splits: Splits, metrics: Mapping[str, Any], context: RunContext
 ) -> dict[str, Any]:
-    """Latency of the dense and the fine-tuned network, runtimes that failed, and advice where time did not fall."""
-    failed: dict[str, str] = {}
-    models = {"base": networks.dense, "pruned": networks.finetuned}
-    latency = [asdict(each) for each in measure_latency(models, example, **plain(config.latency), failed=failed)]
-    advice = speed_advice(macs_fraction, latency, config.surgery.round_to)
-    return {"latency": latency, "latency_failed": failed, "advice": [advice] if advice else []}
+    """Latency of the dense and the fine-tuned network, and of its int8 file where there is one.
+
+    Args:
+        networks: the run's.
+        splits: theirs, for an image.
+        metrics: with MACs and what `save_result` returned.
+        context: the run's.
+
+    Returns what `metrics.json` says of it: the records, runtimes that failed or were not timed, and advice where time
+    did not fall.
+    """
+    config, failed = context.config, dict[str, str]()
+    device = resolve_device(config.device)
+    dense, example = as_exported(networks.dense, splits.example.to(device))
+    models = {"base": dense, "pruned": as_exported(networks.finetuned, splits.example.to(device))[0]}
+    chosen = plain(config.latency)
+    runtimes = chosen_runtimes(chosen.pop("runtimes"), device)
+    exported = {each["kind"]: context.folder.path / each["file"] for each in metrics["exports"]}
+    files = {"int8": exported[INT8]} if INT8 in exported else {}
+    if files and device.type != "cpu":
+        failed[INT8], files = f"it is timed on the CPU, not on {device}.", {}
+    if files and RUNTIME not in runtimes:
+        runtimes.append(RUNTIME)  # float32 beside int8
+    timed = measure_latency(models, example, runtimes=runtimes, failed=failed, files=files, **chosen)
+    latency = [asdict(each) for each in timed]
+    advice = speed_advice(metrics["pruned_macs"] / metrics["base_macs"], latency, config.surgery.round_to)
+    return {
+        "latency": latency,
+        "latency_failed": failed,
+        "latency_not_timed": not_timed(runtimes, device),
+        "advice": [advice] if advice else [],
+    }
+
+
+def target_facts(records: Sequence[LayerRecord]) -> list[dict[str, Any]]:
+    """Every resource of the target, before and after the cut; empty where layers were decided one by one."""
+    return list(records[0].facts.get("target") or []) if records else []
 
 
 def group_facts(record: LayerRecord) -> dict[str, Any]:
@@ -120,7 +156,8 @@ def save_result(
         save_pruned(networks.pruned, working / CUT, kept=kept, constructor=constructor, facts=facts, example=example)
         save_pruned(networks.finetuned, working, kept=kept, constructor=constructor, facts=facts, example=example)
         # A network that cannot be exported is found last; hours of work are not thrown away for it.
-        exported, failed = export_all(networks.finetuned, images, working, plain(config.get("export")) or [])
+        kinds = plain(config.get("export")) or []
+        exported, failed = export_all(networks.finetuned, images, working, kinds, splits)
     return {"exports": [{**each, "file": f"pruned/{each['file']}"} for each in exported], "exports_failed": failed}
 
 
@@ -184,12 +221,28 @@ def _repeats(metrics: Mapping[str, Any]) -> int:
 def remarks(metrics: Mapping[str, Any]) -> list[str]:
     """What a reader has to know beside the figures: time that did not fall, runtimes and exports that failed."""
     failed = {**metrics.get("latency_failed", {}), **metrics.get("exports_failed", {})}
-    written = [
-        f"{each['file']}: {each['kind']}, largest difference {each['largest_difference']:.0e} of the largest output."
-        for each in metrics.get("exports", [])
-    ]
-    said = [sentence] if (sentence := finetune_sentence(metrics)) else []
-    return [*said, *written, *metrics.get("advice", []), *(f"{name}: {why}" for name, why in failed.items())]
+    said = [*target_sentences(metrics), *([sentence] if (sentence := finetune_sentence(metrics)) else [])]
+    metric, latency = display_name(metrics.get("metric")), metrics.get("latency", [])
+    said += [_written(each, metric, latency) for each in metrics.get("exports", [])]
+    return [*said, *metrics.get("advice", []), *(f"{name}: {why}" for name, why in failed.items())]
+
+
+def _written(export: Mapping[str, Any], metric: str, latency: Sequence[Mapping[str, Any]]) -> str:
+    if export["kind"] == INT8:
+        return int8_sentence(export, metric) + int8_times(latency)
+    difference = f"{export['largest_difference']:.0e} of the largest output"
+    return f"{export['file']}: {export['kind']}, largest difference {difference}."
+
+
+def where_it_runs(metrics: Mapping[str, Any], folder: Path, own_network: bool) -> list[str]:
+    """What is fastest on this device, each with the line that runs it so, and what was not timed."""
+    exported = [each["kind"] for each in metrics.get("exports", [])]
+    latency, said = metrics.get("latency", []), []
+    if len({(each["model"], each.get("runtime")) for each in latency}) > 2:
+        for sentence, record in fastest_ways(latency):
+            said += [sentence, f"  {code_of(record, folder, own_network, exported)}"]
+    left = not_timed_sentence(metrics.get("latency_not_timed", {}))
+    return [*said, left] if left else said
 
 
 def write_results(metrics: Mapping[str, Any], folder: RunFolder, command: str = "prune") -> None:
@@ -203,7 +256,13 @@ def show_results(metrics: Mapping[str, Any], context: RunContext) -> None:
     terminal = context.terminal
     terminal.layers(metrics["groups"])
     terminal.totals(total_rows(metrics))
-    for sentence in remarks(metrics):
-        terminal.console.print(sentence, markup=False)
+    show_remarks(metrics, context)
     if text := bound_sentence(metrics):
         terminal.warn(text)
+
+
+def show_remarks(metrics: Mapping[str, Any], context: RunContext) -> None:
+    """Below the tables: what a reader has to know beside the figures, and what is fastest here."""
+    own = not str(context.config.network.get("_target_", "")).startswith(BUILT_IN)
+    for sentence in [*remarks(metrics), *where_it_runs(metrics, context.folder.path, own)]:
+        context.terminal.console.print(sentence, markup=False)

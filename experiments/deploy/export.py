@@ -1,13 +1,14 @@
-"""A network for other runtimes: ONNX and `torch.export`.
+"""A network for other runtimes: ONNX, int8 ONNX and `torch.export`.
 
-Both are exported in evaluation mode from a copy on the CPU, with the batch axis free, written whole or not at all, and
-compared with the network before they get their name.
+All are exported in evaluation mode from a copy on the CPU, with the batch axis free, written whole or not at all, and
+compared with the network before they get their name; int8 answers otherwise by its nature, and is scored instead.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import re
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -16,20 +17,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ...atomic import replacing
+from ...envs.data.splits import Splits
+from ...envs.evaluation.mask_evaluator import accuracy_on
 from ...envs.networks.answers import adapter_of, as_called, as_given
 from ...envs.networks.copying import copied
 from ...envs.networks.inputs import as_call, batch_size, beside, is_batch, mapped, resized, tensors_of
 from ...envs.networks.modes import evaluating
 from ...envs.networks.module_kinds import Inputs, run
 from ...errors import UserError, summarised
+from .int8 import calibration_images, quantise
 
 EXTRA = ("onnx", "onnxscript")
 RUNTIME = "onnxruntime"
+INSTALL = "pip install 'keepdrop[onnx]'"
 TOLERANCE = 1e-4
-FILES = {"onnx": "model.onnx", "program": "model.pt2"}
+INT8 = "onnx-int8"
+FILES = {"onnx": "model.onnx", INT8: "model.int8.onnx", "program": "model.pt2"}
 """Kinds of export and the files they make."""
 
 
@@ -37,7 +43,8 @@ FILES = {"onnx": "model.onnx", "program": "model.pt2"}
 class Exported:
     """One exported file: its kind and name, size, and how far it is from the network.
 
-    `largest_difference` is relative to the largest output, over `batch_sizes`.
+    `largest_difference` is relative to the largest output, over `batch_sizes`. Of an int8 file `accuracy` is what the
+    file scores on the report split, `float_accuracy` and `float_bytes` the same network's in float32; else None.
     """
 
     kind: str
@@ -45,6 +52,9 @@ class Exported:
     n_bytes: int
     largest_difference: float
     batch_sizes: tuple[int, ...]
+    accuracy: float | None = None
+    float_accuracy: float | None = None
+    float_bytes: int | None = None
 
 
 def check_exports(kinds: Sequence[str]) -> None:
@@ -52,26 +62,50 @@ def check_exports(kinds: Sequence[str]) -> None:
     for kind in kinds:
         if kind not in FILES:
             raise UserError(f"export has {kind!r}; expected any of {', '.join(FILES)}, as in export=[onnx,program].")
-    if "onnx" in kinds:
+    if {"onnx", INT8} & set(kinds):
         require_onnx(RUNTIME)
+
+
+def try_exports(kinds: Sequence[str], model: nn.Module, splits: Splits) -> None:
+    """Refuse int8 where onnxruntime cannot write this network so, before anything is searched (UserError)."""
+    if INT8 in kinds:
+        with tempfile.TemporaryDirectory() as folder, evaluating(model):
+            try:
+                export_int8(
+                    *as_exported(model, splits.example),
+                    [as_called(model, splits.fit.batch(torch.arange(1))[0])],
+                    Path(folder) / FILES[INT8],
+                )
+            except UserError as error:
+                raise UserError(f"export has {INT8}, and that cannot be had: {error}") from error
 
 
 def require_onnx(*more: str) -> None:
     """UserError unless the packages of the extra `onnx` are there."""
-    missing = [name for name in (*EXTRA, *more) if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"ONNX export needs {' and '.join(missing)}; install them with: pip install 'keepdrop[onnx]'.")
+    if missing := missing_packages(*more):
+        raise UserError(f"ONNX export needs {' and '.join(missing)}; install them with: {INSTALL}.")
+
+
+def missing_packages(*more: str) -> list[str]:
+    """Packages of the extra `onnx`, and `more`, that are not installed."""
+    return [name for name in (*EXTRA, *more) if importlib.util.find_spec(name) is None]
 
 
 def export_all(
-    model: nn.Module, example: Inputs, folder: str | Path, kinds: Sequence[str]
+    model: nn.Module, example: Inputs, folder: str | Path, kinds: Sequence[str], splits: Splits | None = None
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Export `model` into `folder` in every kind asked for: facts of what was written, and why by kind where not."""
-    model, example = _as_exported(model, example)
+    """Export `model` into `folder` in every kind asked for: facts of what was written, and why by kind where not.
+
+    `splits` has the images that int8 is calibrated (fit) and scored (report) on; it cannot be had without.
+    """
     made, failed = [], {}
     for kind in kinds:
         try:
-            made.append(asdict(export_verified(model, example, folder, kind)))
+            if kind == INT8:
+                done = export_scored(model, example, folder, splits)
+            else:
+                done = export_verified(*as_exported(model, example), folder, kind)
+            made.append({name: value for name, value in asdict(done).items() if value is not None})
         except UserError as error:
             failed[kind] = str(error)
     return made, failed
@@ -96,6 +130,80 @@ def export_verified(model: nn.Module, example: Inputs, folder: str | Path, kind:
         if not worst <= TOLERANCE:
             raise UserError(f"The exported {path.name} does not answer as the network does (difference {worst:.1e}).")
     return Exported(kind, path.name, path.stat().st_size, worst, sizes)
+
+
+def export_scored(model: nn.Module, example: Inputs, folder: str | Path, splits: Splits | None) -> Exported:
+    """Export `model` as int8 ONNX, calibrated on fit images, and score the file on the report split.
+
+    Args:
+        model: the network as it is evaluated; it is copied, never changed.
+        example: images to compare on.
+        folder: where `FILES["onnx-int8"]` goes.
+        splits: three splits of labelled images; the reward and report images calibrate nothing.
+
+    Raises UserError if onnxruntime cannot quantise or run it. A file that scores badly is kept, with its score.
+    """
+    if splits is None:
+        raise UserError(f"{INT8} is calibrated on training images, and there are none; export from a run or a result.")
+    path, (network, called) = Path(folder) / FILES[INT8], as_exported(model, example)
+    batches = [as_called(model, each) for each in calibration_images(splits.fit)]
+    n_bytes = export_int8(network, called, batches, path)
+    sizes = tuple(sorted({1, batch_size(called), 3}))
+    worst = max(_difference(network, resized(called, size), path, "onnx") for size in sizes)
+    scores = [accuracy_on(each, splits.report) for each in (FileNetwork(path, model, network, called), model)]
+    return Exported(INT8, path.name, path.stat().st_size, worst, sizes, *scores, n_bytes)
+
+
+def export_int8(model: nn.Module, example: Inputs, calibration: Sequence[Inputs], path: str | Path) -> int:
+    """Write `model` as ONNX in int8, quantised by onnxruntime (QDQ, per channel, batch norm folded).
+
+    Args:
+        model: it is copied, never changed.
+        example: one input, as for `export_onnx`.
+        calibration: batches of such inputs, of training images, that show the ranges of activations.
+        path: the file.
+
+    Returns the bytes of the same network in float32. Raises UserError if the packages of the extra `onnx` are missing,
+    the network cannot be exported, or onnxruntime cannot quantise or run it.
+    """
+    require_onnx(RUNTIME)
+    with tempfile.TemporaryDirectory() as folder, replacing(Path(path)) as temporary:
+        float_file = Path(folder) / FILES["onnx"]
+        export_onnx(model, example, float_file)
+        quantise(float_file, calibration, temporary)
+        try:
+            onnx_session(temporary)(calibration[0])
+        except Exception as error:
+            raise UserError(f"onnxruntime cannot run the network as int8 ({summarised(error)}).") from error
+        return float_file.stat().st_size
+
+
+class FileNetwork(nn.Module):
+    """An ONNX file as a network that metrics take: images (B, C, ...) -> what counts of its answer.
+
+    Args:
+        path: the file.
+        model: the network as it is evaluated, whose adapter says how inputs lie in an item and what counts.
+        exported, example: the network and the inputs that the file was made of.
+    """
+
+    def __init__(self, path: str | Path, model: nn.Module, exported: nn.Module, example: Inputs) -> None:
+        super().__init__()
+        session, adapter = onnx_session(path), adapter_of(model)
+        with torch.no_grad(), evaluating(exported):
+            spec = tree_flatten(run(exported, beside(exported, example)))[1]
+
+        def answer(images: Tensor) -> Any:
+            packing = None if adapter is None else adapter.packing
+            given = session(images if packing is None else packing.unpacked(images))
+            answers = tree_unflatten([torch.from_numpy(each) for each in given], spec)
+            return answers if adapter is None else adapter.answer(answers, training=False)
+
+        self.answer = answer  # a function is not copied where modules are, and a session cannot be
+
+    def forward(self, images: Tensor) -> Any:
+        """The file's answers in the shape of the network's."""
+        return self.answer(images)
 
 
 def export_program(model: nn.Module, example: Inputs, path: str | Path) -> None:
@@ -176,7 +284,7 @@ def onnx_session(path: str | Path) -> Callable[[Inputs], list[Any]]:
     return call
 
 
-def _as_exported(model: nn.Module, example: Inputs) -> tuple[nn.Module, Inputs]:
+def as_exported(model: nn.Module, example: Inputs) -> tuple[nn.Module, Inputs]:
     """A network as the user calls it, with all its outputs.
 
     Where it takes one input and answers with an object of a class of its own (Hugging Face), with the output that

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from ...envs.networks.memory_layout import arranged, common_layout
 from ...envs.networks.modes import evaluating
 from ...envs.networks.module_kinds import Inputs
 from ...errors import UserError
-from .runtimes import Runner, runner
+from .export import RUNTIME
+from .runtimes import Runner, chosen_runtimes, from_file, runner
 
 OVERHEAD = 1e-3  # seconds: of a pass shorter than this, calling the layers takes a good part
 
@@ -45,6 +47,7 @@ def measure_latency(
     warmup: int = 5,
     runtimes: Sequence[str] = ("eager",),
     failed: dict[str, str] | None = None,
+    files: Mapping[str, str | Path] | None = None,
 ) -> list[Latency]:
     """Time a forward pass of every model for every batch size, in eval mode, float32, no gradients.
 
@@ -60,8 +63,10 @@ def measure_latency(
         batch_sizes: images per pass.
         repeats: timed passes.
         warmup: passes before them; a runtime that compiles has done so before.
-        runtimes: any of "eager", "compile", "onnxruntime"; the latter two take `nn.Module`s only.
+        runtimes: any of "eager", "compile", "onnxruntime" (the latter two take `nn.Module`s only), or "all" alone:
+            what can be timed here.
         failed: gets the reason of every runtime that cannot take a model, which is then left out; None raises it.
+        files: ONNX files by name, each timed in onnxruntime beside the models.
 
     Raises UserError for a batch size, number of repeats or warm-up that makes no measurement.
     """
@@ -74,7 +79,9 @@ def measure_latency(
     layout = common_layout(networks, example_inputs)
     records = []
     with evaluating(*networks), torch.inference_mode():
-        runners = _runners(models, runtimes, arranged(resized(example_inputs, batch_sizes[0]), layout), failed)
+        chosen = chosen_runtimes(runtimes, _device(example_inputs))
+        runners = _runners(models, chosen, arranged(resized(example_inputs, batch_sizes[0]), layout), failed)
+        runners |= {(RUNTIME, name): from_file(path) for name, path in (files or {}).items()}
         for size in batch_sizes:
             inputs = arranged(resized(example_inputs, size), layout)
             seconds = _interleaved(runners, inputs, repeats, warmup)
@@ -133,7 +140,8 @@ def speed_advice(macs_fraction: float, latency: Sequence[Mapping[str, Any]], rou
         latency: `Latency` as mappings, of the models "base" and "pruned".
         round_to: the channel multiple it was pruned with.
 
-    Said where at least a tenth of the MACs went and less than a quarter of that share of the time did.
+    Said where at least a tenth of the MACs went and less than a quarter of that share of the time did. The reason is
+    measured: the part of a pass that takes as long for one image as for many (`fixed_share`) is no arithmetic.
     """
     if not macs_fraction > 0:
         raise ValueError(f"macs_fraction must be positive, got {macs_fraction}.")
@@ -141,18 +149,46 @@ def speed_advice(macs_fraction: float, latency: Sequence[Mapping[str, Any]], rou
     for key, (base, pruned) in paired(latency).items():
         saved = 1 - pruned["median_seconds"] / base["median_seconds"]
         if removed >= 0.1 and saved < removed / 4:
-            slow[key] = (saved, base["median_seconds"])
+            slow[key] = saved
     if not slow:
         return None
-    times = ", ".join(
-        f"{_percent(-saved)} at batch {batch} ({runtime})" for (runtime, batch), (saved, _) in slow.items()
-    )
-    if all(seconds < OVERHEAD for _, seconds in slow.values()):
-        why = "Passes of less than a millisecond are mostly overhead, which pruning does not remove."
-    else:
-        multiple = next((each for each in (8, 16, 32) if each > round_to), 2 * round_to)
-        why = f"Processors are fastest with round channel counts: try surgery.round_to={multiple}."
+    times = ", ".join(f"{_percent(-saved)} at batch {batch} ({runtime})" for (runtime, batch), saved in slow.items())
+    reasons: dict[str, str] = {}  # one of a kind, of the first pass that has it
+    for key in slow:
+        kind, sentence = _reason(latency, *key, round_to)
+        reasons.setdefault(kind, sentence)
+    why = " ".join(reasons.values())
     return f"MACs changed by {_percent(-removed)}, but the time of a pass by {times}. {why}"
+
+
+def _reason(latency: Sequence[Mapping[str, Any]], runtime: str, batch: int, round_to: int) -> tuple[str, str]:
+    """Why fewer MACs did not make this pass shorter: the kind of reason, and a sentence."""
+    base, _ = paired(latency)[runtime, batch]
+    share = fixed_share(latency, runtime, batch)
+    if share is None and base["median_seconds"] < OVERHEAD:
+        return "short", "Passes of less than a millisecond are mostly overhead, which pruning does not remove."
+    if share is not None and share > 0.5:
+        other = ": compile and onnxruntime have less of it (latency.runtimes=[all])" * (runtime == "eager")
+        return "calls", (
+            f"At batch {batch} about {100 * share:.0f} % of the dense network's {1e3 * base['median_seconds']:.2f} ms "
+            f"({runtime}) goes into calling layers, which takes as long for few filters as for many{other}."
+        )
+    multiple = next((each for each in (8, 16, 32) if each > round_to), 2 * round_to)
+    return "widths", f"Processors are fastest with round channel counts: try surgery.round_to={multiple}."
+
+
+def fixed_share(latency: Sequence[Mapping[str, Any]], runtime: str, batch: int) -> float | None:
+    """The part of the dense network's pass that does not grow with the number of images, a fraction of its time.
+
+    From the smallest and the largest batch size of a runtime, as if time were a + b * images; what `a` pays for is
+    calling the layers. None where the largest is less than 8 times the smallest, which would be guessing.
+    """
+    seconds = {size: pair[0]["median_seconds"] for (name, size), pair in paired(latency).items() if name == runtime}
+    few, many = min(seconds), max(seconds)
+    if many < 8 * few:
+        return None
+    per_image = (seconds[many] - seconds[few]) / (many - few)
+    return min(1.0, max(0.0, (seconds[few] - few * per_image) / seconds[batch]))
 
 
 def paired(

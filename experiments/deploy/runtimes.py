@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +17,51 @@ from ...envs.networks.copying import copied
 from ...envs.networks.inputs import as_call, mapped
 from ...envs.networks.module_kinds import Inputs, run
 from ...errors import UserError, summarised
-from .export import RUNTIME, export_onnx, onnx_session, require_onnx
+from .export import INSTALL, RUNTIME, export_onnx, missing_packages, onnx_session
 
 RUNTIMES = ("eager", "compile", "onnxruntime")
+ALL = "all"
 COMPILERS = ("g++", "clang++", "c++", "cl")
 Runner = Callable[[Inputs], Any]
 
 
 def check_runtimes(runtimes: Sequence[str], device: torch.device | str = "cpu") -> None:
-    """Refuse runtimes that do not exist or cannot run here (UserError)."""
+    """Refuse runtimes that do not exist or cannot run here (UserError); `["all"]` is whatever can."""
+    if list(runtimes) == [ALL]:
+        return
     for name in runtimes:
         if name not in RUNTIMES:
-            raise UserError(f"latency.runtimes has {name!r}; expected any of {', '.join(RUNTIMES)}.")
+            raise UserError(f"latency.runtimes has {name!r}; expected any of {', '.join(RUNTIMES)}, or all alone.")
     if not runtimes or len(set(runtimes)) != len(runtimes):
         raise UserError(f"latency.runtimes is {list(runtimes)}; expected at least one, each one once.")
+    for name in runtimes:
+        if why := why_not(name, device):
+            raise UserError(f"latency.runtimes has {name}, which {why}")
+
+
+def why_not(runtime: str, device: torch.device | str = "cpu") -> str | None:
+    """Why a runtime cannot be timed here, as the end of a sentence; None where it can."""
     on_cpu = torch.device(device).type == "cpu"
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, COMPILERS), None)
-    if "compile" in runtimes and on_cpu and compiler is None:
-        raise UserError("latency.runtimes has compile, which needs a C++ compiler (g++ or clang++); install one.")
-    if "onnxruntime" in runtimes:
-        if not on_cpu:
-            raise UserError(f"latency.runtimes has onnxruntime, which is measured on the CPU, not on {device}.")
-        require_onnx(RUNTIME)
+    if runtime == "compile" and on_cpu:
+        compiler = os.environ.get("CXX") or next(filter(shutil.which, COMPILERS), None)
+        return None if compiler else "needs a C++ compiler (g++ or clang++); install one."
+    if runtime == "onnxruntime" and not on_cpu:
+        return f"is measured on the CPU, not on {device}."
+    missing = missing_packages(RUNTIME) if runtime == "onnxruntime" else []
+    return f"needs {' and '.join(missing)}; install them with: {INSTALL}." if missing else None
+
+
+def chosen_runtimes(asked: Sequence[str], device: torch.device | str = "cpu") -> list[str]:
+    """The runtimes asked for; of `["all"]` those that can be timed here."""
+    if list(asked) != [ALL]:
+        return list(asked)
+    return [name for name in RUNTIMES if why_not(name, device) is None]
+
+
+def not_timed(timed: Iterable[str], device: torch.device | str = "cpu") -> dict[str, str]:
+    """Every other runtime, with what it takes to have it timed."""
+    left = (name for name in RUNTIMES if name not in set(timed))
+    return {name: why_not(name, device) or "was not asked for: latency.runtimes=[all] times it." for name in left}
 
 
 def runner(model: nn.Module, runtime: str, example: Inputs) -> Runner:
@@ -77,7 +100,12 @@ def _in_onnxruntime(model: nn.Module, example: Inputs) -> Runner:
     # Exporting wants tensors that gradients may know.
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode(False):
         export_onnx(model, mapped(example, torch.Tensor.clone), Path(folder) / "model.onnx")
-        session = onnx_session(Path(folder) / "model.onnx")
+        return from_file(Path(folder) / "model.onnx")
+
+
+def from_file(path: str | Path) -> Runner:
+    """An ONNX file in onnxruntime, on the CPU."""
+    session = onnx_session(path)
     ready: dict[int, tuple[Inputs, Inputs]] = {}
 
     def call(inputs: Inputs) -> Any:
