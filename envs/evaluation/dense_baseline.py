@@ -24,6 +24,10 @@ GUESSES = 5  # orders of targets that a score of a set has to beat
 FEW = 200  # reward images below which chance may be a matter of their number
 
 
+class GuessingError(UserError):
+    """The network answers no better than chance, where an answer could tell."""
+
+
 @dataclass(frozen=True)
 class DenseBaseline:
     """The network before any pruning: measured once, never again.
@@ -89,7 +93,7 @@ def _refuse_chance(base: DenseBaseline, labels: Tensor, model: nn.Module, images
             f"{what} on so few images (the most frequent class gives {chance:.4f}, the answers in another order "
             f"{shuffled.mean:.4f}); give more reward images, or reward images of more classes."
         )
-    raise UserError(
+    raise GuessingError(
         f"{what} (the most frequent class gives {chance:.4f}); expected a trained network: check the checkpoint, "
         "the normalisation (mean and std) and the order of the classes"
         + (f" (it answers class {int(found[0])} to every image)." if len(found.unique()) == 1 else ".")
@@ -101,7 +105,7 @@ def _refuse_guessed_classes(base: DenseBaseline, labels: Tensor, found: Tensor) 
     shuffled = _shuffled(labels, found)
     if len(labels.unique()) > 1 and shuffled.is_beaten:
         return
-    raise UserError(
+    raise GuessingError(
         f"The base network's {base.objective.name} on the {len(labels)} reward images is {base.accuracy:.4f}, which is "
         f"chance level ({shuffled.n_right} answers are right, in another order {shuffled.mean * len(labels):.1f}); "
         "expected a trained network, and reward images of every class: check the checkpoint, the normalisation (mean "
@@ -144,7 +148,7 @@ def _shuffled(labels: Tensor, found: Tensor) -> _Shuffled:
 def _refuse_guessed_set(base: DenseBaseline, elsewhere: Sequence[float]) -> None:
     """Refuse answers whose score as a set, with other images' targets, is `elsewhere` in some order as high."""
     if base.accuracy <= max(elsewhere):
-        raise UserError(
+        raise GuessingError(
             f"The base network's {base.objective.name} on the {len(base.correct)} reward images is "
             f"{base.accuracy:.4f}, and {max(elsewhere):.4f} against other images' targets, which is guessing; expected "
             "a trained network: check the checkpoint, the normalisation (mean and std), the targets and how answers "
@@ -175,7 +179,7 @@ def _refuse_guessing(base: DenseBaseline, elsewhere: Tensor, differ: bool) -> No
         )
     guesses = bool(gain.any()) and float(gain.mean()) <= 3 * float(gain.std(correction=0)) / len(gain) ** 0.5
     if guesses or base.accuracy == 0:
-        raise UserError(
+        raise GuessingError(
             f"The base network's {base.objective.name} on the {len(gain)} reward images is {base.accuracy:.4f}, and "
             f"{base.objective.fraction(elsewhere):.4f} against other images' targets, which is guessing; expected a "
             "trained network: check the checkpoint, the normalisation (mean and std) and the targets."

@@ -7,6 +7,9 @@ number in both depends on no batch and is a constant; a condition on the values 
 
 from __future__ import annotations
 
+import builtins
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,14 +27,34 @@ def traced(model: nn.Module, example: Tensor) -> fx.GraphModule:
 
     Raises whatever stands in the way of a trace.
     """
-    try:
-        return fx.GraphModule(model, LeafTracer().trace(model))
-    except Exception:
-        with torch.no_grad():
-            found = fx.GraphModule(model, _SizedTracer(example).trace(model))
+    with _lengths():
+        try:
+            return fx.GraphModule(model, LeafTracer().trace(model))
+        except Exception:
+            with torch.no_grad():
+                found = fx.GraphModule(model, _SizedTracer(example).trace(model))
     for node in found.graph.nodes:
         node.meta.pop(VALUES, None)
     return found
+
+
+@contextmanager
+def _lengths() -> Iterator[None]:
+    """`len(x)` of a traced value is a node of its own: Python's `len` takes nothing but a number for an answer."""
+    usual = builtins.len
+
+    def length(value: Any) -> Any:
+        if not isinstance(value, fx.Proxy):
+            return usual(value)
+        made = value.tracer.create_proxy("call_function", usual, (value,), {})
+        known = made.node.meta.get(VALUES)
+        return known[0] if known is not None and known[0] == known[1] else made
+
+    builtins.len = length
+    try:
+        yield
+    finally:
+        builtins.len = usual
 
 
 class _SizedTracer(LeafTracer):

@@ -24,6 +24,7 @@ from ..runs.context import RunContext
 from ..runs.folder import FACTS, METRICS
 from ..runs.provenance import provenance
 from ..runs.seeds import derive_seed
+from ..training.guarded import snapshots_of
 from .running import carry_out
 
 
@@ -57,11 +58,12 @@ def train(splits: Splits, context: RunContext) -> dict[str, Any]:
     for note in construct.notes:
         context.terminal.say(note)
     snapshot = folder / "snapshot.pt"
-    train_baseline(model, splits, context, snapshot)
+    trained = train_baseline(model, splits, context, snapshot)
     model.eval()
     save_weights(model, folder / WEIGHTS)
-    snapshot.unlink(missing_ok=True)
-    metrics = metrics_of(model, splits)
+    for file in snapshots_of(snapshot):
+        file.unlink(missing_ok=True)
+    metrics = metrics_of(model, splits) | {"lr": trained.lr}
     folder.write_json(METRICS, metrics)
     return metrics
 

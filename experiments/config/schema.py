@@ -25,7 +25,7 @@ from ..pruning.recover import RecoverySettings
 from ..training.loop import TrainSettings
 
 BETWEEN_REMOVALS = TrainSettings(batch_size=64, lr=0.01, schedule="constant", warmup=0.0, distill_weight=0.5)
-BASE = TrainSettings(epochs=15, batch_size=64, lr=0.1, warmup=0.2)
+BASE = TrainSettings(epochs=15, batch_size=64, top_lr=0.1, warmup=0.2)
 INHERITED = "inherited"  # what `keepdrop apply` takes from a run, as an option of every group
 
 

@@ -26,8 +26,8 @@ from ..runs.context import RunContext
 from ..runs.folder import RunFolder
 from ..runs.provenance import keep_provenance
 from ..runs.seeds import derive_seed
-from ..training.guarded import fine_tune, snapshots_of
-from ..training.loop import TrainProgress, TrainSettings, fit_network
+from ..training.guarded import BaseTraining, fine_tune, snapshots_of, train_base
+from ..training.loop import TrainProgress, TrainSettings
 from .build import Constructor, build_augment, load_network
 from .entry_point import settings
 from .prepare import Inputs
@@ -56,17 +56,21 @@ def dense_baseline(construct: Constructor, splits: Splits, context: RunContext) 
         train_baseline(model, splits, context, folder / "base-snapshot.pt")
         with folder.stage("base") as working:
             save_weights(model, working / WEIGHTS)
-        (folder / "base-snapshot.pt").unlink(missing_ok=True)
+        for file in snapshots_of(folder / "base-snapshot.pt"):
+            file.unlink(missing_ok=True)
     return load_network(construct, str(folder / "base" / WEIGHTS))
 
 
-def train_baseline(model: nn.Module, splits: Splits, context: RunContext, snapshot: Path) -> None:
+def train_baseline(model: nn.Module, splits: Splits, context: RunContext, snapshot: Path) -> BaseTraining:
     """Train `model` in place with the configuration's `base` settings; resumes from `snapshot` if it is there."""
     config = context.config
     chosen, seed = settings(config.base, TrainSettings), derive_seed(config.seed, "base")
     context.terminal.say(f"Training the base network: {chosen.epochs:g} epochs on {len(splits.fit)} images")
     with _shown("base network", splits, chosen, context) as report:
-        fit_network(model, splits.fit, chosen, **report, seed=seed, snapshot=snapshot)
+        trained = train_base(model, splits, chosen, **report, seed=seed, snapshot=snapshot)
+    if sentence := trained.sentence(splits.objective.name):
+        context.terminal.warn(sentence)
+    return trained
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Guarded fine-tuning: the tuned network is kept only where the reward split does not fare worse than as cut."""
+"""Guarded training: fine-tuning is kept where the reward split fares no worse; a base that guesses is trained anew."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from ...atomic import write_atomically
 from ...envs.data.objective import display_name
 from ...envs.data.splits import Splits
+from ...envs.evaluation.dense_baseline import GuessingError, measure_baseline
 from ...envs.evaluation.mask_evaluator import accuracy_on
 from ...envs.networks.copying import copied
+from ...envs.networks.modes import evaluating
 from ...errors import UserError
 from .loop import DivergedError, FitOptions, Progress, TrainProgress, fit_network
 from .rate import bearable_rate, lowered, usable_rate
@@ -161,6 +163,73 @@ def keep_better(cut: nn.Module, tuned: nn.Module, splits: Splits) -> tuple[nn.Mo
     if after >= before:
         return tuned, Judgement(LAST, before, after, after)
     return copied(cut).eval(), Judgement(CUT, before, after, before)
+
+
+@dataclass(frozen=True)
+class BaseTraining:
+    """The attempts of a training from the beginning: rate, accuracy on the reward split (None: diverged), guessing."""
+
+    attempts: tuple[tuple[float, float | None, bool], ...]
+
+    @property
+    def lr(self) -> float:
+        """Highest learning rate of the attempt that is kept: the first that does not guess, or else that ended."""
+        ended = [attempt for attempt in self.attempts if attempt[1] is not None]
+        return next((lr for lr, _, guesses in ended if not guesses), ended[0][0])
+
+    def sentence(self, metric: str | None) -> str | None:
+        """What a reader has to know; None where the first attempt answers better than chance."""
+        if not self.attempts[0][2]:
+            return None
+        name = display_name(metric)
+        told = " and then".join(_ended(lr, accuracy) for lr, accuracy, _ in self.attempts)
+        text = f"Training{told} ({name} on the reward images)"
+        if not self.attempts[-1][2]:
+            return f"{text}: the first attempt guesses, and the one at {self.lr:g} is kept."
+        return f"{text}: the network guesses. More or fewer steps (base.epochs) or another rate (base.lr) may train it."
+
+
+def train_base(
+    model: nn.Module,
+    splits: Splits,
+    settings: TrainSettings,
+    *,
+    progress: Progress | None = None,
+    snapshot: Path | None = None,
+    **options: Unpack[FitOptions],
+) -> BaseTraining:
+    """Train `model` in place from where it stands; arguments as `fit_network`'s.
+
+    Where no rate was given and the network ends guessing, or diverges, it is trained once more from where it stood at
+    a tenth of the rate; the second attempt is kept if it does not guess. With the files of `snapshots_of(snapshot)` an
+    interrupted one is resumed.
+    """
+
+    def attempt(network: nn.Module, lr: float, file: Path | None) -> tuple[float, float | None, bool]:
+        fit_network(network, splits.fit, replace(settings, lr=lr), **options, progress=progress, snapshot=file)
+        device = next(network.parameters()).device
+        with evaluating(network):
+            try:
+                return lr, measure_baseline(network, splits, device).accuracy, False
+            except GuessingError:
+                return lr, accuracy_on(network, splits.reward), True
+            except UserError:  # the images do not tell; whoever measures next says so
+                return lr, accuracy_on(network, splits.reward), False
+
+    again, first = settings.lr is None and settings.epochs > 0, (settings.rate, None, True)
+    begun = copied(model) if again else model
+    try:
+        first = attempt(model, settings.rate, snapshot)
+    except DivergedError:
+        if not again:
+            raise
+    if not (first[2] and again):
+        return BaseTraining((first,))
+    second = attempt(begun, lowered(settings.rate), None if snapshot is None else tenth_file(snapshot))
+    found = BaseTraining((first, second))
+    if found.lr == second[0]:
+        model.load_state_dict(begun.state_dict())
+    return found
 
 
 def best_file(snapshot: Path) -> Path:

@@ -23,7 +23,8 @@ class TrainSettings:
         batch_size: images per step.
         lr: highest learning rate. None: `top_lr`, which fine-tuning and recovery lower where there are fewer than 5,000
             steps (by the root of their share) and by tenths to what the network bears; a training that ends no better
-            is tried once more at a tenth.
+            is tried once more at a tenth. A base network is trained at `top_lr`, and where it ends guessing again at a
+            tenth.
         momentum: of SGD, Nesterov's.
         weight_decay: spares biases and normalisation (parameters of one dimension).
         schedule: "cosine", "linear" or "constant", from `lr` down to `final_lr` times `lr`.

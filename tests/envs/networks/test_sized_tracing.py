@@ -41,6 +41,22 @@ def test_sizes_are_constants_and_the_number_of_images_is_not():
         assert torch.equal(graph(images), network(images))
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_lengths_follow_the_number_of_images(padded):
+    class Lengths(Sized):
+        def forward(self, x):
+            if padded and x.shape[1] != 2:  # what plain tracing cannot take
+                raise ValueError
+            halves = self.conv(x).split(2, 1)
+            return torch.cat(halves, 1).view(len(x), -1) + len(self.conv.weight)
+
+    network = Lengths().eval()
+    graph = traced(network, IMAGES)
+    for images in (IMAGES, IMAGES[:1]):
+        assert torch.equal(graph(images), network(images))
+    assert len.__module__ == "builtins" and isinstance(len([]), int)
+
+
 @pytest.mark.parametrize("kind", [Valued, Counted])
 def test_a_condition_on_values_or_on_the_number_of_images_is_refused(kind):
     with pytest.raises(torch.fx.proxy.TraceError, match="looks at the values of images, or at their number"):

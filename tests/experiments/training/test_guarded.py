@@ -11,7 +11,7 @@ from keepdrop.envs.data.sources import ArrayImages
 from keepdrop.envs.data.splits import LabelledData, split
 from keepdrop.envs.networks.checkpoint import hash_state
 from keepdrop.experiments.training import guarded
-from keepdrop.experiments.training.guarded import best_file, fine_tune, keep_better, snapshots_of
+from keepdrop.experiments.training.guarded import best_file, fine_tune, keep_better, snapshots_of, train_base
 from keepdrop.experiments.training.loop import DivergedError, TrainSettings, fit_network
 from keepdrop.experiments.training.rate import bearable_rate, usable_rate
 from torch import nn
@@ -227,3 +227,43 @@ def test_divergence_is_told_from_a_metric_that_meets_no_numbers():
     data = splits(scale=100.0)
     with pytest.raises(DivergedError, match="lower lr"):
         fit_network(network(1), data.fit, TrainSettings(epochs=3, batch_size=16, lr=1e4, warmup=0.0), seed=0)
+
+
+BASE = TrainSettings(epochs=6, batch_size=16, top_lr=0.1)
+
+
+class Raw(nn.Sequential):
+    """Takes pixels that nobody normalised."""
+
+    def forward(self, images):
+        return super().forward(40 * images)
+
+
+def raw():
+    return Raw(*network(2))
+
+
+def test_a_base_network_that_ends_guessing_is_trained_again_at_a_tenth(tmp_path):
+    data, model, tenth = splits(), raw(), raw()
+    found = train_base(model, data, BASE, seed=0, snapshot=tmp_path / "a.pt")
+    fit_network(tenth, data.fit, replace(BASE, lr=0.01), seed=0)
+    assert hash_state(model) == hash_state(tenth) and found.lr == 0.01
+    (_, first, guesses), (_, second, still) = found.attempts
+    assert guesses and not still and second > 0.9 and (first is None or first < 0.7)
+    assert "at 0.01 is kept" in found.sentence(None)
+    again = raw()  # resumed after its end: nothing is trained anew
+    assert train_base(again, data, BASE, seed=0, snapshot=tmp_path / "a.pt") == found
+    assert hash_state(again) == hash_state(model) and {*tmp_path.iterdir()} <= {*snapshots_of(tmp_path / "a.pt")}
+
+
+def test_a_base_network_that_learns_is_trained_once_and_a_given_rate_is_taken():
+    data, model, same = splits(), network(2), network(2)
+    found = train_base(model, data, BASE, seed=0)
+    fit_network(same, data.fit, replace(BASE, lr=0.1), seed=0)
+    assert hash_state(model) == hash_state(same) and len(found.attempts) == 1 and found.sentence(None) is None
+    found = train_base(raw(), data, replace(BASE, lr=0.0), seed=0)
+    assert len(found.attempts) == 1 and found.lr == 0 and "the network guesses" in found.sentence(None)
+    with pytest.raises(DivergedError):
+        train_base(raw(), data, replace(BASE, lr=1e6), seed=0)
+    found = train_base(model := raw(), data, replace(BASE, top_lr=0.0), seed=0)
+    assert [attempt[0] for attempt in found.attempts] == [0, 0] and hash_state(model) == hash_state(raw())
