@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from .envs.data.splits import split
     from .envs.files.pruned_network import load_pruned
     from .envs.groups.finding import find_groups
+    from .envs.surgery.latency_meter import LatencyMeter
+    from .envs.surgery.latency_profile import LatencyProfile, load_profile
     from .envs.surgery.limits import Limits
     from .envs.task import EvaluationSettings
     from .errors import UserError
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from .experiments.api.prune_and_apply import apply_agents, prune
     from .experiments.api.result import PruningResult
     from .experiments.api.settings import Settings
+    from .experiments.deploy.export import export_int8, export_onnx
+    from .experiments.deploy.profiling import profile
     from .experiments.training.train_settings import TrainSettings
     from .rewards.budget import Budget
     from .rewards.outcome import Outcome, Reward
@@ -51,6 +55,8 @@ _HOME = {
     "Dice": "envs.data.metrics",
     "EvaluationSettings": "envs.task",
     "F1": "envs.data.metrics",
+    "LatencyMeter": "envs.surgery.latency_meter",
+    "LatencyProfile": "envs.surgery.latency_profile",
     "Limits": "envs.surgery.limits",
     "MeanAveragePrecision": "envs.data.average_precision",
     "MeanIoU": "envs.data.metrics",
@@ -69,9 +75,13 @@ _HOME = {
     "Within": "envs.data.metrics",
     "apply_agents": "experiments.api.prune_and_apply",
     "boxes_of": "envs.data.boxes",
+    "export_int8": "experiments.deploy.export",
+    "export_onnx": "experiments.deploy.export",
     "find_groups": "envs.groups.finding",
     "from_datasets": "envs.data.datasets",
+    "load_profile": "envs.surgery.latency_profile",
     "load_pruned": "envs.files.pruned_network",
+    "profile": "experiments.deploy.profiling",
     "prune": "experiments.api.prune_and_apply",
     "split": "envs.data.splits",
 }
@@ -85,6 +95,8 @@ __all__ = [
     "Closeness",
     "Dice",
     "EvaluationSettings",
+    "LatencyMeter",
+    "LatencyProfile",
     "Limits",
     "MeanAveragePrecision",
     "MeanIoU",
@@ -103,9 +115,13 @@ __all__ = [
     "Within",
     "apply_agents",
     "boxes_of",
+    "export_int8",
+    "export_onnx",
     "find_groups",
     "from_datasets",
+    "load_profile",
     "load_pruned",
+    "profile",
     "prune",
     "split",
 ]

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 
@@ -17,14 +17,18 @@ from ...envs.data.datasets import from_datasets
 from ...envs.data.objective import Objective
 from ...envs.data.packing import packing_of
 from ...envs.evaluation.mask_evaluator import accuracy_on
+from ...envs.groups.finding import find_groups
 from ...envs.networks.answers import as_called, as_given, ready_network
 from ...envs.networks.copying import copied
 from ...envs.networks.cost import count_cost
 from ...envs.surgery.kept_channels import KeptChannels
-from ...envs.surgery.limits import check_limits
+from ...envs.surgery.latency_profile import LatencyProfile
+from ...envs.surgery.limits import AUTO, check_limits
+from ...envs.surgery.targets import Target
 from ...envs.task import PruningTask
-from ...errors import Notice
+from ...errors import Notice, UserError
 from ...ranges import SEED, check_number
+from ..deploy.clock import find_clock, keep_profile, resolved
 from ..pruning.input_checks import resolve_device, try_network, try_training
 from ..pruning.network_schedule import NetworkSchedule
 from ..pruning.recover import Recover, RecoverySettings
@@ -40,6 +44,8 @@ from .own_training_loop import OwnLoop, OwnRecovery, retrained
 from .progress import Callback, Reporter
 from .result import PruningResult
 from .settings import Settings
+
+Profile: TypeAlias = str | Path | LatencyProfile
 
 
 class Job:
@@ -61,6 +67,8 @@ class Job:
         progress: Callback | None,
         seed: int,
         device: str,
+        target: Target | None = None,
+        profile: Profile | None = None,
     ) -> None:
         self.settings, self.augment, self.seed = settings or Settings(), augment, seed
         check_number("seed", seed, SEED)
@@ -73,6 +81,18 @@ class Job:
             warnings.warn(note, Notice, stacklevel=4)
         self.dense = plain.eval().to(where)
         try_network(self.dense, self.splits)
+        self.reporter = Reporter(progress)
+        timed = getattr(chosen.reward, "resource", None) == "seconds" if target is None else target.is_timed
+        source, limits = profile or chosen.profile.file, chosen.surgery
+        if profile is not None and not timed and limits.round_to != AUTO:
+            raise UserError(
+                "profile would do nothing: nothing goes by time here; give latency or milliseconds, "
+                "Limits(round_to='auto'), or a reward with resource='seconds'."
+            )
+        example, how = self.splits.example.to(where), chosen.profile
+        self.clock = find_clock(self.dense, example, how, source, self.reporter, timed=timed, limits=limits)
+        if limits.round_to == AUTO:
+            limits = resolved(limits, self.clock, self.dense, find_groups(self.dense, example).groups)
         self.task = PruningTask(
             self.dense,
             self.splits,
@@ -80,10 +100,14 @@ class Job:
             layers=layers,
             seed=derive_seed(seed, "task"),
             device=where,
-            limits=chosen.surgery,
+            limits=limits,
+            clock=self.clock,
         )
-        check_limits(chosen.surgery, self.dense, self.task.plan, self.task.groups)
-        self.reporter = Reporter(progress)
+        check_limits(limits, self.dense, self.task.plan, self.task.groups)
+        if target is not None:
+            goal = self.task.constraints(target)
+            goal.check()
+            goal.check([self.task.limits.counts(self.dense, group)[0] for group in self.task.groups])
 
     def check_training(self, *chosen: TrainSettings | OwnLoop | None) -> None:
         """Try one step of keepdrop's own training, if there is to be one; UserError where it fails.
@@ -116,6 +140,7 @@ class Job:
             path = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
             place = open_folder(path, self.task, {"seed": self.seed, "settings": self.settings, **asked})
             stack.callback(place.close)
+            keep_profile(self.clock, path)
             pruned, kept, records = schedule.run(self.task, place, self.reporter)
         tuned, judged = self._finetuned(pruned.model, finetune)
         if judged is not None and (sentence := judged.sentence(self.task.objective.name)):
@@ -158,4 +183,6 @@ class Job:
             example=as_called(dense, example),
             metric=self.task.objective.name,
             notes=self.notes,
+            measured=tuned,
+            splits=splits,
         )

@@ -28,13 +28,12 @@ from ..deploy.latency import measure_latency, paired, speed_advice, speed_change
 from ..deploy.runtimes import chosen_runtimes, not_timed
 from ..pruning.input_checks import resolve_device
 from ..pruning.schedule import LayerRecord
-from ..reporting.cards import bound_sentence, finetune_sentence, target_sentences
+from ..reporting.cards import BUILT_IN, bound_sentence, finetune_sentence, target_sentences
 from ..runs.console import signed
 from ..runs.context import RunContext
 from ..runs.folder import METRICS, RunFolder
 
 CUT = "cut"
-BUILT_IN = "keepdrop.envs.networks.built_in."
 
 
 @dataclass
@@ -185,9 +184,9 @@ def latency_rows(latency: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, s
     """Measured latency, one row per runtime and batch size: median and quartiles."""
     rows = []
     for (runtime, batch), (base, pruned) in paired(latency).items():
-        threads = f"{base['n_threads']} thread{'s' if base['n_threads'] > 1 else ''}"
-        times = _milliseconds(base), _milliseconds(pruned)
-        rows.append((f"latency, batch {batch}, {runtime}, {threads}", *times, speed_change(base, pruned)))
+        threads = f", {base['n_threads']} thread{'s' if base['n_threads'] > 1 else ''}" if base["n_threads"] else ""
+        times, where = (_milliseconds(base), _milliseconds(pruned)), f"{runtime}, {base['device']}{threads}"
+        rows.append((f"latency, batch {batch}, {where}", *times, speed_change(base, pruned)))
     return rows
 
 

@@ -1,17 +1,22 @@
-"""The cards at the top of a run's page: the figures that matter, each with what it was before."""
+"""The cards at the top of a run's page, the figures that matter beside what they were, and what runs where."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...envs.data.objective import display_name
+from ...envs.surgery.targets import amount
+from ..deploy.export import INT8
+from ..deploy.fastest import code_of, fastest_ways, int8_times, not_timed_sentence, runtime_of, way_of
+from ..deploy.int8 import int8_sentence
 from ..deploy.latency import paired, speed_change
 from ..runs.console import signed
-from .markup import Markup, tag
+from .markup import Markup, copyable, section, table, tag
 from .run_data import Run
 
+BUILT_IN = "keepdrop.envs.networks.built_in."
 ARROW, MINUS, TIMES = "\N{RIGHTWARDS ARROW}", "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
 
 
@@ -44,6 +49,19 @@ def bound_sentence(metrics: Mapping[str, Any]) -> str | None:
 def finetune_sentence(metrics: Mapping[str, Any]) -> str | None:
     """What the reward split said of fine-tuning, where it is not simply the last epoch that is kept."""
     return (metrics.get("finetune") or {}).get("sentence")
+
+
+def target_sentences(metrics: Mapping[str, Any]) -> list[str]:
+    """For every resource of the target what the dense network took, what the pruned one takes, and what was asked."""
+    return [_target_sentence(each) for each in metrics.get("target") or []]
+
+
+def _target_sentence(row: Mapping[str, Any]) -> str:
+    name, asked, dense, unit = row["resource"], row["asked"], row["dense"], row["unit"]
+    limits = {"milliseconds": asked / 1e3, "bytes": asked, "removed": (1 - asked) * dense}
+    limit = amount(limits.get(name, asked * dense), unit)
+    how = f" (by the profile: {row['conditions']})" if row.get("conditions") else ""
+    return f"Target {name}={asked:g}: {amount(dense, unit)} -> {amount(row['pruned'], unit)}, at most {limit}{how}."
 
 
 def size(n_bytes: float) -> str:
@@ -140,3 +158,48 @@ def _quartiles(base: Mapping[str, Any], pruned: Mapping[str, Any]) -> str:
         return ""
     spreads = [f"{1e3 * each['low_seconds']:.2f} to {1e3 * each['high_seconds']:.2f}" for each in (base, pruned)]
     return f"quartiles {f' {ARROW} '.join(spreads)}"
+
+
+def what_runs_where(run: Run) -> Markup | None:
+    """Every network in every runtime that was timed, which is fastest, and the line that runs it so."""
+    metrics = run.metrics or {}
+    latency = metrics.get("latency") or []
+    if not latency:
+        return None
+    exports = metrics.get("exports") or []
+    own, kinds = not str((run.constructor or {}).get("_target_", "")).startswith(BUILT_IN), [e["kind"] for e in exports]
+    parts = []
+    for sentence, record in fastest_ways(latency):
+        parts += [tag("p", sentence), copyable(code_of(record, run.path, own, kinds))]
+    said = [
+        *(
+            int8_sentence(each, display_name(run.metric)) + int8_times(latency)
+            for each in exports
+            if each["kind"] == INT8
+        ),
+        *(f"{name}: {why}" for name, why in (metrics.get("latency_failed") or {}).items()),
+        not_timed_sentence(metrics.get("latency_not_timed") or {}),
+    ]
+    text = "Median of a pass with its quartiles, all in turn, and how it compares with the dense network in eager mode."
+    below = [tag("p", each, class_="soft") for each in said if each]
+    return section("What runs where", text, _ways(latency), *parts, *below)
+
+
+def _ways(latency: Sequence[Mapping[str, Any]]) -> Markup:
+    """A row a network and runtime, a column a batch size."""
+    batches = list(dict.fromkeys(each["batch_size"] for each in latency))
+    of = {(way_of(each), each["batch_size"]): each for each in latency}
+    dense = {each["batch_size"]: each for each in latency if (each["model"], runtime_of(each)) == ("base", "eager")}
+
+    def cell(way: str, batch: int) -> str:
+        record = of.get((way, batch))
+        if record is None:
+            return "-"
+        time = f"{1e3 * record['median_seconds']:.2f} ms"
+        if "low_seconds" in record:
+            time += f" ({1e3 * record['low_seconds']:.2f} to {1e3 * record['high_seconds']:.2f})"
+        compared = batch in dense and record is not dense[batch]
+        return f"{time}, {speed(dense[batch], record)}" if compared else time
+
+    rows = [[way, *(cell(way, batch) for batch in batches)] for way in dict.fromkeys(map(way_of, latency))]
+    return table(["network, runtime", *(f"batch {batch}" for batch in batches)], rows)

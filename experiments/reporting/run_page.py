@@ -8,14 +8,23 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...envs.data.objective import display_name
-from .cards import bound_sentence, cards, change, final_accuracy, finetune_sentence, percent, points
+from .cards import (
+    BUILT_IN,
+    bound_sentence,
+    cards,
+    change,
+    final_accuracy,
+    finetune_sentence,
+    percent,
+    points,
+    target_sentences,
+    what_runs_where,
+)
 from .markup import Markup, copyable, page, section, table, tag
 from .methods_page import methods_page
 from .oracle_page import oracle_page
 from .run_data import Run
 from .sections import filter_map, kept_bars, label, learning_curves, origin, trade_off
-
-BUILT_IN = "keepdrop.envs.networks.built_in."
 
 
 def run_page(run: Run) -> str:
@@ -32,6 +41,7 @@ def _pruning_page(run: Run) -> str:
         _notes(run),
         _summary(run),
         cards(run),
+        what_runs_where(run),
         trade_off(run),
         _methods(run),
         kept_bars(run),
@@ -54,7 +64,8 @@ def _state(run: Run) -> Markup | None:
         return tag("p", f"This run is unfinished: {done}. The page shows what there is.", class_="note")
     gave_way = metrics.get("gave_way") or [layer.name for layer in run.layers if not layer.within_bound]
     text = bound_sentence({"groups": run.layers, **metrics, "gave_way": gave_way})
-    said = [tag("p", each, class_="note") for each in (text, finetune_sentence(metrics)) if each]
+    sentences = [*target_sentences(metrics), text, finetune_sentence(metrics)]
+    said = [tag("p", each, class_="note") for each in sentences if each]
     return tag("div", *said) if said else None
 
 
