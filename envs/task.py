@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -119,7 +119,7 @@ class PruningTask:
     @cached_property
     def plan(self) -> GroupPlan:
         """Every filter group under its name in the dense network, and every skipped one with its reason."""
-        found = find_groups(self.model, self.example)
+        found = find_groups(self.model, self.example, whole_blocks=self.origin._limits.whole_blocks)
         return found if self.origin is self or self.kept is None else named_as(found, self.origin.plan, self.kept)
 
     @cached_property
@@ -196,6 +196,12 @@ class PruningTask:
     def constraints(self, target: Target) -> Constraints:
         """What a target means for the network as it is now; UserError for one of time without a clock."""
         return constraints_of(target, self.model, self.cost, self.groups, self.clock)
+
+    def reached(self, target: Target, masks: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+        """For every resource of a target its cost in this network and under masks (N,) by group name; JSON-able."""
+        rows = self.constraints(target).reached([int(masks[group.name].sum()) for group in self.groups])
+        holds_for = getattr(self.clock, "conditions", None)
+        return [row | ({"conditions": holds_for} if row["unit"] == "seconds" else {}) for row in rows]
 
     @cached_property
     def correct(self) -> Tensor:

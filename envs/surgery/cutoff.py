@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from .filter_group import coupled
 from .targets import Constraints
 
 
@@ -17,7 +18,8 @@ def keep_best(constraints: Constraints, scores: Mapping[str, Tensor]) -> dict[st
     """Masks (N,) bool, by group: the filters with the highest scores, as many as the constraints leave.
 
     All filters of all groups are ranked together (of equal scores the earlier group's, then the earlier filter); the
-    number kept is found by bisection. Every group keeps its best filter. A cost with steps leaves room behind the
+    number kept is found by bisection. Every group keeps its best filter, unless it may keep none (`FilterGroup.least`); a
+    branch of which one group keeps none keeps nothing at all. A cost with steps leaves room behind the
     cut-off: there the next filters in the ranking are kept that fit, those first of all that cost nothing.
 
     Args:
@@ -30,7 +32,8 @@ def keep_best(constraints: Constraints, scores: Mapping[str, Tensor]) -> dict[st
     groups, ranks = constraints.groups, []
     for group in groups:
         score = scores[group.name].double().clone()
-        score[score.argmax()] = torch.inf
+        if group.least:
+            score[score.argmax()] = torch.inf
         ranks.append(score)
     owner = torch.cat([torch.full((len(score),), position) for position, score in enumerate(ranks)])
     order = torch.cat(ranks).argsort(descending=True, stable=True)
@@ -40,7 +43,8 @@ def keep_best(constraints: Constraints, scores: Mapping[str, Tensor]) -> dict[st
     if constraints.is_stepped:
         chosen[order[n_kept + _that_fit(constraints, owner[order], n_kept)]] = True
     parts = chosen.split([group.n_filters for group in groups])
-    return {group.name: part.clone() for group, part in zip(groups, parts, strict=True)}
+    masks = coupled({group: part.clone() for group, part in zip(groups, parts, strict=True)})
+    return {group.name: mask for group, mask in masks.items()}
 
 
 def _how_many(constraints: Constraints, owners: Tensor) -> int:
@@ -49,7 +53,7 @@ def _how_many(constraints: Constraints, owners: Tensor) -> int:
     def meets(count: int) -> bool:
         return constraints.holds(torch.bincount(owners[:count], minlength=n_groups).tolist())
 
-    low, high = n_groups, len(owners)
+    low, high = sum(group.least for group in constraints.groups), len(owners)
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if meets(middle) else (low, middle - 1)

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..networks.module_kinds import is_depthwise
-from .cutting import find_module, kept_rows
+from .cutting import kept_rows
 from .filter_group import Branch, FilterGroup, vanished
 from .slicing import Rows, width
-from .whole_blocks import is_within
+from .whole_blocks import find_module, is_within
 
 
 @dataclass(frozen=True)

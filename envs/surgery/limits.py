@@ -19,6 +19,7 @@ from ...ranges import COUNT, POSITIVE, check_numbers
 from .filter_group import FilterGroup, GroupPlan, matching
 from .slicing import Rows, width
 
+AUTO = "auto"
 PROTECT = (
     "expected numbers of filters by layer, as in",
     'Limits(protect={"conv1": [0, 3]}).',
@@ -32,27 +33,36 @@ class Limits:
 
     Args:
         round_to: channels of a group's first convolution are kept in multiples of this (8 or 16 suit most hardware),
-            the nearest one; the full width is always allowed.
+            the nearest one; the full width is always allowed. "auto": the multiple that a profile of the device
+            shows.
         min_kept: least number of filters a group keeps, or, below 1, the least fraction of them.
         protect: name or shell-style pattern of groups -> numbers of filters that always stay; None protects none.
+        whole_blocks: whether a residual branch may keep no filter at all, whatever `min_kept` says, so that its whole
+            block vanishes (`whole_blocks`).
 
     A decision keeps its count wherever the limits allow it: a protected filter takes the place of the least important
     kept one. Raises UserError for values that make no sense.
     """
 
-    round_to: int = 1
+    round_to: int | str = 1
     min_kept: float = 1
     protect: Any = None  # a mapping as above; Any, because a command line cannot add keys to a typed one
+    whole_blocks: bool = False
 
     def __post_init__(self) -> None:
-        if self.round_to < 1:
-            raise UserError(f"surgery.round_to is {self.round_to}; expected a number of channels, 1 or more.")
+        if self.round_to != AUTO and (not isinstance(self.round_to, int) or self.round_to < 1):
+            raise UserError(
+                f"surgery.round_to is {self.round_to}; expected a number of channels, 1 or more, or {AUTO} beside a "
+                "profile of the device."
+            )
         if not self.min_kept > 0 or (self.min_kept > 1 and not float(self.min_kept).is_integer()):
             raise UserError(
                 f"surgery.min_kept is {self.min_kept:g}; expected a whole number of filters, or, between 0 and 1, a "
                 "fraction of those of a group."
             )
-        check_numbers(self, round_to=COUNT, min_kept=POSITIVE)
+        check_numbers(self, min_kept=POSITIVE)
+        if self.round_to != AUTO:
+            check_numbers(self, round_to=COUNT)
         if not isinstance(self.protect or {}, Mapping):
             raise UserError(f"surgery.protect is {self.protect!r}; {PROTECT[0]}", *PROTECT[1:])
         for pattern, filters in (self.protect or {}).items():
@@ -93,8 +103,10 @@ class Limits:
         least = math.ceil(self.min_kept * n_filters) if self.min_kept < 1 else int(self.min_kept)
         least = max(least, len(self._protected(group)))
         whole, each = width(model.get_submodule(root.module), "out"), root.channels.shape[1]
+        assert isinstance(self.round_to, int), "round_to=auto is resolved before anything is decided"
         fitting = [k for k in range(least, n_filters) if (whole - (n_filters - k) * each) % self.round_to == 0]
-        return [*fitting, n_filters]
+        none = [0] if group.least == 0 and not self._protected(group) else []
+        return [*none, *fitting, n_filters]
 
     def is_fixed(self, model: nn.Module, group: FilterGroup) -> bool:
         """Whether `group` can lose no filter at all."""

@@ -176,11 +176,11 @@ class Constraints:
         """UserError for a resource of which too much is left even with the fewest filters.
 
         Args:
-            least: filters that each group keeps at least; None: one.
+            least: filters that each group keeps at least; None: one, or none where a block may vanish.
         """
         if all(each.removed <= 0 for each in self.each):
             raise UserError(f"{_names(self.each)} would remove nothing: {_already(self.each[0])}; ask for less.")
-        fewest = list(least or [1] * len(self.groups))
+        fewest = list(least or [group.least for group in self.groups])
         for each in self.each:
             if not each.holds(fewest):
                 raise UserError(_unmet(each, fewest))
@@ -196,6 +196,8 @@ def _already(each: Constraint) -> str:
 
 def _unmet(each: Constraint, fewest: Sequence[int]) -> str:
     most, how = removed(each.meter, fewest), "with one filter per layer"
+    if not all(fewest):
+        how = "with one filter per layer and whole blocks gone"
     if any(count > 1 for count in fewest):
         how = "under surgery.round_to, min_kept and protect"
     if each.name == "removed":

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from ...agent.learning.natural_evolution import NetworkTrainer
@@ -18,7 +19,7 @@ class Progress:
     """One step of the work; `print` is a callback, since `str` makes one line of it.
 
     Attributes:
-        stage: "search" (one update of a layer's agent), "halving" (one of a search's best masks was trained), "layer"
+        stage: "profile" (copies of the network were timed), "search" (one update of a layer's agent), "halving" (one of a search's best masks was trained), "layer"
             (a layer is cut), "recovery" or "finetune" (one epoch).
         name: the layer, or what found the mask; empty while fine-tuning.
         done, total: updates, masks, layers or epochs.
@@ -45,11 +46,23 @@ class Reporter:
     def __init__(self, callback: Callback | None) -> None:
         self.callback = callback
         self.layer = ""
+        self.stage, self.total, self.done = "", 0.0, 0.0
 
     def tell(self, stage: str, name: str, done: float, total: float, metrics: Mapping[str, float]) -> None:
         """Call the callback, if there is one."""
         if self.callback is not None:
             self.callback(Progress(stage, name, done, total, dict(metrics)))
+
+    @contextmanager
+    def progress(self, what: str, total: float) -> Iterator[Reporter]:
+        """Steps of `advance_by` are of this stage inside."""
+        self.stage, self.total, self.done = what, total, 0.0
+        yield self
+
+    def advance_by(self, step: float, detail: str | None = None) -> None:
+        """Some more of the stage is done."""
+        self.done += step
+        self.tell(self.stage, detail or "", self.done, self.total, {})
 
     def layer_update(self, layer: LayerTask, trainer: Trainer, metrics: Mapping[str, float]) -> None:
         """One update of a layer's agent."""

@@ -20,6 +20,7 @@ from ...envs.repair.reconstruction import ReconstructionSettings
 from ...envs.surgery.targets import Target
 from ...errors import UserError
 from ...rewards.try_and_learn import TryAndLearn, check_drop_bound
+from ..deploy.clock import kept_profile
 from ..pruning.halving import Training
 from ..pruning.input_checks import check_fineness
 from ..pruning.layer_agents import TrainLayerAgents
@@ -29,7 +30,7 @@ from ..pruning.schedule import Recovery, Schedule
 from ..pruning.trained_agents import AskAgents, agents_of, check_agents, load_agents
 from ..training.augment import Augment
 from ..training.train_settings import TrainSettings
-from .job import Job
+from .job import Job, Profile
 from .own_training_loop import OwnLoop
 from .progress import Callback
 from .result import PruningResult
@@ -44,6 +45,11 @@ def prune(
     test: Any,
     *,
     macs_removed: float | None = None,
+    latency: float | None = None,
+    milliseconds: float | None = None,
+    params: float | None = None,
+    bytes: int | None = None,
+    profile: Profile | None = None,
     drop_bound: float = 0.02,
     layers: Sequence[str] | None = None,
     recover: TrainSettings | OwnLoop | None = None,
@@ -65,7 +71,13 @@ def prune(
             (images, labels), normalised as the network takes them; with another metric than top-1 targets of any shape.
             A network with several inputs takes items ((left, right), label) or ({"name": input, ...}, label).
         macs_removed: a target, the fraction of the network's MACs to remove (0.4: 40 %): one agent chooses all layers
-            at once. None: one agent per layer removes what `drop_bound` allows.
+            at once. Without any target one agent per layer removes what `drop_bound` allows.
+        latency: a target, the fraction of the network's time that may be left (0.6: 60 %), on the device at hand.
+        milliseconds: a target, the time of a pass that may be left.
+        params: a target, the fraction of the network's parameters that may be left.
+        bytes: a target, the size that the file of the weights may have. Of several targets all hold.
+        profile: measured times of this network on this device (`keepdrop profile`), for targets and rewards of time;
+            None: what is needed (`settings.profile`) is measured first.
         drop_bound: accuracy that may be lost before fine-tuning, a fraction (0.02: two points). With a target it stops
             nothing: `bound_held` says whether it held.
         layers: names or globs of the layers to prune; None: all that can be.
@@ -87,6 +99,12 @@ def prune(
         UserError: what was given cannot be used; the sentence says why and what to do.
     """
     check_drop_bound(drop_bound)
+    target = _target(macs_removed, latency, milliseconds, params, bytes)
+    if target is None and settings is not None and settings.surgery.whole_blocks:
+        raise UserError(
+            "Limits(whole_blocks=True) would do nothing: an agent a layer always keeps a filter of it; give a target, "
+            "as in macs_removed=0.5."
+        )
     job = Job(
         model,
         train,
@@ -97,14 +115,16 @@ def prune(
         progress=progress,
         seed=seed,
         device=device,
+        target=target,
+        profile=kept_profile(folder) or profile,
     )
     check_fineness(drop_bound, len(job.splits.reward))
-    known = _warm(job, warm_start, policies, macs_removed)
-    asked = {"drop_bound": drop_bound, "layers": layers, "recover": recover, "macs_removed": macs_removed}
+    known = _warm(job, warm_start, policies, target)
+    asked = {"drop_bound": drop_bound, "layers": layers, "recover": recover, **_asked(target)}
     job.check_training(finetune, recover)
     recovery = job.recovery(recover)
-    if macs_removed is not None:
-        target, tuning = Target(macs_removed, "network"), finetune if isinstance(finetune, TrainSettings) else FINETUNE
+    if target is not None:
+        tuning = finetune if isinstance(finetune, TrainSettings) else FINETUNE
         training = Training(tuning, augment, job.reporter.finalist)
         agent = TrainNetworkAgent(job.settings.network, target, job.reporter.network, training=training)
         return job.run(_at_once(agent, job, recovery, drop_bound), finetune, folder, asked)
@@ -124,6 +144,11 @@ def apply_agents(
     test: Any,
     *,
     macs_removed: float | None = None,
+    latency: float | None = None,
+    milliseconds: float | None = None,
+    params: float | None = None,
+    bytes: int | None = None,
+    profile: Profile | None = None,
     drop_bound: float = 0.02,
     recover: TrainSettings | OwnLoop | None = None,
     finetune: TrainSettings | OwnLoop | None = FINETUNE,
@@ -141,7 +166,9 @@ def apply_agents(
         agents: the folder of an earlier run, of `prune(..., folder=...)` or of the command line.
         model: another training of the same architecture; never changed.
         train, test, recover, finetune, augment, progress, folder, seed, device: as for `prune`.
-        macs_removed: for an agent of a whole network: the MACs to remove; None: what it was trained for.
+        macs_removed, latency, milliseconds, params, bytes: targets for an agent of a whole network; without any, what
+            it was trained for.
+        profile: as for `prune`.
         drop_bound: accuracy that may be lost before fine-tuning; it stops nothing, `bound_held` says whether it held.
         settings: `evaluation`, `order`, `bn_images`, `surgery`, `metric` and the reward images matter here.
         policies: classes of one's own that the agents were made of, by name.
@@ -152,11 +179,16 @@ def apply_agents(
     check_drop_bound(drop_bound)
     known = load_agents(agents, policies)
     layers = list(known[GROUP_NAME].facts["groups"]) if GROUP_NAME in known else list(known)
-    if macs_removed is not None and GROUP_NAME not in known:
+    target = _target(macs_removed, latency, milliseconds, params, bytes)
+    if target is not None and GROUP_NAME not in known:
+        name = target.resources[0].replace("removed", "macs_removed")
         raise UserError(
-            f"macs_removed is {macs_removed:g}, but the agents in {str(agents)!r} decide layer by layer; leave it out, "
-            "or give an agent of a whole network."
+            f"{name} is {getattr(target, target.resources[0]):g}, but the agents in {str(agents)!r} decide layer by "
+            "layer; leave it out, or give an agent of a whole network."
         )
+    wanted = target
+    if GROUP_NAME in known and target is None:
+        target = Target(**known[GROUP_NAME].facts["target"])
     job = Job(
         model,
         train,
@@ -167,13 +199,14 @@ def apply_agents(
         progress=progress,
         seed=seed,
         device=device,
+        target=target,
+        profile=kept_profile(folder) or profile,
     )
     check_agents(known, job.task)
     job.check_training(finetune, recover)
     recovery = job.recovery(recover)
-    asked = {"recover": recover, "macs_removed": macs_removed, **_named(known)}
+    asked = {"recover": recover, **_asked(wanted), **_named(known)}
     if GROUP_NAME in known:
-        target = None if macs_removed is None else Target(macs_removed, "network")
         schedule: Schedule | NetworkSchedule = _at_once(AskNetworkAgent(known[GROUP_NAME], target), job, recovery, None)
     else:
         schedule = Schedule(AskAgents(known), None, None, recovery, job.settings.order, seed)
@@ -188,16 +221,30 @@ def _at_once(decide: NetworkDecider, job: Job, recovery: Recovery, drop_bound: f
     return NetworkSchedule(decide, repair, drop_bound, job.seed, recovery)
 
 
-def _warm(
-    job: Job, run: str | Path | None, policies: Policies | None, macs_removed: float | None
-) -> dict[str, SavedAgent]:
+def _target(
+    macs_removed: float | None,
+    latency: float | None,
+    milliseconds: float | None,
+    params: float | None,
+    bytes: int | None,
+) -> Target | None:
+    """What was asked for, all at once; None for nothing."""
+    asked = (latency, milliseconds, params, bytes)
+    return None if macs_removed is None and asked == (None,) * 4 else Target(macs_removed, "network", *asked)
+
+
+def _asked(target: Target | None) -> dict[str, Any]:
+    """What a folder remembers of the target; MACs alone as it always did."""
+    facts = {} if target is None else target.facts()
+    return {"macs_removed": facts.pop("removed", None)} | {name: value for name, value in facts.items() if name != "of"}
+
+
+def _warm(job: Job, run: str | Path | None, policies: Policies | None, target: Target | None) -> dict[str, SavedAgent]:
     """The agents to start from, of the layers that have one."""
     if run is None:
         return {}
-    if macs_removed is not None:
-        raise UserError(
-            "warm_start is for agents of layers, and macs_removed trains one of all; leave one of them out."
-        )
+    if target is not None:
+        raise UserError("warm_start is for agents of layers, and a target trains one of all; leave one of them out.")
     names = [group.name for group in job.task.groups]
     common = agents_of(load_agents(run, policies), names, run, "warm_start")
     check_agents(common, job.task)

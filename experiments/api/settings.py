@@ -16,6 +16,7 @@ from ...envs.task import EvaluationSettings
 from ...errors import UserError
 from ...ranges import IMAGES, IMAGES_OR_NONE, MASKS, SEED, check_numbers
 from ...rewards.outcome import RewardFunction
+from ..deploy.clock import ClockSettings
 from ..pruning.layer_agents import PolicyFactory
 from ..pruning.network_search import NetworkSearchSettings
 from ..training.train_settings import TrainSettings
@@ -42,9 +43,10 @@ class Settings:
         policy: makes a layer's policy from whichever of n_filters, n_weights, n_statistics, statistic_names and seed
             it asks for.
         bn_images: fit images on which batch normalisation is measured anew after a cut; 0 leaves it.
-        network: how the agent of all layers is trained, with `macs_removed`.
+        network: how the agent of all layers is trained, with a target.
         surgery: what no decision may do: widths that are no multiple of `round_to`, fewer filters than `min_kept`, or
             losing one that `protect` names, as in `Limits(round_to=8, protect={"conv1": [0, 3]})`.
+        profile: which measured times a target or reward of time goes by: the runtime and the batch size.
         metric: what stands wherever accuracy does: (outputs, targets) -> a score in [0, 1] an image, higher is better.
         loss: what training minimises and Taylor looks at, (outputs, targets) -> their mean loss; None: cross-entropy
             for integer targets, the mean squared error for floating ones.
@@ -66,6 +68,7 @@ class Settings:
     bn_images: int = 0
     network: NetworkSearchSettings = field(default_factory=NetworkSearchSettings)
     surgery: Limits = field(default_factory=Limits)
+    profile: ClockSettings = field(default_factory=ClockSettings)
     metric: Metric = TOP1.metric
     loss: Loss | None = None
     output: Output | None = None

@@ -16,6 +16,7 @@ from ...envs.one_shot import GROUP_NAME, OneShotTask
 from ...envs.repair.reconstruction import ReconstructionSettings
 from ...envs.surgery.kept_channels import KeptChannels
 from ...envs.task import LayerTask, PruningTask
+from ...errors import UserError
 from ...rewards.outcome import RewardFunction
 from ..config.build import build_augment, build_policy_factory, build_reward, build_target
 from ..config.entry_point import plain, run_with_hydra, settings
@@ -43,6 +44,7 @@ from ..pruning.network_decide import TrainNetworkAgent
 from ..pruning.network_schedule import NetworkSchedule, show_update
 from ..pruning.network_search import NetworkSearchSettings
 from ..pruning.schedule import LayerRecord, Schedule, check_order
+from ..pruning.pretrained import AskPretrainedAgent, load_pretrained
 from ..pruning.trained_agents import load_agents
 from ..reporting.curves import write_curves
 from ..runs.context import RunContext
@@ -65,6 +67,8 @@ def run(config: DictConfig) -> dict[str, Any]:
 ONE_AGENT = "with a target one agent decides on all layers at once (network_search, repair)."
 AN_AGENT_A_LAYER = "without a target an agent decides on each layer (agent, search, reward, policy)."
 
+ONE_BY_ONE = "an agent a layer always keeps a filter of it; give a target, as in target.removed=0.5."
+
 
 def has_target(config: DictConfig) -> bool:
     """Whether one agent decides on all layers at once."""
@@ -74,9 +78,11 @@ def has_target(config: DictConfig) -> bool:
 IGNORED = (
     TRAINED_ALREADY,
     *BASE_TRAINING,
+    Ignored("network_search", "agents brings one that is only asked.", lambda config: config.agents is not None),
     Ignored("order reward policy agent search warm_start", ONE_AGENT, has_target),
     Ignored(LAYER_EVALUATION, ONE_AGENT, has_target),
     Ignored("target.of network_search repair", AN_AGENT_A_LAYER, lambda config: not has_target(config)),
+    Ignored("surgery.whole_blocks", ONE_BY_ONE, lambda config: config.surgery.whole_blocks and not has_target(config)),
     Ignored("target.of", "it says whose MACs target.removed counts.", lambda config: config.target.removed is None),
     UNTIMED,
     COMPENSATION,
@@ -94,14 +100,20 @@ def check(config: DictConfig) -> Inputs:
     refuse_ignored(config, IGNORED)
     check_exports(config.export)
     check_order(config.order)
+    if config.agents is not None and not has_target(config):
+        raise UserError(
+            f"agents={config.agents} decides at a target, but none is given; add one, such as target.removed=0.5."
+        )
     inputs = prepare(config, plain(config.layers))
     check_controls(config.controls, inputs)
     check_runtimes(config.latency.runtimes, inputs.device)
     try_exports(config.export, inputs.construct() if inputs.dense is None else inputs.dense, inputs.splits)
     if not has_target(config):
         check_search(config, inputs)
-    else:
+    elif config.agents is None:
         check_network_search(config, inputs)
+    else:
+        load_pretrained(config.agents)
     return inputs
 
 
@@ -136,10 +148,17 @@ def run_schedule(task: PruningTask, context: RunContext) -> tuple[PruningTask, K
         with context.terminal.progress("layers", len(task.groups)):
             return schedule.run(task, context.folder, log)
     search = settings(config.network_search, NetworkSearchSettings)
-    decide_all = train_network_agent(context, search)
+    decide_all = train_network_agent(context, search) if config.agents is None else ask_pretrained_agent(config)
     one_shot = NetworkSchedule(decide_all, build_repair(config), config.drop_bound, config.seed, recover)
     with context.terminal.progress("updates", search.agent.updates):
         return one_shot.run(task, context.folder, log)
+
+
+def ask_pretrained_agent(config: DictConfig) -> AskPretrainedAgent:
+    """Asks one that was trained over other networks; nothing is searched."""
+    target = build_target(config.target)
+    assert target is not None
+    return AskPretrainedAgent(load_pretrained(config.agents), target)
 
 
 def train_network_agent(context: RunContext, search: NetworkSearchSettings) -> TrainNetworkAgent:

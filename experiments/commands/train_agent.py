@@ -20,7 +20,7 @@ from ..config.ignored import (
     Ignored,
     refuse_ignored,
 )
-from ..config.prepare import Inputs, check_search, prepare
+from ..config.prepare import UNTIMED, Inputs, check_search, prepare
 from ..config.training import begin_task
 from ..pruning.schedule import Schedule
 from ..runs.context import RunContext
@@ -43,8 +43,14 @@ IGNORED = (
     TRAINED_ALREADY,
     ONLY_THE_BASE,
     *BASE_TRAINING,
+    UNTIMED,
     COMPENSATION,
     PATIENCE,
+    Ignored(
+        "surgery.whole_blocks",
+        "an agent of one layer always keeps a filter of it.",
+        lambda config: config.surgery.whole_blocks,
+    ),
     Ignored(
         "policy", "warm_start brings the agent that is trained further.", lambda config: config.warm_start is not None
     ),

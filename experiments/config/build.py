@@ -6,7 +6,7 @@ import importlib.util
 import pydoc
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,13 @@ from ...envs.data.splits import Splits, split
 from ...envs.files.renamed import current_config, current_target
 from ...envs.networks.answers import ready_network
 from ...envs.networks.checkpoint import load_checkpoint
+from ...envs.surgery.targets import RESOURCES, Target
 from ...errors import UserError
 from ...rewards.outcome import RewardFunction
 from ..pruning.layer_agents import PolicyFactory
 from ..training.augment import Augment
+from .entry_point import settings
+from .schema import TargetConfig
 from .stored import targets_in
 
 Constructor = Callable[[], nn.Module]
@@ -54,6 +57,12 @@ def build(node: DictConfig, what: str) -> Any:
             f"{what} could not be built from {node['_target_']}: {type(cause).__name__}: {cause}; check the path and "
             "its arguments."
         ) from error
+
+
+def build_target(node: DictConfig) -> Target | None:
+    """What the pruned network may cost; None where nothing of it is given."""
+    given = asdict(settings(node, TargetConfig))
+    return None if all(given[name] is None for name in RESOURCES) else Target(**given)
 
 
 def find_users_code(target: Any) -> None:

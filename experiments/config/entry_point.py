@@ -21,6 +21,7 @@ from omegaconf.errors import ValidationError
 
 from ...errors import UserError
 from ...ranges import check_number
+from ..deploy.clock import PROFILE
 from ..runs.folder import CONFIG, FACTS, RunFolder, first_free
 from .cli_errors import expected
 from .schema import INHERITED, RANGES, ROOTS, register_schemas, structured
@@ -134,6 +135,8 @@ def _stored(config: DictConfig, folder: RunFolder) -> DictConfig:
             stored[key] = config[key]
     check_settings(stored, ROOTS[command_name().replace("-", "_")])
     stored.quiet = config.quiet
+    if "profile" in stored and (folder / PROFILE).is_file():
+        stored.profile.file = str(folder / PROFILE)  # the times that it began with
     return stored
 
 

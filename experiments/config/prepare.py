@@ -19,15 +19,17 @@ from ...envs.observation import STATISTIC_NAMES
 from ...envs.repair.reconstruction import Reconstruction, ReconstructionSettings
 from ...envs.repair.reconstruction_error import RECONSTRUCTION, check_readable
 from ...envs.surgery.filter_group import FilterGroup, select_groups
-from ...envs.surgery.limits import Limits, check_limits
+from ...envs.surgery.limits import AUTO, Limits, check_limits
 from ...envs.surgery.targets import Target, constraints_of
 from ...envs.task import DenseBaseline, EvaluationSettings, PruningTask, measure_baseline
 from ...errors import Notice, UserError
 from ...rewards.try_and_learn import check_drop_bound
+from ..deploy.clock import ClockSettings, ProfileClock, find_clock, resolved
 from ..pruning.decide import CONTROLS
 from ..pruning.input_checks import check_fineness, resolve_device, try_network, try_training
 from ..pruning.layer_agents import call_policy_factory
 from ..pruning.trained_agents import agents_of, load_agents
+from ..runs.console import Terminal
 from ..runs.seeds import derive_seed
 from ..training.augment import RandomCropFlip, suits
 from ..training.loop import TrainSettings, check_augment
@@ -37,17 +39,26 @@ from .build import (
     build_policy_factory,
     build_reward,
     build_splits,
+    build_target,
     load_network,
 )
-from .entry_point import is_decided, plain, settings
+from .entry_point import is_decided, settings
 from .ignored import Ignored, refuse_ignored
+
+UNTIMED = Ignored(
+    "profile",
+    "nothing goes by time here: give target.latency or target.milliseconds, surgery.round_to=auto, or a reward with "
+    "resource=seconds.",
+    lambda config: not is_timed(config) and config.surgery.round_to != AUTO,
+)
 
 
 @dataclass
 class Inputs:
     """The checked inputs of a pruning command; `dense` and `base` are None where the base is yet to be trained.
 
-    `notes` is what makes accuracies of this network less than certain (`GroupPlan.notes`).
+    `notes` is what makes accuracies of this network less than certain (`GroupPlan.notes`), `clock` the measured times
+    of its device, where they are asked for.
     """
 
     splits: Splits
@@ -61,6 +72,7 @@ class Inputs:
     limits: Limits
     seed: int
     notes: tuple[str, ...] = ()
+    clock: ProfileClock | None = None
 
     def task(self, dense: nn.Module) -> PruningTask:
         """The pruning task on the dense network."""
@@ -74,6 +86,7 @@ class Inputs:
             seed=derive_seed(self.seed, "task"),
             device=self.device,
             limits=self.limits,
+            clock=self.clock,
         )
 
 
@@ -105,13 +118,37 @@ def prepare(config: DictConfig, layers: Sequence[str] | None) -> Inputs:
     check_losses(config, splits)
     plan = find_groups(model, example)
     groups = select_groups(plan, layers)
+    clock = build_clock(config, model, example, limits)
+    if limits.round_to == AUTO:
+        limits = resolved(limits, clock, model, groups)
+        config.surgery.round_to = limits.round_to
     check_limits(limits, model, plan, groups)
     try_training(model, splits, _trainings(config), groups)
     for note in plan.notes:
         warnings.warn(note, Notice, stacklevel=2)
     if "drop_bound" in config:
         check_fineness(config.drop_bound, len(splits.reward))
-    return Inputs(splits, construct, device, groups, dense, base, layers, evaluation, limits, config.seed, plan.notes)
+    return Inputs(
+        splits, construct, device, groups, dense, base, layers, evaluation, limits, config.seed, plan.notes, clock
+    )
+
+
+def build_clock(config: DictConfig, model: nn.Module, example: torch.Tensor, limits: Limits) -> ProfileClock | None:
+    """The measured times that a target, a reward or widths go by: from a file, or measured here with a bar."""
+    if "profile" not in config:
+        if limits.round_to == AUTO:
+            raise UserError(f"surgery.round_to={AUTO} is for prune, apply and train-agent; give a number of channels.")
+        return None
+    chosen, terminal = settings(config.profile, ClockSettings), Terminal(config.quiet)
+    return find_clock(model, example, chosen, chosen.file, terminal, timed=is_timed(config), limits=limits)
+
+
+def is_timed(config: DictConfig) -> bool:
+    """Whether the target, or else the reward of the layers' agents, is one of time."""
+    target = build_target(config.target) if "target" in config else None
+    if target is not None or "reward" not in config:
+        return target is not None and target.is_timed
+    return getattr(build_reward(config.reward), "resource", None) == "seconds"
 
 
 def check_augmentation(config: DictConfig, splits: Splits) -> None:
@@ -170,17 +207,21 @@ def check_search(config: DictConfig, inputs: Inputs) -> None:
 
 
 def check_network_search(config: DictConfig, inputs: Inputs) -> None:
-    """Check what the agent of a whole network is made of, and that its MACs target can be met; raises `UserError`."""
+    """Check what the agent of a whole network is made of, and that its target can be met; raises `UserError`."""
     repair = settings(config.repair, ReconstructionSettings)
-    check_targets(inputs, [Target(**plain(config.target))], repair if config.evaluation.compensate else None)
+    target = build_target(config.target)
+    assert target is not None
+    check_targets(inputs, [target], repair if config.evaluation.compensate else None)
 
 
 def check_targets(inputs: Inputs, targets: Sequence[Target], repair: ReconstructionSettings | None) -> None:
-    """Refuse MACs targets that cannot be met, and a network that cannot be repaired, with a `UserError`."""
+    """Refuse targets that cannot be met, and a network that cannot be repaired, with a `UserError`."""
     dense = inputs.construct().eval().to(inputs.device) if inputs.dense is None else inputs.dense
     example = inputs.splits.fit.batch(torch.arange(1))[0].to(inputs.device)
-    cost = count_cost(dense, example)
+    cost, limits = count_cost(dense, example), inputs.limits.resolved(find_groups(dense, example))
     for target in targets:
-        constraints_of(target, dense, cost, inputs.groups).check()
+        goal = constraints_of(target, dense, cost, inputs.groups, inputs.clock)
+        goal.check()
+        goal.check([limits.counts(dense, group)[0] for group in inputs.groups])
     if repair is not None:
         Reconstruction(dense, example, repair)  # refuses what it cannot follow

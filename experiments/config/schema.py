@@ -12,6 +12,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from ...agent.learning.many_networks import PolicyGradientSettings, PolicyScales
 from ...agent.learning.natural_evolution import NetworkAgentSettings
 from ...agent.learning.trainer import AgentSettings
 from ...envs.repair.reconstruction import ReconstructionSettings
@@ -20,6 +21,8 @@ from ...envs.task import EvaluationSettings
 from ...errors import UserError
 from ...ranges import COUNT, COUNT_OR_NONE, IMAGES, MASKS, NOT_NEGATIVE, SEED, check_numbers
 from ..api.settings import FINETUNE
+from ..deploy.clock import ClockSettings
+from ..deploy.profiling import ProfileSettings
 from ..pruning.network_search import NetworkSearchSettings
 from ..pruning.recover import RecoverySettings
 from ..training.loop import TrainSettings
@@ -76,10 +79,23 @@ class LatencyConfig:
 
 @dataclass
 class TargetConfig:
-    """MACs to remove, a fraction of the network's or of the pruned groups' own; null prunes within the drop bound."""
+    """What the pruned network may cost, all that is given at once; null everywhere prunes within the drop bound.
+
+    Args:
+        removed: fraction of the MACs to remove.
+        of: whose, the "network"'s or the pruned "groups"' own.
+        latency: fraction of the dense network's time that may be left.
+        milliseconds: time that may be left.
+        params: fraction of the dense network's parameters that may be left.
+        bytes: size that the file of the weights may have.
+    """
 
     removed: float | None = None
     of: str = "network"
+    latency: float | None = None
+    milliseconds: float | None = None
+    params: float | None = None
+    bytes: int | None = None
 
 
 @dataclass
@@ -154,8 +170,10 @@ class PruningConfig(CheckpointConfig):
 class PruneConfig(PruningConfig):
     """`keepdrop prune`."""
 
+    agents: str | None = None
     layers: list[str] | None = None
     target: TargetConfig = field(default_factory=TargetConfig)
+    profile: ClockSettings = field(default_factory=ClockSettings)
     network_search: NetworkSearchSettings = field(default_factory=NetworkSearchSettings)
     repair: ReconstructionSettings = field(default_factory=ReconstructionSettings)
     order: str = "forward"
@@ -177,6 +195,7 @@ class TrainAgentConfig(PruningConfig):
     """`keepdrop train-agent`."""
 
     layer: str = "???"
+    profile: ClockSettings = field(default_factory=ClockSettings)
     reward: Any = None
     policy: Any = None
     agent: AgentSettings = field(default_factory=AgentSettings)
@@ -196,6 +215,7 @@ class ApplyConfig(RootConfig):
     surgery: Limits = field(default_factory=Limits)
     drop_bound: float = 0.02
     target: TargetConfig = field(default_factory=TargetConfig)
+    profile: ClockSettings = field(default_factory=ClockSettings)
     repair: ReconstructionSettings = field(default_factory=ReconstructionSettings)
     order: str = "forward"
     recovery: RecoverySettings = field(default_factory=RecoverySettings)
@@ -261,15 +281,102 @@ class OracleConfig(CheckpointConfig):
 
 
 @dataclass
-class InspectConfig:
-    """`keepdrop inspect`."""
+class ExampleConfig:
+    """What every command has that needs no data: a network, and what it runs on."""
 
     seed: int = 0
     network: Any = None
     checkpoint: str | None = None
     input_shape: list[int] = field(default_factory=lambda: [1, 8, 8])
     example_inputs: Any = None
+
+
+@dataclass
+class SamplingConfig:
+    """What a round of a pretraining costs per network and target.
+
+    Args:
+        samples: masks, even: they are mirrored around the policy.
+        images: of the reward split, the same ones for all masks of a round; None takes all.
+        repair_images, repair_places: what the repair of a mask is measured on.
+        scales: how far is explored.
+    """
+
+    samples: int = 12
+    images: int | None = 500
+    repair_images: int = 256
+    repair_places: int = 16
+    scales: PolicyScales = field(default_factory=PolicyScales)
+
+    def __post_init__(self) -> None:
+        if self.samples < 4 or self.samples % 2:
+            raise UserError(f"sampling.samples is {self.samples}; expected an even number of 4 or more.")
+        check_numbers(self, samples=MASKS, images=IMAGES, repair_images=IMAGES, repair_places=COUNT)
+
+
+@dataclass
+class PretrainingConfig:
+    """How an agent is trained over a zoo.
+
+    Args:
+        targets: fractions of each network's MACs to remove.
+        rounds: of sampling and learning.
+        hidden: width of the policy's network.
+        fit_images: of each network's fit split, for statistics, the plan and the repair.
+        sampling: what a round costs.
+        gradient: how far the policy moves in a round.
+    """
+
+    targets: list[float] = field(default_factory=lambda: [0.3, 0.5, 0.7])
+    rounds: int = 3
+    hidden: int = 32
+    fit_images: int = 3000
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    gradient: PolicyGradientSettings = field(default_factory=PolicyGradientSettings)
+
+    def __post_init__(self) -> None:
+        if not self.targets or not all(0 < removed < 1 for removed in self.targets):
+            raise UserError(f"training.targets is {list(self.targets)}; expected fractions between 0 and 1.")
+        check_numbers(self, rounds=COUNT, hidden=(1, 4096), fit_images=IMAGES)
+
+
+@dataclass
+class PretrainConfig:
+    """`keepdrop pretrain`."""
+
+    zoo: str = "???"
+    modules: list[str] = field(default_factory=list)
+    leave_out: list[str] = field(default_factory=list)
+    seed: int = 0
+    run_dir: str = "???"
+    quiet: bool = False
+    resume: str | None = None
+    workers: int = 2
+    split: SplitConfig = field(default_factory=lambda: SplitConfig("test", 2000))
+    training: PretrainingConfig = field(default_factory=PretrainingConfig)
+
+
+@dataclass
+class InspectConfig(ExampleConfig):
+    """`keepdrop inspect`."""
+
     json: bool = False
+
+
+@dataclass
+class ProfileConfig(ExampleConfig):
+    """`keepdrop profile`."""
+
+    device: str = "cpu"
+    layers: list[str] | None = None
+    batch_sizes: list[int] = field(default_factory=lambda: list(ProfileSettings.batch_sizes))
+    runtimes: list[str] = field(default_factory=lambda: list(ProfileSettings.runtimes))
+    threads: int | None = None
+    samples: int | None = None
+    repeats: int = ProfileSettings.repeats
+    widths: list[float] | None = None
+    out: str = "profile.json"
+    quiet: bool = False
 
 
 @dataclass
@@ -292,14 +399,17 @@ RANGES: dict[str, tuple[float, float]] = {
     "minibatches": COUNT,
     "macs_weight": NOT_NEGATIVE,
     "input_shape": COUNT,
+    "threads": (1, 4096),
 }
 
 ROOTS = {
     "inspect": InspectConfig,
+    "profile": ProfileConfig,
     "train_cnn": TrainCnnConfig,
     "prune": PruneConfig,
     "train_agent": TrainAgentConfig,
     "apply": ApplyConfig,
+    "pretrain": PretrainConfig,
     "compare": CompareConfig,
     "iterate": IterateConfig,
     "oracle": OracleConfig,

@@ -19,6 +19,7 @@ from ...envs.networks.checkpoint import load_checkpoint, save_weights
 from ...envs.networks.copying import copied
 from ...envs.task import PruningTask
 from ...errors import UserError
+from ..deploy.clock import keep_profile
 from ..pruning.input_checks import resolve_device
 from ..pruning.recover import Recover, RecoverySettings
 from ..pruning.schedule import Recovery
@@ -44,6 +45,7 @@ def begin_task(inputs: Inputs, context: RunContext) -> PruningTask:
     for note in inputs.construct.notes:
         context.terminal.say(note)
     task = inputs.task(dense)
+    keep_profile(inputs.clock, context.folder.path)
     keep_provenance(task, context.config, context.folder, (*inputs.construct.notes, *inputs.notes))
     return task
 

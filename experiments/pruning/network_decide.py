@@ -75,6 +75,7 @@ class TrainNetworkAgent:
         }
         save_agent(working / AGENT, agent.policy, {**self.facts, **facts, **known})
         short = {key: value for key, value in agent.facts.items() if key != "reward_curve"}
+        short["target"] = task.reached(self.target, masks)
         return NetworkDecision(masks, str(agent.facts["decided_by"]), short)
 
 
@@ -96,7 +97,8 @@ class AskNetworkAgent:
         policy = self.agent.policy
         assert isinstance(policy, NetworkPolicy)
         keep = projection(one_shot, self.target)(policy.scores(policy.features(observation_tensors(one_shot))))
-        return NetworkDecision(one_shot.named(keep), "trained agent")
+        masks = one_shot.named(keep)
+        return NetworkDecision(masks, "trained agent", {"target": one_shot.task.reached(self.target, masks)})
 
 
 class AskNetworkCriterion:

@@ -1,0 +1,148 @@
+"""Clock of a run: the measured times that targets, rewards and widths go by, from a file or measured first."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ...envs.networks.module_kinds import Inputs
+from ...envs.surgery.filter_group import FilterGroup
+from ...envs.surgery.latency_meter import LatencyMeter
+from ...envs.surgery.latency_profile import LatencyProfile, load_profile, save_profile
+from ...envs.surgery.limits import AUTO, Limits
+from ...errors import UserError
+from ...ranges import COUNT, check_numbers
+from .profiling import ProfileSettings, Watcher, conditions_of, profile_network
+from .runtimes import RUNTIMES, why_not
+
+PROFILE = "profile.json"  # in a run's folder
+
+
+@dataclass(frozen=True)
+class ClockSettings:
+    """Which measured times count.
+
+    Args:
+        file: of `keepdrop profile`; null measures what is needed before the search, and keeps it in the run's folder.
+        runtime: eager, compile or onnxruntime; null takes the file's first, eager in a new profile.
+        batch_size: images per pass; null takes the file's first, 1 in a new profile.
+    """
+
+    file: str | None = None
+    runtime: str | None = None
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.runtime is not None and self.runtime not in RUNTIMES:
+            raise UserError(f"profile.runtime is {self.runtime!r}; expected one of {', '.join(RUNTIMES)}.")
+        check_numbers(self, batch_size=COUNT)
+
+
+class ProfileClock:
+    """Makes the meter of seconds from a profile (`envs.surgery.meters.Clock`).
+
+    Args:
+        profile: of the network's own architecture, on this device.
+        runtime, batch_size: which of its tables; None takes the first.
+    """
+
+    def __init__(self, profile: LatencyProfile, runtime: str | None = None, batch_size: int | None = None) -> None:
+        self.profile = profile
+        self.table = profile.table(runtime, batch_size)
+        self._meters: dict[tuple[str, ...], LatencyMeter] = {}
+
+    def __call__(self, model: nn.Module, groups: Sequence[FilterGroup]) -> LatencyMeter:
+        """The meter for some groups of the network; fitted once."""
+        names = tuple(group.name for group in groups)
+        if names not in self._meters:
+            self._meters[names] = LatencyMeter(model, groups, self.profile, self.table.runtime, self.table.batch_size)
+        self.profile.check_network(model, groups)
+        meter = copy.copy(self._meters[names])
+        meter.groups = tuple(groups)
+        return meter
+
+    @property
+    def conditions(self) -> str:
+        """What a time holds for, for a person."""
+        return f"{self.table.runtime}, batch {self.table.batch_size}, {self.profile.conditions}"
+
+
+def read_clock(source: str | Path | LatencyProfile, chosen: ClockSettings, device: torch.device) -> ProfileClock:
+    """The clock of a profile; UserError for one of another device, or without the runtime and batch size."""
+    profile = source if isinstance(source, LatencyProfile) else load_profile(source)
+    profile.check_conditions(conditions_of(device))
+    return ProfileClock(profile, chosen.runtime, chosen.batch_size)
+
+
+def find_clock(
+    model: nn.Module,
+    example: Inputs,
+    chosen: ClockSettings,
+    source: str | Path | LatencyProfile | None,
+    watcher: Watcher | None = None,
+    *,
+    timed: bool,
+    limits: Limits,
+) -> ProfileClock | None:
+    """The measured times that a target, a reward or widths go by; None where none of them does.
+
+    Args:
+        model: the dense network, on the device that counts.
+        example: an input for it.
+        chosen: which times.
+        source: a profile or its file; None measures one, if the target or the reward is of time.
+        watcher: shows the measuring.
+        timed: whether the target or the reward is of time.
+        limits: of the surgery, whose widths may go by time.
+
+    Raises UserError for a profile of another device or network, and for widths by time alone without a profile.
+    """
+    by_width = limits.round_to == AUTO
+    if not timed and not by_width:
+        return None
+    if source is not None:
+        return read_clock(source, chosen, next(model.parameters()).device)
+    if not timed:
+        raise UserError(
+            f"surgery.round_to={AUTO} takes the multiple that a profile of this device shows, and there is none; make "
+            "one with keepdrop profile and",
+            "give it as profile=FILE, or give a number of channels.",
+            "give profile.file=FILE, or give a number of channels.",
+        )
+    return measured_clock(model, example, chosen, watcher)
+
+
+def resolved(limits: Limits, clock: ProfileClock | None, model: nn.Module, groups: Sequence[FilterGroup]) -> Limits:
+    """The limits with a number of channels for widths that go by time."""
+    if limits.round_to != AUTO:
+        return limits
+    assert clock is not None, "find_clock refuses widths by time without a profile"
+    return replace(limits, round_to=clock(model, groups).round_multiple())
+
+
+def measured_clock(
+    model: nn.Module, example: Inputs, chosen: ClockSettings, watcher: Watcher | None = None
+) -> ProfileClock:
+    """Measure the one table that is needed; UserError for a runtime that cannot run here."""
+    runtime, device = chosen.runtime or "eager", next(model.parameters()).device
+    if why := why_not(runtime, device):
+        raise UserError(f"profile.runtime is {runtime}, which {why}")
+    what = ProfileSettings(batch_sizes=(chosen.batch_size or 1,), runtimes=(runtime,))
+    return ProfileClock(profile_network(model, example, what, watcher=watcher))
+
+
+def kept_profile(folder: str | Path | None) -> Path | None:
+    """The profile that a run began with; None if there is none."""
+    path = None if folder is None else Path(folder) / PROFILE
+    return path if path is not None and path.is_file() else None
+
+
+def keep_profile(clock: ProfileClock | None, folder: Path) -> None:
+    """A run's profile in its folder, so that a resumed run goes by the same times."""
+    if clock is not None and not (folder / PROFILE).exists():
+        save_profile(clock.profile, folder / PROFILE)
