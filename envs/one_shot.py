@@ -19,7 +19,7 @@ from .networks.memory_layout import layout_of, order_weights
 from .observation import Observation
 from .repair.reconstruction import Reconstruction, ReconstructionSettings
 from .surgery.cutting import checked_masks, prune
-from .surgery.filter_group import FilterGroup
+from .surgery.filter_group import FilterGroup, coupled
 from .task import LayerTask, PruningTask
 
 GROUP_NAME = "network"
@@ -99,18 +99,19 @@ class OneShotTask:
         return dict(zip(self.groups, keep.split([group.n_filters for group in self.groups], dim=-1), strict=True))
 
     def named(self, keep: Tensor) -> dict[str, Tensor]:
-        """One mask (N,) as a mask by group name; `joined` takes it back."""
-        return {group.name: part for group, part in self.choices(keep).items()}
+        """One mask (N,) as a mask by group name; `joined` takes it back. A branch that vanishes keeps nothing at all."""
+        return {group.name: part for group, part in coupled(self.choices(keep)).items()}
 
     def joined(self, masks: Mapping[str, Tensor]) -> Tensor:
         """Masks by group name as one mask (N,)."""
-        return torch.cat([masks[group.name] for group in self.groups])
+        return torch.cat(list(coupled({group: masks[group.name] for group in self.groups}).values()))
 
     def cut(self, keep: Tensor) -> nn.Module:
         """A new, smaller network without the filters that `keep` (N,) bool drops, repaired as `repair` says."""
+        choices = coupled(self.choices(keep))
         if bool(keep.all()) or self.reconstruction is None:
-            return prune(self.task.model, self.choices(keep))
-        return self.reconstruction.cut(self.choices(keep))
+            return prune(self.task.model, choices)
+        return self.reconstruction.cut(choices)
 
     def outcomes(self, masks_MN: Tensor, image_indices: Tensor | None = None) -> list[Outcome]:
         """What each mask does, on the whole reward split or on the images named; ValueError for an emptied group."""
@@ -133,6 +134,6 @@ class OneShotTask:
                 model = self.cut(keep)
                 order_weights(model, layout)
                 points = correct_flags(model, images, labels, objective=objective, layout=layout)
-            counts = {group: int(each.sum()) for group, each in self.choices(keep).items()}
+            counts = {group: int(each.sum()) for group, each in coupled(self.choices(keep)).items()}
             outcomes.append(self.task.outcome(objective.fraction(base), objective.fraction(points), counts))
         return outcomes

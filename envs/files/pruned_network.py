@@ -34,11 +34,11 @@ from ..networks.inputs import mapped
 from ..networks.module_kinds import Inputs
 from ..networks.unwrapping import is_lazy, plain_network
 from ..networks.weights_in_parts import normalised_in
-from ..surgery.cutting import cut_channels, find_module
+from ..surgery.cutting import cut_channels
 from ..surgery.filter_group import Branch
 from ..surgery.kept_channels import KeptChannels
 from ..surgery.slicing import width
-from ..surgery.whole_blocks import VALUE
+from ..surgery.whole_blocks import VALUE, find_module
 from .probe import check_probe, probe_input, probe_of
 from .renamed import current_target
 

@@ -108,8 +108,8 @@ class Compensation:
         if group is not self.group:
             raise UserError(f"This compensation was fitted for group {self.group.name!r}, not for this {group.name!r}.")
         keep = checked_keep(group, keep)
-        if keep.all():
-            return
+        if keep.all() or not keep.any():
+            return  # nothing to make up for, or nothing that could
         mixes = self.matrices(keep[None])
         for cut in (cut for cut in group.consumers if cut.module in self.moments):
             module = copied(self.consumers[cut.module])

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,11 +27,13 @@ from ..networks.copying import copied
 from ..networks.graph_passes import functionalise, only_user
 from ..networks.memory_layout import arranged, layout_of
 from ..networks.module_kinds import is_leaf
+from ..networks.modes import evaluating
 from ..networks.sized_tracing import traced as trace
-from ..surgery.cutting import KeptRows, cut_channels, find_module, kept_rows
-from ..surgery.filter_group import FilterGroup
+from ..surgery.cutting import KeptRows, cut_channels, kept_rows
+from ..surgery.filter_group import Branch, FilterGroup, vanished
 from ..surgery.shared_weights import SHARES, sharing_modules
 from ..surgery.slicing import Rows, width
+from ..surgery.whole_blocks import Vanished, find_module
 from .patches import inputs_at, obstacle, outputs_at, regress
 
 _SUMS = {operator.add, operator.iadd, torch.add}
@@ -107,22 +109,46 @@ class Reconstruction:
         with torch.no_grad():
             recorder.run(self.images)
         self.wanted = recorder.wanted
+        self._means: dict[str, Tensor] = {}
 
     def cut(self, choices: Mapping[FilterGroup, Tensor]) -> nn.Module:
         """`prune(model, choices)`, repaired; the same choices always give the same network.
 
         Layers that see nothing of what was removed keep their weights, bit for bit. Raises UserError as `prune` does.
         """
-        kept = _narrowed(self.model, kept_rows(self.model, choices))
-        pruned = cut_channels(self.model, kept)
-        if not kept:
+        kept, branches = _narrowed(self.model, kept_rows(self.model, choices)), vanished(choices)
+        pruned = cut_channels(self.model, kept, branches)
+        if not kept and not branches:
             return pruned
         working = copied(pruned).eval().requires_grad_(False)
         with torch.no_grad():
             # The graph's modules are the working copy's own: what is solved in the graph is solved there.
-            _Repair(_trace(working, self.images[:2]), self, kept).run(self.images)
+            _Repair(_trace(working, self.images[:2]), self, kept, branches).run(self.images)
         pruned.load_state_dict(working.state_dict())
         return pruned
+
+    def branch_means(self, branches: Sequence[Branch]) -> dict[str, Tensor]:
+        """What each branch adds in the dense network, the mean of a channel (K,), by its last module."""
+        unknown = [branch for branch in branches if branch.tail not in self._means]
+        if unknown:
+            handles = [
+                find_module(self.model, branch.tail).register_forward_hook(self._noting(branch)) for branch in unknown
+            ]
+            try:
+                with evaluating(self.model), torch.no_grad():
+                    self.model(self.images)
+            finally:
+                for handle in handles:
+                    handle.remove()
+        return {branch.tail: self._means[branch.tail] for branch in branches}
+
+    def _noting(self, branch: Branch) -> Callable[..., None]:
+        last = isinstance(find_module(self.model, branch.chain[0]), nn.Linear)
+
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            self._means[branch.tail] = output.movedim(-1 if last else 1, 0).flatten(1).mean(1)
+
+        return hook
 
 
 def _narrowed(model: nn.Module, kept: KeptRows) -> KeptRows:
@@ -172,6 +198,8 @@ def _is_layer(traced: fx.GraphModule, node: fx.Node) -> bool:
     if node.op != "call_module":
         return False
     module = traced.get_submodule(str(node.target))
+    if isinstance(module, Vanished):
+        return module.value is not None
     return isinstance(getattr(module, "weight", None), torch.Tensor) and not isinstance(module, _BatchNorm)
 
 
@@ -243,16 +271,25 @@ class _Recorder(fx.Interpreter):
 class _Repair(fx.Interpreter):
     """Runs the cut network, and solves every layer whose input has changed just before it runs."""
 
-    def __init__(self, traced: fx.GraphModule, reconstruction: Reconstruction, kept: KeptRows) -> None:
+    def __init__(
+        self, traced: fx.GraphModule, reconstruction: Reconstruction, kept: KeptRows, branches: Sequence[Branch] = ()
+    ) -> None:
         super().__init__(traced)
         self.source, self.kept = reconstruction, kept
         self.touched: set[fx.Node] = set()
+        self.branches = {branch.tail: branch for branch in branches}
+        self.means = reconstruction.branch_means(branches)
 
     def run_node(self, n: fx.Node) -> Any:
         """Solve if needed, then run."""
         changed = any(each in self.touched for each in n.all_input_nodes)
+        module = self.submodules[str(n.target)] if n.op == "call_module" else None
+        if isinstance(module, Vanished) and n.target in self.branches:
+            self._solve_constant(str(n.target), module)
+            self.touched.add(n)
+            return super().run_node(n)
         site = self.source.sites.get(n.name)
-        if changed and site is not None and site.module == n.target:
+        if changed and site is not None and site.module == n.target and not isinstance(module, Vanished):
             self._solve(n, site)
         if changed or (n.op == "call_module" and n.target in self.kept):
             self.touched.add(n)
@@ -275,6 +312,22 @@ class _Repair(fx.Interpreter):
         elif isinstance(norm, _BatchNorm):
             _tensor(norm, "running_mean").sub_(solved[-1].to(weight))
         weight.copy_((solved[:-1] if intercept else solved).T.reshape(weight.shape))
+
+    def _solve_constant(self, place: str, module: Vanished) -> None:
+        """The best constant: the mean of what the branch added, and of what its shortcut has lost since."""
+        assert module.value is not None
+        branch = self.branches[place]
+        found = (self.kept.get(name, {}).get("out") for name in reversed(branch.chain))
+        rows = next((rows for rows in found if rows is not None), None)
+        keep = slice(None) if rows is None else torch.as_tensor(rows)
+        mean = self.means[branch.tail][keep]
+        for name, site in self.source.sites.items():
+            wanted = self.source.wanted[name]
+            if branch.tail in (site.module, site.norm) and wanted.partner is not None and site.partner is not None:
+                now = outputs_at(_value(self, site.partner), self.source.settings.places, last=module.last)
+                if now.shape[1] == mean.shape[0]:
+                    mean = mean + wanted.partner[:, keep].mean(0) - now.mean(0)
+        module.value.copy_(mean)
 
     def _wanted(self, name: str, site: Site, rows: Rows | None, norm: nn.Module | None) -> Tensor:
         wanted = self.source.wanted[name]

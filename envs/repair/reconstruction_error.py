@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -51,10 +51,13 @@ class ErrorCurve:
         order: (N,) int64, the filters from the first given up to the last one that stays.
         errors: (N,) float64; `errors[j]` is the expected loss per image once `order[: j + 1]` are gone. The last value
             is that of no filter at all.
+        effective_rank: of what the consumers read, as a fraction of its dimensions: (tr G)^2 / (tr G^2 x dimensions)
+            with G the Gram matrix, the mean over consumers.
     """
 
     order: Tensor
     errors: Tensor
+    effective_rank: float = 0.0
 
     def keep(self, n_keep: int) -> Tensor:
         """The mask (N,) bool of the `n_keep` filters that stay longest."""
@@ -97,7 +100,25 @@ def error_curves(
     """
     readings = {group.name: _readings(model, group, places) for group in groups}
     _read(model, [reading for own in readings.values() for reading in own], images, labels, objective)
-    return {group.name: _eliminate(group.n_filters, readings[group.name], ridge) for group in groups}
+    curves = {group.name: _eliminate(group.n_filters, readings[group.name], ridge) for group in groups}
+    return curves | _of_branches(groups, readings, curves)
+
+
+def _of_branches(
+    groups: Sequence[FilterGroup], readings: Mapping[str, Sequence[_Reading]], curves: Mapping[str, ErrorCurve]
+) -> dict[str, ErrorCurve]:
+    """The curves of groups that may keep nothing: what their branch added is then its mean, whichever of them it is."""
+    ends = {reading.cut.module: reading for own in readings.values() for reading in own}
+    found = {}
+    for group in groups:
+        if group.least or group.branch is None:
+            continue
+        last = ends.get(group.branch.chain[0])
+        error = sum(each.error_of_mean() for each in (readings[group.name] if last is None else [last]))
+        curve, errors = curves[group.name], curves[group.name].errors.clone()
+        errors[-1] = max(error, float(errors[-2])) if len(errors) > 1 else error
+        found[group.name] = replace(curve, errors=errors)
+    return found
 
 
 def check_readable(model: nn.Module, groups: Sequence[FilterGroup]) -> None:
@@ -114,6 +135,7 @@ def reconstruction_scores(
     *,
     objective: Objective = TOP1,
     repair: ReconstructionSettings | None = None,
+    curves: Mapping[str, ErrorCurve] | None = None,
 ) -> dict[str, Tensor]:
     """Scores (N,) float64 by group name; `keep_best` makes them masks that hold `constraints` at the least error.
 
@@ -123,13 +145,15 @@ def reconstruction_scores(
         images, labels: (B, ...) of the fit split, on the device of the network.
         objective: whose loss is differentiated.
         repair: how the network is repaired between two rounds.
+        curves: those of the dense network, if they are known; measured otherwise.
 
     Raises UserError for constraints that cannot be met, and as `error_curves`.
     """
     constraints.check()
     repair = repair or ReconstructionSettings(images=512, places=16)
     masks = {group.name: torch.ones(group.n_filters, dtype=torch.bool) for group in constraints.groups}
-    curves = error_curves(model, constraints.groups, images, labels, objective=objective)
+    if curves is None:
+        curves = error_curves(model, constraints.groups, images, labels, objective=objective)
     scores = _scores_per_cost(curves, constraints, masks)
     n_rounds = math.ceil(constraints.removed / PER_ROUND - 1e-9)
     repairing = Reconstruction(model, images[: repair.images], repair) if n_rounds > 1 else None
@@ -150,6 +174,9 @@ def _scores_per_cost(
     counts = [int(masks[group.name].sum()) for group in constraints.groups]
     scores = {}
     for position, group in enumerate(constraints.groups):
+        if counts[position] == 0:
+            scores[group.name] = torch.full((group.n_filters,), -1.0, dtype=torch.float64)
+            continue
         saved = max(constraints.saved(counts, position), 1e-12)
         scores[group.name] = torch.full((group.n_filters,), -1.0, dtype=torch.float64)
         scores[group.name][masks[group.name]] = curves[group.name].scores(saved)
@@ -179,6 +206,7 @@ class _Reading:
         self.weight_KO = reading_weight(module).detach().flatten(1).T.double().cpu()
         self.gram = torch.zeros(len(self.weight_KO), len(self.weight_KO), dtype=torch.float64)
         self.fisher = torch.zeros(self.weight_KO.shape[1], dtype=torch.float64)
+        self.mean = torch.zeros(len(self.weight_KO), dtype=torch.float64)
         self.n_samples = 0
         self._probes: list[Tensor] = []
 
@@ -186,6 +214,7 @@ class _Reading:
         """Sum up the inputs; give the output a probe that collects its gradient."""
         rows = inputs_at(module, inputs[0].detach(), self.places).reshape(-1, len(self.gram))
         self.gram += (rows.T @ rows).cpu().double()
+        self.mean += rows.sum(0).cpu().double()
         self.n_samples += len(rows)
         self._probes.append(torch.zeros_like(output, requires_grad=True))
         return output + self._probes[-1]
@@ -200,6 +229,16 @@ class _Reading:
         axis = gradient.dim() - 1 if isinstance(self.module, nn.Linear) else 1
         squares = gradient.movedim(axis, -1).reshape(len(gradient), -1, len(self.fisher)).square()
         self.fisher += (squares.mean(1).sum(0) * squares.shape[1] ** COHERENCE).cpu().double()
+
+    def error_of_mean(self) -> float:
+        """The expected loss if every output is its mean, which is the best constant."""
+        spread = self.gram - torch.outer(self.mean, self.mean)
+        return float(((spread @ self.weight_KO) * self.weight_KO).sum(0).clamp_min(0.0) @ self.fisher)
+
+    def effective_rank(self) -> float:
+        """Participation ratio of the inputs' energy over its principal directions, as a fraction of their number."""
+        energy = float(self.gram.square().sum()) * len(self.gram)
+        return float(self.gram.trace().square()) / energy if energy > 0 else 0.0
 
     def blocks(self, n_filters: int) -> Tensor:
         """The columns of the Gram matrix that belong to each filter: (N, columns per filter) int64."""
@@ -230,6 +269,7 @@ def _read(model: nn.Module, readings: Sequence[_Reading], images: Tensor, labels
             parameter.requires_grad_(True)
     for reading in readings:
         reading.gram /= max(reading.n_samples, 1)
+        reading.mean /= max(reading.n_samples, 1)
         reading.fisher /= len(images)
 
 
@@ -251,7 +291,8 @@ def _eliminate(n_filters: int, readings: Sequence[_Reading], ridge: float) -> Er
         errors.append(total)
         for state in states:
             state.drop(order[-1])
-    return ErrorCurve(torch.tensor(order), torch.tensor(errors, dtype=torch.float64))
+    rank = sum(reading.effective_rank() for reading in readings) / len(readings)
+    return ErrorCurve(torch.tensor(order), torch.tensor(errors, dtype=torch.float64), rank)
 
 
 class _Elimination:

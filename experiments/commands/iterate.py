@@ -43,6 +43,11 @@ IGNORED = (
         "with target.removed=null drop_bound alone says when to stop.",
         lambda config: config.target.removed is None,
     ),
+    Ignored(
+        "surgery.whole_blocks",
+        "filters go a few at a time here, and the last one of a layer stays.",
+        lambda config: config.surgery.whole_blocks,
+    ),
     *training("train"),
     *training("finetune"),
 )

@@ -66,6 +66,8 @@ class AskCriterion:
     def __call__(self, layer: LayerTask, working: Path, seed: int) -> Decision:
         """The criterion's mask."""
         n_keep = self.counts[layer.group.name]
+        if n_keep == 0:  # of a block that vanishes
+            return Decision(torch.zeros(layer.n_filters, dtype=torch.bool), self.criterion)
         if self.criterion == RECONSTRUCTION:
             return Decision(_least_error(layer).keep(n_keep), self.criterion)
         agent = CriterionAgent(self.criterion, torch.Generator().manual_seed(derive_seed(seed, self.criterion)))
