@@ -25,8 +25,10 @@ from . import help as command_help
 COMMANDS = {
     "prune": "shrink a trained CNN: train an agent per layer, remove filters, fine-tune, report",
     "inspect": "show what can be pruned, what hangs on it, and what is skipped and why",
+    "profile": "measure what a network's layers take on this device, for targets of time",
     "train-cnn": "train a base network",
     "train-agent": "train the agent of one layer (-m layer=a,b,c trains several)",
+    "pretrain": "train one agent over many networks, to be asked about any other",
     "apply": "let trained agents decide on a new checkpoint, without training them",
     "compare": "compare the agent with every other method at equal MACs",
     "iterate": "drop a few filters, train a little, repeat: the interleaved method of the criteria",
