@@ -61,7 +61,7 @@ class SearchConfig:
 
 @dataclass
 class LatencyConfig:
-    """How latency is measured: batch sizes, timed repeats, warm-up runs, and eager, compile, onnxruntime."""
+    """How latency is measured: batch sizes, timed repeats, warm-up, and eager, compile, onnxruntime (or all)."""
 
     batch_sizes: list[int] = field(default_factory=lambda: [1, 64])
     repeats: int = 20

@@ -60,7 +60,7 @@ def _sentence(way: str, records: Sequence[Mapping[str, Any]], dense: Mapping[int
     batches = " and ".join(str(record["batch_size"]) for record in records)
     times = [_compared(record, dense.get(record["batch_size"])) for record in records]
     device, threads = records[0].get("device", "this device"), records[0].get("n_threads")
-    where = f"{device}, {threads} thread{'s' * (threads != 1)}" if threads and device == "cpu" else device
+    where = f"{device}, {threads} thread{'s' * (threads != 1)}," if threads else device
     return f"Fastest on {where} at batch {batches}: {way} ({'; '.join(times)})."
 
 
