@@ -99,7 +99,7 @@ class OneShotTask:
         return dict(zip(self.groups, keep.split([group.n_filters for group in self.groups], dim=-1), strict=True))
 
     def named(self, keep: Tensor) -> dict[str, Tensor]:
-        """One mask (N,) as a mask by group name; `joined` takes it back. A branch that vanishes keeps nothing at all."""
+        """One mask (N,) as a mask by group name, nothing kept of a branch that vanishes; `joined` takes it back."""
         return {group.name: part for group, part in coupled(self.choices(keep)).items()}
 
     def joined(self, masks: Mapping[str, Tensor]) -> Tensor:

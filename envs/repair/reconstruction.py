@@ -26,8 +26,8 @@ from ...ranges import COUNT, IMAGES, POSITIVE, check_numbers
 from ..networks.copying import copied
 from ..networks.graph_passes import functionalise, only_user
 from ..networks.memory_layout import arranged, layout_of
-from ..networks.module_kinds import is_leaf
 from ..networks.modes import evaluating
+from ..networks.module_kinds import is_leaf
 from ..networks.sized_tracing import traced as trace
 from ..surgery.cutting import KeptRows, cut_channels, kept_rows
 from ..surgery.filter_group import Branch, FilterGroup, vanished

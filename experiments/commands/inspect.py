@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def describe(model: nn.Module, example: torch.Tensor) -> dict[str, Any]:
             "of your images, input_shape=[channels,height,width], or example_inputs=mine.example, a function that "
             "returns what your forward takes."
         ) from error
-    plan = find_groups(model, example)
+    plan = find_groups(model, example, whole_blocks=True)
     return {
         "macs": cost.macs,
         "params": cost.params,
@@ -114,12 +115,13 @@ def evaluation_of(model: nn.Module, plan: GroupPlan, images: torch.Tensor) -> di
 
 def describe_group(model: nn.Module, cost: Cost, group: FilterGroup) -> Mapping[str, Any]:
     """One group: who goes together, who reads it, and the MACs and parameters that go when all its filters go."""
-    macs, params = pruned_cost(model, cost, {group: 0})
+    macs, params = pruned_cost(model, cost, {replace(group, branch=None): 0})
     return {
         "name": group.name,
         "n_filters": group.n_filters,
         "coupled_with": [cut.module for cut in group.producers[1:]],
         "consumers": [cut.module for cut in group.consumers],
+        "may_vanish": group.least == 0,
         "macs": cost.macs - macs,
         "params": cost.params - params,
     }

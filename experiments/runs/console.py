@@ -119,6 +119,21 @@ class Terminal:
             )
         self.console.print(table)
 
+    def profile(self, conditions: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Measured time of a network, and how far predictions for pruned copies are off."""
+        table = Table(title=f"Time of a pass on {conditions}", title_justify="left")
+        table.add_column("runtime")
+        for name in ("batch", "dense", "copies", "error", "largest"):
+            table.add_column(name, justify="right", overflow="fold")
+        table.add_column("layers that take most", overflow="fold")
+        for row in rows:
+            low, high = (1e3 * each for each in row["spread"])
+            errors = ["-" if row[key] is None else f"{100 * row[key]:.1f} %" for key in ("error", "worst")]
+            layers = ", ".join(f"{name} {100 * part:.0f} %" for name, part in row["layers"].items())
+            dense = f"{1e3 * row['seconds']:.3g} ms ({low:.3g} to {high:.3g})"
+            table.add_row(row["runtime"], str(row["batch_size"]), dense, str(row["copies"]), *errors, layers)
+        self.console.print(table)
+
     def inspection(self, described: Mapping[str, Any]) -> None:
         """What can be pruned and what is skipped."""
         table = Table(title=f"{described['macs']:,} MACs, {described['params']:,} parameters", title_justify="left")
@@ -138,6 +153,13 @@ class Terminal:
             self.console.print(
                 f"The shares add up to {100 * total:.0f} %: a convolution between two groups is counted in both, since "
                 "it shrinks with either.",
+                markup=False,
+            )
+        whole = [row["name"] for row in described["groups"] if row["may_vanish"]]
+        if whole:
+            names = ", ".join(whole)
+            self.console.print(
+                f"With surgery.whole_blocks=true these may keep no filter, and their whole block goes: {names}.",
                 markup=False,
             )
         for row in described["skipped"]:
