@@ -35,7 +35,7 @@ RUNTIME = "onnxruntime"
 INSTALL = "pip install 'keepdrop[onnx]'"
 TOLERANCE = 1e-4
 INT8 = "onnx-int8"
-FILES = {"onnx": "model.onnx", INT8: "model.int8.onnx", "program": "model.pt2"}
+FILES = {"onnx": "model.onnx", "program": "model.pt2", INT8: "model.int8.onnx"}
 """Kinds of export and the files they make."""
 
 
