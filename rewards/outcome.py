@@ -22,7 +22,7 @@ class Outcome:
         pruned_macs: the same of the pruned network, 0 to base_macs.
         base_params: parameters of the unpruned network.
         pruned_params: parameters of the pruned network, 0 to base_params.
-        base_seconds: measured latency of the unpruned network, or None where it was not measured.
+        base_seconds: latency of the unpruned network by a profile of the device, or None where there is none.
         pruned_seconds: the same of the pruned network; given exactly where base_seconds is. It may exceed
             base_seconds: MACs can fall while time does not.
 
@@ -77,7 +77,7 @@ class Outcome:
             UserError: the latency was not measured.
         """
         if self.base_seconds is None or self.pruned_seconds is None:
-            raise UserError("this outcome has no measured latency; measure it, or aim at macs or params instead")
+            raise UserError("this outcome has no measured latency; give a profile of the device, or aim at macs or params instead")
         return self.pruned_seconds / self.base_seconds
 
 

@@ -19,8 +19,8 @@ class Progress:
     """One step of the work; `print` is a callback, since `str` makes one line of it.
 
     Attributes:
-        stage: "profile" (copies of the network were timed), "search" (one update of a layer's agent), "halving" (one of a search's best masks was trained), "layer"
-            (a layer is cut), "recovery" or "finetune" (one epoch).
+        stage: "profile" (copies of the network were timed), "search" (one update of a layer's agent), "halving" (one of
+            a search's best masks was trained), "layer" (a layer is cut), "recovery" or "finetune" (one epoch).
         name: the layer, or what found the mask; empty while fine-tuning.
         done, total: updates, masks, layers or epochs.
         metrics: of the step; accuracies and fractions in [0, 1].

@@ -1,10 +1,14 @@
-"""A meter of seconds that rises in steps, as devices do that work in blocks of channels."""
+"""Times that rise in steps, as on devices that work in blocks of channels: as a meter and as a profile."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
+import torch
+from keepdrop.envs.groups.finding import find_groups
 from keepdrop.envs.surgery.filter_group import FilterGroup
+from keepdrop.envs.surgery.latency_profile import LatencyProfile, Sample, TimeTable
+from keepdrop.experiments.deploy.profiling import conditions_of, design, layer_shapes
 
 
 @dataclass(frozen=True)
@@ -27,3 +31,18 @@ class SteppedMeter:
 def clock(step: int = 8, per_step: float = 1e-3):
     """Makes such meters for whatever network, as a profile does."""
     return lambda model, groups: SteppedMeter(tuple(groups), step, per_step)
+
+
+def stepped_profile(model, example, step: int = 8, samples: int = 30) -> LatencyProfile:
+    """A profile made up for this machine, in which every layer's time rises with every `step` of its outputs."""
+    groups = find_groups(model, example).groups
+    layers = layer_shapes(model, example, groups)
+    meter = SteppedMeter(groups, step)
+
+    def sample(kept: Sequence[int]) -> Sample:
+        fraction = meter.cost(kept) / meter.whole
+        return Sample(tuple(kept), fraction, fraction, fraction)
+
+    tables = (TimeTable("eager", 1, (meter.whole,), tuple(map(sample, design(groups, samples, 0))), ()),)
+    named = tuple((group.name, group.n_filters) for group in groups)
+    return LatencyProfile(conditions_of(torch.device("cpu")), named, layers, tables)

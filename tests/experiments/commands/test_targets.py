@@ -1,0 +1,91 @@
+"""Targets of time, parameters and bytes from the command line: met, said, applied, resumed, and what is refused."""
+
+import json
+
+import pytest
+import torch
+from keepdrop.agent.saved_agent import load_agent
+from keepdrop.envs.networks.built_in import small_cnn
+from keepdrop.envs.surgery.latency_profile import save_profile
+from stepped_meter import stepped_profile
+
+QUICK = [
+    "network_search.masks=4",
+    "network_search.images=60",
+    "network_search.agent.updates=1",
+    "repair.images=100",
+    "repair.places=8",
+    "recovery.train.epochs=0",
+    "finetune.epochs=0",
+    "latency.repeats=1",
+    "latency.warmup=0",
+    "evaluation.statistics_images=60",
+    "controls=[]",
+]
+BOTH = ["target.latency=0.6", "target.params=0.5", "profile.file=device.json", "surgery.round_to=auto"]
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+@pytest.fixture
+def device(tmp_path):
+    """A made-up device, as a file in the working directory: every 8 channels of a layer cost the same."""
+    save_profile(stepped_profile(small_cnn().eval(), torch.zeros(1, 1, 8, 8)), tmp_path / "device.json")
+
+
+def test_time_and_parameters_hold_at_once(keepdrop, checkpoint, tmp_path, device):
+    result = keepdrop("prune", *QUICK, *BOTH, f"checkpoint={checkpoint}", "run_dir=run")
+    assert result.code == 0, result.err
+    metrics = read(tmp_path / "run/metrics.json")
+    time, params = metrics["target"]
+    assert time["resource"] == "latency" and time["pruned"] <= 0.6 * time["dense"] * (1 + 1e-9)
+    assert "eager, batch 1" in time["conditions"]
+    assert params["pruned"] == pytest.approx(metrics["pruned_params"]) and params["pruned"] <= 0.5 * params["dense"]
+    assert "Target latency=0.6:" in result.out and "Target params=0.5:" in (tmp_path / "run/report.md").read_text()
+    # The widths are those of the device's steps.
+    assert all(group["n_kept"] % 8 == 0 for group in metrics["groups"])
+    assert load_agent(tmp_path / "run/network/agent").facts["target"] == {"latency": 0.6, "params": 0.5}
+    # Another network of the architecture, asked by the times that the run kept, and for less.
+    (tmp_path / "device.json").unlink()
+    ask = ["apply", "agents=run", f"checkpoint={checkpoint}", "controls=[]", "finetune_controls=false"]
+    applied = keepdrop(*ask, "profile.file=null", "surgery.round_to=1", "target.latency=0.8", "run_dir=applied")
+    assert applied.code == 2 and "finetune_controls would do nothing" in applied.err
+    assert keepdrop(*ask[:4], "profile.file=null", "surgery.round_to=1", "run_dir=applied").code == 0
+    rows = read(tmp_path / "applied/metrics.json")["target"]
+    assert [row["pruned"] <= row["asked"] * row["dense"] * (1 + 1e-9) for row in rows] == [True, True]
+
+
+def test_an_agent_of_a_layer_is_paid_in_time(keepdrop, checkpoint, tmp_path, device):
+    """The drop bound holds nothing here: a price on time alone leaves a layer at the edge of a step."""
+    pay = ["reward=priced", "reward.price=100", "reward.resource=seconds", "profile.file=device.json", "drop_bound=0.4"]
+    less = ["agent.updates=2", "search.masks=4", "search.images=60", "evaluation.compensate=false"]
+    command = [*QUICK[5:], *pay, *less, "layers=[conv2,conv3]", f"checkpoint={checkpoint}", "run_dir=run"]
+    result = keepdrop("prune", *command)
+    assert result.code == 0, result.err
+    assert (tmp_path / "run/profile.json").is_file()
+    assert sum(group["n_kept"] < group["n_filters"] for group in read(tmp_path / "run/metrics.json")["groups"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (["target.latency=60"], "target.latency is 60; expected the fraction of the dense network's time"),
+        (["target.latency=0.05"], "target.latency=0.05 cannot be met: with one filter per layer"),
+        (["target.milliseconds=1000"], "would remove nothing: the dense network has"),
+        (["target.params=0.2", "surgery.min_kept=0.9"], "target.params=0.2 cannot be met: under surgery.round_to"),
+        (["surgery.round_to=auto", "profile.file=null"], "round_to=auto takes the multiple that a profile"),
+        (["surgery.round_to=even"], "surgery.round_to is even; expected a number of channels, 1 or more, or auto"),
+        (["target.params=0.5", "target.of=groups"], "it says whose MACs target.removed counts"),
+        (["target.params=0.5"], "profile.file would do nothing: nothing goes by time here"),
+        (["target.latency=0.6", "profile.runtime=compile"], "holds eager at batch 1, not compile"),
+        (["target.latency=0.6", "profile.file=nowhere.json"], "There is no latency profile 'nowhere.json'"),
+        (["target.latency=0.6", "network.widths=[8,8,8,8,8]"], "belongs to another network"),
+    ],
+)
+def test_what_makes_no_sense_is_one_sentence_before_the_search(keepdrop, tmp_path, device, settings, sentence):
+    given = [] if any(each.startswith("profile.file") for each in settings) else ["profile.file=device.json"]
+    result = keepdrop("prune", *QUICK[:2], *given, *settings, "run_dir=run")
+    assert result.code == 2 and sentence in result.err, result.err
+    assert not (tmp_path / "run").exists()
