@@ -3,6 +3,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import keepdrop as public
 import pytest
@@ -13,6 +14,7 @@ from keepdrop.envs.data.sources import digits
 from keepdrop.envs.networks.built_in import small_cnn
 from keepdrop.envs.networks.checkpoint import hash_state, load_checkpoint
 from keepdrop.experiments.api.settings import FINETUNE
+from keepdrop.experiments.pruning.halving import HalvingSettings
 from keepdrop.experiments.pruning.network_search import NetworkSearchSettings
 from quick import CALL, QUICK
 from torch.utils.data import DataLoader, TensorDataset
@@ -169,6 +171,23 @@ def test_a_macs_target_is_met_by_one_agent_for_all_layers(model, data, tmp_path)
     assert hash_state(again.model) == hash_state(result.model)
     result.save(tmp_path / "small")
     assert torch.equal(public.load_pruned(tmp_path / "small", small_cnn)(result.example), result.model(result.example))
+
+
+def test_a_search_trains_its_best_masks_where_asked(model, data, tmp_path):
+    """The progress says how each ended; a run begun without cannot go on with it."""
+    rungs = HalvingSettings([3, 2], [4, 12])
+    network = NetworkSearchSettings(masks=4, images=60, agent=NetworkAgentSettings(updates=1), halving=rungs)
+    call = CALL | {"layers": None, "settings": Settings(reward_size=200, network=network), "macs_removed": 0.4}
+    told = []
+    prune(model, data.train, data.test, **call | {"finetune": None}, folder=tmp_path / "run", progress=told.append)
+    trained = [each for each in told if each.stage == "halving"]
+    assert [each.done for each in trained] == list(range(1, trained[0].total + 1))
+    assert {each.metrics["minibatches"] for each in trained} == {4, 12}
+    assert all(each.metrics["trained"] >= each.metrics["repaired"] for each in trained)
+    assert "reconstruction" in {each.name for each in trained} and str(trained[0]).startswith("halving ")
+    plain = replace(call["settings"], network=replace(network, halving=HalvingSettings()))
+    with pytest.raises(UserError, match=r"holds another run: its settings\.network\.halving\.candidates differs"):
+        prune(model, data.train, data.test, **call | {"settings": plain, "finetune": None}, folder=tmp_path / "run")
 
 
 def test_a_folder_of_something_else_is_refused(model, data, tmp_path):

@@ -88,6 +88,20 @@ def test_an_interrupted_search_goes_on_bit_for_bit(keepdrop, checkpoint, tmp_pat
     assert all(torch.equal(a, b) for a, b in zip(tensors(first), tensors(second), strict=True))
 
 
+def test_finalists_are_trained_and_said(keepdrop, checkpoint, tmp_path):
+    """The decision is the best finalist's, and the network is cut and repaired as ever: training follows anyhow."""
+    halving = ["network_search.halving.candidates=[3,2]", "network_search.halving.minibatches=[4,12]", "augment=null"]
+    small = ["network_search.agent.updates=1", "controls=[]", "recovery.train.epochs=0", "finetune.ema=0.9"]
+    done = keepdrop("prune", *TARGET, *small, *halving, f"checkpoint={checkpoint}", "run_dir=run")
+    assert done.code == 0, done.err
+    said = [line for line in (done.out + done.err).splitlines() if line.startswith("Finalist ")]
+    decided = read(tmp_path / "run/network/decisions.json")[0]
+    rungs = decided["facts"]["halving"]
+    assert len(said) == sum(len(rung["candidates"]) for rung in rungs) and "after 12 minibatches" in said[-1]
+    assert decided["decided_by"] == rungs[-1]["candidates"][0]["name"] == decided["facts"]["decided_by"]
+    assert decided["pruned_accuracy"] == rungs[-1]["candidates"][0]["repaired"]
+
+
 def _records(*found):
     return [each if isinstance(each, list) else each["groups"] for each in found]
 
@@ -124,6 +138,8 @@ def test_a_trained_agent_prunes_a_checkpoint_it_has_never_seen(keepdrop, checkpo
         ("target.of=layers", "targets.of is 'layers'"),
         ("network_search.masks=5", "network_search.masks is 5; expected an even number of 4 or more."),
         ("network_search.agent.weight_scale=0", "above 0"),
+        ("network_search.halving.candidates=[8]", "expected as many numbers in one as in the other"),
+        ("finetune.ema=1", "finetune.ema must lie in [0, 1), such as 0.999, or be left out, got 1.0."),
         ("repair.ridge=0", "above 0"),
     ],
 )
