@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +27,10 @@ OVERHEAD = 1e-3  # seconds: of a pass shorter than this, calling the layers take
 
 @dataclass(frozen=True)
 class Latency:
-    """Seconds of one forward pass (whole batch): median and quartiles over `repeats`, and on what it was measured."""
+    """Seconds of one forward pass (whole batch): median and quartiles over `repeats`, and on what it was measured.
+
+    `device` is the name of the processor or GPU; `n_threads` those of the processor that a pass may use, 0 on a GPU.
+    """
 
     model: str
     batch_size: int
@@ -234,8 +238,23 @@ def _interleaved(
 
 def _record(runtime: str, name: str, size: int, seconds: list[float], inputs: Inputs) -> Latency:
     low, median, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
-    threads, device = torch.get_num_threads(), str(_device(inputs))
-    return Latency(name, size, median, low, high, len(seconds), device, threads, runtime)
+    device = _device(inputs)
+    threads = torch.get_num_threads() if device.type == "cpu" else 0
+    return Latency(name, size, median, low, high, len(seconds), device_name(device), threads, runtime)
+
+
+def device_name(device: torch.device | str) -> str:
+    """What a person calls a device: the GPU's name, or the processor's model."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine() or "cpu"
 
 
 def _device(inputs: Inputs) -> torch.device:
