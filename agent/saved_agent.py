@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..atomic import write_atomically
 from ..errors import UserError
+from .policies.group_policy import GroupPolicy
 from .policies.layer_matrix import LayerMatrixPolicy
 from .policies.network import NetworkPolicy
 from .policies.policy import Policy
@@ -34,6 +35,7 @@ POLICIES: dict[str, Callable[..., Any]] = {
     "SetPolicy": SetPolicy,
     "LayerMatrixPolicy": LayerMatrixPolicy,
     "NetworkPolicy": NetworkPolicy,
+    "GroupPolicy": GroupPolicy,
 }
 LIBRARIES = ("keepdrop", "torch", "numpy", "gymnasium", "safetensors")
 
@@ -57,7 +59,7 @@ class SavedAgent:
     folder: Path
 
 
-def save_agent(folder: Path | str, policy: Policy | NetworkPolicy, facts: Mapping[str, Any]) -> None:
+def save_agent(folder: Path | str, policy: Policy | NetworkPolicy | GroupPolicy, facts: Mapping[str, Any]) -> None:
     """Write an agent; an older one in the folder is replaced as a whole or stays.
 
     Args:
@@ -262,7 +264,7 @@ def _load_weights(folder: Path, policy: Policy, state: Mapping[str, Tensor], hea
     _module(policy).eval()
 
 
-def _module(policy: Policy | NetworkPolicy) -> nn.Module:
+def _module(policy: Policy | NetworkPolicy | GroupPolicy) -> nn.Module:
     if not isinstance(policy, nn.Module):
         raise TypeError(f"a policy is an nn.Module, this one is a {type(policy).__name__}")
     return policy

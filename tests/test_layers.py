@@ -29,6 +29,7 @@ ROOMS = (
     "experiments.pruning",
     "experiments.api",
     "experiments.config",
+    "experiments.pretraining",
     "experiments.oracle",
     "experiments.compare",
     "experiments.iterate",

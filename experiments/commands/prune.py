@@ -16,7 +16,6 @@ from ...envs.one_shot import GROUP_NAME, OneShotTask
 from ...envs.repair.reconstruction import ReconstructionSettings
 from ...envs.surgery.kept_channels import KeptChannels
 from ...envs.task import LayerTask, PruningTask
-from ...errors import UserError
 from ...rewards.outcome import RewardFunction
 from ..config.build import build_augment, build_policy_factory, build_reward, build_target
 from ..config.entry_point import plain, run_with_hydra, settings
@@ -40,11 +39,11 @@ from ..deploy.runtimes import check_runtimes
 from ..pruning.decide import Decider, Decision, observation_tensors
 from ..pruning.halving import Trained, Training
 from ..pruning.layer_agents import TrainLayerAgents
-from ..pruning.network_decide import TrainNetworkAgent
+from ..pruning.network_decide import AskPretrainedAgent, TrainNetworkAgent
 from ..pruning.network_schedule import NetworkSchedule, show_update
 from ..pruning.network_search import NetworkSearchSettings
+from ..pruning.pretrained import load_pretrained, needs_target
 from ..pruning.schedule import LayerRecord, Schedule, check_order
-from ..pruning.pretrained import AskPretrainedAgent, load_pretrained
 from ..pruning.trained_agents import load_agents
 from ..reporting.curves import write_curves
 from ..runs.context import RunContext
@@ -101,9 +100,7 @@ def check(config: DictConfig) -> Inputs:
     check_exports(config.export)
     check_order(config.order)
     if config.agents is not None and not has_target(config):
-        raise UserError(
-            f"agents={config.agents} decides at a target, but none is given; add one, such as target.removed=0.5."
-        )
+        raise needs_target("target.removed=0.5")
     inputs = prepare(config, plain(config.layers))
     check_controls(config.controls, inputs)
     check_runtimes(config.latency.runtimes, inputs.device)

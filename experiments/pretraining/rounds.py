@@ -1,0 +1,195 @@
+"""Rounds of a pretraining: try actions in every world, move the policy along the gradient of all, begin again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from joblib import Parallel, delayed
+from joblib.externals.loky import get_reusable_executor
+from joblib.externals.loky.process_executor import TerminatedWorkerError
+
+from ...agent.learning.many_networks import improve
+from ...agent.policies.group_policy import GroupPolicy
+from ...agent.saved_agent import WEIGHTS, library_versions, load_agent, save_agent
+from ...envs.group_descriptions import DESCRIPTION_NAMES
+from ...envs.observation import STATISTIC_NAMES
+from ...envs.surgery.targets import Target
+from ...errors import UserError
+from ..config.schema import PretrainingConfig, SplitConfig
+from ..pruning.agent_card import ANY_NETWORK, write_card
+from ..runs.seeds import derive_seed
+from .worlds import (
+    CONTROLS,
+    Subject,
+    experience,
+    read_record,
+    target_name,
+    tried,
+    write_record,
+)
+from .zoo import ZooNetwork
+
+WORLDS, AGENTS = "worlds", "agents"
+SKIPPED = "skipped.json"
+Show = Callable[[str, int, int], None]
+"""Told what was done, how much of the round is done, and of how much."""
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """One agent trained over a zoo, in a folder from which an interrupted training is resumed.
+
+    Args:
+        networks: of the zoo.
+        splits: how the images of each are split.
+        settings: how.
+        folder: `worlds/NETWORK/` holds what was seen and tried, `agents/ROUND/` the policy after each round.
+        seed: of everything.
+        workers: processes; they share networks.
+    """
+
+    networks: Sequence[ZooNetwork]
+    splits: SplitConfig
+    settings: PretrainingConfig
+    folder: Path
+    seed: int = 0
+    workers: int = 1
+
+    @property
+    def aims(self) -> list[Target]:
+        """The targets."""
+        return [Target(removed, "network") for removed in self.settings.targets]
+
+    def run(self, show: Show) -> GroupPolicy:
+        """All rounds that are missing; returns the last policy."""
+        policy = self.policy(0)
+        for number in range(self.settings.rounds):
+            self.sample(number, policy, show)
+            if not (self.folder / AGENTS / str(number + 1) / WEIGHTS).is_file():
+                self.learn(number, policy)
+            policy = self.policy(number + 1)
+        return policy
+
+    def policy(self, number: int) -> GroupPolicy:
+        """The policy after a number of rounds; after none the plan itself."""
+        if number == 0:
+            torch.manual_seed(derive_seed(self.seed, "policy"))
+            return GroupPolicy(DESCRIPTION_NAMES, STATISTIC_NAMES, self.settings.hidden)
+        policy = load_agent(self.folder / AGENTS / str(number)).policy
+        assert isinstance(policy, GroupPolicy)
+        return policy
+
+    def sample(self, number: int, policy: GroupPolicy, show: Show) -> None:
+        """Try actions in every world where this round did not yet."""
+        missing = [network for network in self.networks if self._missing(network, number)]
+        show("", len(self.networks) - len(missing), len(self.networks))
+        with _processes(self.workers) as spread:
+            for done, name in enumerate(spread(self._sample_one, [(each, number, policy) for each in missing]), 1):
+                show(name, len(self.networks) - len(missing) + done, len(self.networks))
+
+    def learn(self, number: int, policy: GroupPolicy) -> None:
+        """Move the policy along the gradient of this round and save it."""
+        records = self.records(number)
+        if not records:
+            raise UserError(
+                f"No network of the zoo can meet any of the targets {', '.join(map(str, self.aims))}; ask for less, or "
+                "add networks: why each was skipped stands in worlds/*/*.skipped.json."
+            )
+        worlds = [experience(record) for record in records.values()]
+        if number == 0:
+            policy.normalise([world.rows for world in worlds])
+        objective = improve(policy, worlds, self.settings.gradient)
+        place, facts = self.folder / AGENTS / str(number + 1), self.facts(number, records, objective)
+        save_agent(place, policy, facts)
+        write_card(place, {**facts, "libraries": library_versions()})
+
+    def records(self, number: int) -> dict[tuple[str, float], dict[str, Any]]:
+        """What a round brought, by network and target."""
+        return {
+            (network.name, removed): read_record(file)
+            for network in self.networks
+            for removed, file in zip(self.settings.targets, self._files(network, number), strict=True)
+            if file.is_file()
+        }
+
+    def facts(
+        self, number: int, records: Mapping[tuple[str, float], Mapping[str, Any]], objective: Sequence[float]
+    ) -> dict[str, Any]:
+        """What is saved with the agent: what it was trained on, and what its policy did before this update."""
+        gains = [
+            {name: record["controls"][name] - record["controls"]["uniform"] for name in CONTROLS}
+            for record in records.values()
+        ]
+        return {
+            "group": ANY_NETWORK,
+            "description_names": list(DESCRIPTION_NAMES),
+            "statistic_names": list(STATISTIC_NAMES),
+            "rounds": number + 1,
+            "settings": asdict(self.settings),
+            "seed": self.seed,
+            "networks": {each.name: each.family for each in self.networks},
+            "worlds": len(records),
+            "mask_evaluations": sum(len(record["rewards"]) + len(CONTROLS) for record in records.values()),
+            "gain_over_uniform": {name: sum(each[name] for each in gains) / len(gains) for name in CONTROLS},
+            "objective": [objective[0], objective[-1]],
+        }
+
+    def _files(self, network: ZooNetwork, number: int) -> list[Path]:
+        own = self.folder / WORLDS / network.name
+        return [own / f"{target_name(aim)}.round-{number}.json" for aim in self.aims]
+
+    def _missing(self, network: ZooNetwork, number: int) -> list[Target]:
+        files = self._files(network, number)
+        skipped = self.folder / WORLDS / network.name
+        return [
+            aim
+            for aim, file in zip(self.aims, files, strict=True)
+            if not file.is_file() and not (skipped / f"{target_name(aim)}.{SKIPPED}").is_file()
+        ]
+
+    def _sample_one(self, network: ZooNetwork, number: int, policy: GroupPolicy) -> str:
+        own = self.folder / WORLDS / network.name
+        subject = Subject(network, self.splits, self.settings.fit_images, self.settings.sampling, own)
+        for aim in self._missing(network, number):
+            name = target_name(aim)
+            try:
+                world = subject.world(aim)
+                seed = derive_seed(self.seed, network.name, name, str(number))
+                record = tried(world, policy, self.settings.sampling, seed)
+            except UserError as error:  # a target that this network cannot meet
+                write_record(own / f"{name}.{SKIPPED}", {"reason": str(error)})
+                continue
+            write_record(own / f"{name}.round-{number}.json", record)
+        return network.name
+
+
+@contextmanager
+def _processes(n_workers: int) -> Iterator[Callable[[Callable[..., str], Sequence[tuple[Any, ...]]], Iterator[str]]]:
+    """Calls of a function spread over processes, each result as soon as it is there; one worker is this process."""
+    if n_workers == 1:
+        yield lambda work, calls: (work(*arguments) for arguments in calls)
+        return
+    n_threads = max(1, torch.get_num_threads() // n_workers)
+    parallel = Parallel(
+        n_workers, return_as="generator_unordered", initializer=torch.set_num_threads, initargs=(n_threads,)
+    )
+
+    def spread(work: Callable[..., str], calls: Sequence[tuple[Any, ...]]) -> Iterator[str]:
+        try:
+            yield from parallel(delayed(work)(*arguments) for arguments in calls)
+        except TerminatedWorkerError as error:
+            raise UserError(
+                "A process was killed, perhaps because memory ran out; what is finished is kept: resume the run."
+            ) from error
+
+    failed = True
+    try:
+        yield spread
+        failed = False
+    finally:
+        get_reusable_executor(reuse=True, kill_workers=failed).shutdown(kill_workers=failed)
