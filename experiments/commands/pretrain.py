@@ -1,4 +1,4 @@
-"""`keepdrop pretrain zoo=FILE`: one agent trained over many networks and targets, which can be asked about any other."""
+"""`keepdrop pretrain zoo=FILE`: one agent trained over many networks and targets, to be asked about any other."""
 
 from __future__ import annotations
 
