@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from ...envs.repair.reconstruction import ReconstructionSettings
+from ...envs.repair.reconstruction_error import RECONSTRUCTION
 from ...envs.surgery.targets import Target
 from ..compare.choices import Choices
 from ..compare.measuring import TRAINED, choose, measure, result_name, unmeasured
@@ -28,7 +29,7 @@ from ..config.ignored import (
     refuse_ignored,
     training,
 )
-from ..config.prepare import Inputs, check_targets, prepare
+from ..config.prepare import Inputs, check_controls, check_targets, prepare
 from ..config.training import begin_task
 from ..runs.console import Terminal
 from ..runs.context import RunContext
@@ -91,6 +92,8 @@ def check(config: DictConfig) -> Inputs:
     repair = settings(config.repair, ReconstructionSettings)
     inputs = prepare(config, plain(config.layers))
     check_targets(inputs, targets, repair if any(config.compensate) else None)
+    if chosen_methods(config) == [RECONSTRUCTION]:  # beside others it is left out where it cannot judge a layer
+        check_controls([RECONSTRUCTION], inputs)
     return inputs
 
 

@@ -19,10 +19,11 @@ from ...agent.criteria import CRITERIA
 from ...agent.learning.natural_evolution import NetworkTrainer
 from ...envs.one_shot import OneShotTask
 from ...envs.repair.reconstruction import ReconstructionSettings
+from ...envs.repair.reconstruction_error import RECONSTRUCTION
 from ...envs.surgery.group_cost import pruned_cost
 from ...envs.surgery.targets import Target
 from ...envs.task import PruningTask
-from ...errors import first_line
+from ...errors import UserError, first_line
 from ..config.build import build_augment
 from ..config.entry_point import settings
 from ..pruning.halving import Training
@@ -139,10 +140,12 @@ class Choices:
         try:
             masks, facts = self._asked(job, task, target)
         except Exception as error:
-            if job.method not in PEERS:
-                raise
-            # What another library cannot do is a fact about it, and no reason to stop the comparison.
-            return {"skipped": f"{type(error).__name__}: {first_line(error)}"}
+            # What a criterion or another library cannot do is a fact about it, and no reason to stop the comparison.
+            if job.method in PEERS:
+                return {"skipped": f"{type(error).__name__}: {first_line(error)}"}
+            if job.method == RECONSTRUCTION and isinstance(error, UserError):
+                return {"skipped": str(error).rstrip(".")}
+            raise
         seconds = time.perf_counter() - started
         removed = check_masks(job.method, task, target, masks)
         counts = {group: int(masks[group.name].sum()) for group in task.groups}

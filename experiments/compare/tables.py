@@ -182,8 +182,19 @@ def markdown(metrics: Mapping[str, Any]) -> str:
         lines += ["", f"## {grid.title}", "", f"| {' | '.join(grid.header)} |"]
         lines += ["|" + "---|" + "---:|" * (len(grid.header) - 1)]
         lines += [f"| {' | '.join(row)} |" for row in grid.rows]
-    lines += [f"\nLeft out: {each['job']} ({each['reason']})." for each in metrics["skipped"]]
+    lines += [f"\n{each}." for each in left_out(metrics["skipped"])]
     return "\n".join(lines) + "\n"
+
+
+def left_out(skipped: Sequence[Mapping[str, str]]) -> list[str]:
+    """A line for each method and reason: the job that was left out, or how many."""
+    jobs: dict[tuple[str, str], list[str]] = {}
+    for each in skipped:
+        jobs.setdefault((each["job"].partition(",")[0], each["reason"]), []).append(each["job"])
+    return [
+        f"{found[0] if len(found) == 1 else f'{method} ({len(found)} jobs)'}: left out, {reason}"
+        for (method, reason), found in jobs.items()
+    ]
 
 
 def csv_table(metrics: Mapping[str, Any]) -> str:
@@ -223,5 +234,5 @@ def show(metrics: Mapping[str, Any], terminal: Terminal) -> None:
             table.add_row(*row)
         terminal.console.print(table)
     terminal.console.print(headline(metrics), markup=False)
-    for each in metrics["skipped"]:
-        terminal.warn(f"{each['job']}: left out, {each['reason']}")
+    for each in left_out(metrics["skipped"]):
+        terminal.warn(each)

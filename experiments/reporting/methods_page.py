@@ -9,7 +9,7 @@ from typing import Any
 
 from ...envs.data.objective import display_name
 from ..compare.methods import AGENT, FOLLOWS
-from ..compare.tables import STAGE_TITLES, Grid, grids, headline
+from ..compare.tables import STAGE_TITLES, Grid, grids, headline, left_out
 from ..runs.console import signed
 from .cards import card, percent, points
 from .charts import Axis, Series, bar, gauge, heights, line_chart, span
@@ -42,10 +42,9 @@ def _unfinished(run: Run) -> Markup:
 
 
 def _finished(metrics: Mapping[str, Any]) -> Markup:
-    left_out = [f"{each['job']}: left out, {each['reason']}." for each in metrics["skipped"]]
     parts = [
         tag("p", headline(metrics).replace("+-", "±"), class_="lead"),
-        *(tag("p", each, class_="note") for each in left_out),
+        *(tag("p", f"{each}.", class_="note") for each in left_out(metrics["skipped"])),
         _cards(metrics),
         *(_stage(metrics, stage, compensate) for compensate, stage in product(_settings(metrics), metrics["stages"])),
         _leads(metrics),

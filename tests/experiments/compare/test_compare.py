@@ -329,3 +329,22 @@ def test_jobs_have_files_of_their_own(tmp_path):
     jobs = {Job(m, r, c, s) for m in method_names() for r in (0.3, 0.35) for c in (False, True) for s in (0, 10)}
     assert len({job.key for job in jobs}) == len(jobs)
     RunFolder(tmp_path).write_json(f"choices/{next(iter(jobs)).key}.json", {})
+
+
+def test_a_criterion_that_cannot_judge_a_layer_is_left_out(keepdrop, tmp_path, monkeypatch, checkpoint):
+    def refused(*_, **__):
+        raise UserError("The criterion 'reconstruction' cannot judge 'conv2': it is odd.")
+
+    monkeypatch.setattr("keepdrop.experiments.compare.methods.reconstruction_scores", refused)
+    two = "methods=[l1-uniform,reconstruction]"
+    asked = [*_without("network_search", "random_seeds", "finetune", "bn_images"), "stages=[zero]"]
+    asked.append(f"checkpoint={checkpoint}")
+    result = keepdrop("compare", *asked, two, "compensate=[true]", "run_dir=run")
+    line = "reconstruction (2 jobs): left out, The criterion 'reconstruction' cannot judge 'conv2': it is odd"
+    assert result.code == 0 and f"warning: {line}" in " ".join((result.out + result.err).split()), result
+    metrics = read(tmp_path / "run/metrics.json")
+    assert {row["method"] for row in metrics["rows"]} == {"l1-uniform"} and len(metrics["skipped"]) == 2
+    assert f"{line}.\n" in (tmp_path / "run/report.md").read_text()
+    monkeypatch.setattr("keepdrop.experiments.config.prepare.check_readable", refused)
+    alone = keepdrop("compare", *asked, "methods=[reconstruction]", "compensate=[true]", "run_dir=alone")
+    assert alone.code == 2 and "cannot judge 'conv2'" in alone.err and not (tmp_path / "alone").exists()
