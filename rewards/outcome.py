@@ -77,7 +77,9 @@ class Outcome:
             UserError: the latency was not measured.
         """
         if self.base_seconds is None or self.pruned_seconds is None:
-            raise UserError("this outcome has no measured latency; give a profile of the device, or aim at macs or params instead")
+            raise UserError(
+                "this outcome has no measured latency; give a profile of the device, or aim at macs or params instead"
+            )
         return self.pruned_seconds / self.base_seconds
 
 

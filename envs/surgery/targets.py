@@ -207,8 +207,8 @@ def _unmet(each: Constraint, fewest: Sequence[int]) -> str:
         )
     left, whole = (amount(value, UNITS[each.name]) for value in (each.meter.cost(fewest), each.meter.whole))
     return (
-        f"target.{each.name}={each.asked:g} cannot be met: {how} {left.split()[0]} of {whole} ({100 * (1 - most):.1f} %) are "
-        "left; give a larger one or more layers."
+        f"target.{each.name}={each.asked:g} cannot be met: {how} {left.split()[0]} of {whole} "
+        f"({100 * (1 - most):.1f} %) are left; give a larger one or more layers."
     )
 
 

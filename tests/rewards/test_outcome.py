@@ -51,7 +51,7 @@ def test_impossible_outcomes_are_refused(change: dict[str, Any], text: str) -> N
 
 
 def test_no_latency_no_fraction() -> None:
-    with pytest.raises(UserError, match="no measured latency; measure it, or aim at macs or params"):
+    with pytest.raises(UserError, match="no measured latency; give a profile of the device, or aim at macs or params"):
         _ = Outcome(**GOOD).seconds_fraction
 
 
