@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
@@ -35,6 +36,23 @@ def opened(path: Path, about: dict[str, Any], parts: str) -> dict[str, Any]:
     if {key: found.get(key) for key in about} != about:
         raise SystemExit(f"{path} holds another experiment; move it away first")
     return dict(found)
+
+
+def script(name: str, path: Path) -> Any:
+    """A file as a module."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def section(page: str, start: str, end: str, text: str) -> str:
+    """A page with the section between two marks exchanged for `text`, which holds them, or added at the end."""
+    if start not in page:
+        return f"{page.rstrip()}\n\n{text}"
+    before, _, rest = page.partition(start)
+    return before + text + rest.partition(end)[2].removeprefix("\n")
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:

@@ -70,9 +70,10 @@ def main() -> None:
 
 
 def trained(path: Path) -> str:
-    """The section of the page that zoo.py wrote, which stays."""
-    _, found, rest = (path.read_text() if path.is_file() else "").partition("<!-- trained networks -->")
-    return f"\n{found}{rest}" if found else ""
+    """The sections of the page that zoo.py and kinds.py wrote, which stay."""
+    text = path.read_text() if path.is_file() else ""
+    starts = [text.find(mark) for mark in ("<!-- trained networks -->", "<!-- kinds of networks -->") if mark in text]
+    return f"\n{text[min(starts) :]}" if starts else ""
 
 
 def parsed() -> argparse.Namespace:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import time
 from collections.abc import Mapping
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import machine, opened
+from common import machine, opened, script, section
 from keepdrop.envs.data.sources import npz
 from keepdrop.envs.data.splits import Splits, split
 from keepdrop.envs.evaluation.mask_evaluator import accuracy_on
@@ -65,7 +64,7 @@ def main() -> None:
     text = table(found)
     print(text)
     if not arguments.dry:
-        PAGE.write_text(replaced(PAGE.read_text(), text))
+        PAGE.write_text(section(PAGE.read_text(), START, END, text))
 
 
 def parsed() -> argparse.Namespace:
@@ -74,8 +73,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--zoo", required=True, help="folder with zoo.json, models.py and the weights")
     parser.add_argument("--data", required=True, help="CIFAR-10 as an .npz file")
     parser.add_argument("--only", default="*", help="shell-style pattern of names")
-    parser.add_argument("--epochs", type=float, default=2.0, help="of fine-tuning")
-    parser.add_argument("--fit-images", type=int, default=20000, help="that are fine-tuned on")
+    parser.add_argument("--epochs", type=float, default=1.0, help="of fine-tuning")
+    parser.add_argument("--fit-images", type=int, default=10000, help="that are fine-tuned on")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--store", default=str(STORE), help="where rows are kept")
     parser.add_argument("--fresh", action="store_true", help="forget the rows of an earlier run")
@@ -87,7 +86,7 @@ def parsed() -> argparse.Namespace:
 def measured(entry: Mapping[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
     """One row; accuracies are fractions on the report split."""
     started = time.perf_counter()
-    model = loaded(Path(arguments.zoo), entry["name"]).to(arguments.device)
+    model = script("zoo_models", Path(arguments.zoo) / "models.py").load(entry["name"]).to(arguments.device)
     splits = splits_of(entry, arguments.data, arguments.fit_images)
     images = splits.reward.batch(torch.arange(3))[0].to(arguments.device)
     everything = find_groups(model, images, verify=False)
@@ -131,15 +130,6 @@ def masks_of(task: PruningTask) -> tuple[str, Masks]:
         return "l2, uniform", CriterionMethod("l2", "uniform", Observations()).choose(task, target, 0)
 
 
-def loaded(zoo: Path, name: str) -> torch.nn.Module:
-    """The trained network."""
-    spec = importlib.util.spec_from_file_location("zoo_models", zoo / "models.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.load(name)
-
-
 def splits_of(entry: Mapping[str, Any], data: str, fit_images: int) -> Splits:
     """Reward and report from the test images, the first `fit_images` of the training images for fine-tuning."""
     splits = split(npz(data, entry["mean"], entry["std"]), reward_from="test", reward_size=N_REWARD, seed=0)
@@ -157,9 +147,9 @@ def table(found: Mapping[str, Any]) -> str:
         "`python benchmarks/zoo.py`,",
         "whose head says how. No agent is trained: `reconstruction` chooses the filters (L2 in equal shares where it",
         "cannot). *cut*: just cut; *repaired*: after the closed-form repair; *fine-tuned*: after "
-        f"{found['epochs']:g} more epochs on {found['fit_images']:,}",
-        "images, or as repaired where these did not help on the reward images. Accuracies in % on test images that",
-        "nothing was chosen on; their standard error is about 0.3 points.",
+        f"{found['epochs']:g} more epoch{'s' * (found['epochs'] != 1)} on {found['fit_images']:,}",
+        "of 50,000 training images (a budget for an hour of one core), or as repaired where that did not help on the",
+        "reward images. Accuracies in % on test images nothing was chosen on; standard errors are about 0.3 points.",
         "",
         "| network | family | found | prunable | MACs | MACs left | parameters left | dense | cut | repaired | "
         "fine-tuned | chosen by |",
@@ -178,14 +168,6 @@ def line(name: str, row: Mapping[str, Any]) -> str:
     figures = [f"{100 * row[key]:.1f} %" for key in ("macs_left", "params_left")]
     figures += [f"{100 * row[key]:.2f}" for key in ("dense", "cut", "repaired", "finetuned")]
     return f"{head}| {row['prunable']} | {row['macs'] / 1e6:.1f} M | {' | '.join(figures)} | {row['chosen_by']} |"
-
-
-def replaced(page: str, text: str) -> str:
-    """The page with its section of trained networks exchanged, or added at the end."""
-    if START not in page:
-        return f"{page.rstrip()}\n\n{text}"
-    before, _, rest = page.partition(START)
-    return before + text + rest.partition(END)[2].lstrip("\n")
 
 
 if __name__ == "__main__":
