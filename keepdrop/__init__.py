@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from .experiments.api.settings import Settings
     from .experiments.deploy.export import export_int8, export_onnx
     from .experiments.deploy.profiling import profile
+    from .experiments.pruning.agent_places import fetch_agent, share_agent
     from .experiments.training.train_settings import TrainSettings
     from .rewards.budget import Budget
     from .rewards.outcome import Outcome, Reward
@@ -77,12 +78,14 @@ _HOME = {
     "boxes_of": "envs.data.boxes",
     "export_int8": "experiments.deploy.export",
     "export_onnx": "experiments.deploy.export",
+    "fetch_agent": "experiments.pruning.agent_places",
     "find_groups": "envs.groups.finding",
     "from_datasets": "envs.data.datasets",
     "load_profile": "envs.surgery.latency_profile",
     "load_pruned": "envs.files.pruned_network",
     "profile": "experiments.deploy.profiling",
     "prune": "experiments.api.prune_and_apply",
+    "share_agent": "experiments.pruning.agent_places",
     "split": "envs.data.splits",
 }
 
@@ -117,12 +120,14 @@ __all__ = [
     "boxes_of",
     "export_int8",
     "export_onnx",
+    "fetch_agent",
     "find_groups",
     "from_datasets",
     "load_profile",
     "load_pruned",
     "profile",
     "prune",
+    "share_agent",
     "split",
 ]
 

@@ -11,7 +11,7 @@ from keepdrop.envs.networks.checkpoint import hash_state
 from keepdrop.envs.networks.cost import count_cost
 from keepdrop.errors import UserError
 from keepdrop.experiments.deploy import runtimes
-from keepdrop.experiments.deploy.latency import measure_latency, speed_advice, speed_change
+from keepdrop.experiments.deploy.latency import device_name, measure_latency, speed_advice, speed_change
 from keepdrop.experiments.deploy.runtimes import check_runtimes
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -120,7 +120,7 @@ def test_latency_gives_a_record_for_every_model_and_batch_size():
     assert [(r.model, r.batch_size) for r in records] == [("dense", 1), ("pruned", 1), ("dense", 5), ("pruned", 5)]
     for record in records:
         assert 0 < record.low_seconds <= record.median_seconds <= record.high_seconds
-        assert (record.n_threads, record.device, record.repeats) == (1, "cpu", 4)
+        assert (record.n_threads, record.device, record.repeats) == (1, device_name("cpu"), 4)
     assert models["dense"].training
 
 

@@ -96,9 +96,9 @@ def test_rows_tell_runtimes_apart():
     latency = [_record("base", 0.004), _record("pruned", 0.004), _record("base", 0.006, "compile")]
     latency += [_record("pruned", 0.003, "compile")]
     assert latency_rows(latency) == [
-        ("latency, batch 1, eager, 2 threads", *["4.00 ms (2.00 to 8.00)"] * 2, "no change"),
+        ("latency, batch 1, eager, cpu, 2 threads", *["4.00 ms (2.00 to 8.00)"] * 2, "no change"),
         (
-            "latency, batch 1, compile, 2 threads",
+            "latency, batch 1, compile, cpu, 2 threads",
             "6.00 ms (3.00 to 12.00)",
             "3.00 ms (1.50 to 6.00)",
             "about 2.00 x faster",
