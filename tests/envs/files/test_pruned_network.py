@@ -20,6 +20,8 @@ from safetensors.torch import load_file
 from torch import nn
 from zoo import IMAGES, ZOO
 
+from ...support.blocks import MAKERS, trained_looking
+
 RESNET = {"_target_": "keepdrop.envs.networks.built_in.cifar_resnet", "depth": 8}
 
 
@@ -88,6 +90,48 @@ def test_loads_in_a_fresh_process_without_torch_pruning(saved):
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
     assert torch.allclose(torch.load(folder / "out.pt", weights_only=True), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_vanished_blocks_come_back_in_the_user_s_own_class(name, tmp_path):
+    dense = trained_looking(MAKERS[name])
+    images = torch.randn(2, 3, 13, 13, generator=torch.Generator().manual_seed(3))
+    groups = find_groups(dense, images, whole_blocks=True).groups
+    choices = {group: torch.arange(group.n_filters) % 3 != 1 for group in groups}
+    first = next(group for group in groups if group.least == 0)
+    choices |= {
+        group: torch.zeros(group.n_filters, dtype=torch.bool) for group in groups if group.branch == first.branch
+    }
+    model, kept = prune(dense, choices), KeptChannels().after(dense, choices)
+    again = {group: torch.arange(group.n_filters) % 4 != 2 for group in find_groups(model, images).groups}
+    model, kept = prune(model, again), kept.after(model, again)
+    save_pruned(model, tmp_path, kept=kept, input_shape=(1, 3, 13, 13))
+    with pytest.raises(UserError, match="is not called from a file"):
+        load_pruned(tmp_path)
+    loaded = load_pruned(tmp_path, MAKERS[name])
+    assert torch.equal(loaded(images), model(images))
+    assert type(loaded.blocks[0]) is type(dense.blocks[0])
+
+
+def test_vanished_blocks_in_a_fresh_process(tmp_path):
+    torch.manual_seed(1)
+    dense = cifar_resnet(8, widths=(4, 6, 8)).eval()
+    images = torch.ones(1, 3, 8, 8)
+    gone = {
+        group: torch.zeros(group.n_filters, dtype=torch.bool)
+        for group in find_groups(dense, images, whole_blocks=True).groups
+        if group.least == 0
+    }
+    model = prune(dense, gone)
+    constructor = {"_target_": "keepdrop.envs.networks.built_in.cifar_resnet", "depth": 8, "widths": [4, 6, 8]}
+    kept = KeptChannels().after(dense, gone)
+    save_pruned(model, tmp_path, kept=kept, constructor=constructor, input_shape=(1, 3, 8, 8))
+    code = (
+        "import sys, torch; from keepdrop.envs.files.pruned_network import load_pruned\n"
+        "print(load_pruned(sys.argv[1])(torch.ones(1, 3, 8, 8)).double().flatten().tolist())"
+    )
+    said = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert json.loads(said.stdout) == model(images).double().flatten().tolist()
 
 
 def test_kept_channels_are_those_of_the_dense_network():

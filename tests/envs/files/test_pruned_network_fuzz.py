@@ -6,7 +6,15 @@ import json
 
 import pytest
 import torch
-from keepdrop.envs.files.pruned_network import ARCHITECTURE, SIGNED, WEIGHTS, _checksum, load_pruned, save_pruned
+from keepdrop.envs.files.pruned_network import (
+    ARCHITECTURE,
+    BRANCHES,
+    SIGNED,
+    WEIGHTS,
+    _checksum,
+    load_pruned,
+    save_pruned,
+)
 from keepdrop.envs.groups.finding import find_groups
 from keepdrop.envs.networks.built_in import cifar_resnet
 from keepdrop.envs.surgery.cutting import prune
@@ -32,11 +40,22 @@ ODD = st.sampled_from([None, True, "", "out", {}, {"out": [0]}, {"_target_": "os
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """Folder, the files' contents, and what the network says."""
-    folder = tmp_path_factory.mktemp("fuzzed")
+    return _saved(tmp_path_factory.mktemp("fuzzed"), whole_blocks=False)
+
+
+@pytest.fixture(scope="module")
+def shortened(tmp_path_factory):
+    """The same of a network in which blocks have vanished."""
+    return _saved(tmp_path_factory.mktemp("shortened"), whole_blocks=True)
+
+
+def _saved(folder, whole_blocks):
     torch.manual_seed(0)
     dense = cifar_resnet(8, widths=(4, 6, 8)).eval()
-    groups = find_groups(dense, IMAGES, verify=False).groups
+    groups = find_groups(dense, IMAGES, verify=False, whole_blocks=whole_blocks).groups
     choices = {group: torch.arange(group.n_filters) % 3 != 1 for group in groups}
+    for group in groups:
+        choices[group] &= group.least == 1 or group.name == "layer1.0.conv1"
     model, kept = prune(dense, choices), KeptChannels().after(dense, choices)
     constructor = {"_target_": "keepdrop.envs.networks.built_in.cifar_resnet", "depth": 8, "widths": [4, 6, 8]}
     facts, shape = {"note": "x"}, (1, 3, 8, 8)
@@ -66,7 +85,8 @@ def _same_or_refused(saved, **changed):
 
 
 def _signed(core):
-    return json.dumps({**core, "checksum": _checksum({key: core.get(key) for key in SIGNED})}).encode()
+    signs = (*SIGNED, BRANCHES) if BRANCHES in core else SIGNED
+    return json.dumps({**core, "checksum": _checksum({key: core.get(key) for key in signs})}).encode()
 
 
 def _places(value, path=()):
@@ -83,6 +103,8 @@ def _forged(draw, core):
     core = copy.deepcopy(core)
     for _ in range(draw(st.integers(1, 3))):
         places = list(_places(core))
+        if not places:
+            break
         *parents, key = draw(st.sampled_from(places))
         inside = core
         for each in parents:
@@ -127,6 +149,15 @@ def test_an_edited_architecture(saved, data):
     core = data.draw(_forged(json.loads(saved[1][ARCHITECTURE])))
     _same_or_refused(saved, architecture=json.dumps(core).encode())
     _same_or_refused(saved, architecture=_signed(core))
+
+
+@hypothesis.settings(FUZZ, max_examples=80)
+@hypothesis.given(data=st.data())
+def test_an_edited_list_of_vanished_branches(shortened, data):
+    core = json.loads(shortened[1][ARCHITECTURE])
+    assert core["format_version"] == 2 and len(core[BRANCHES]) == 2
+    core[BRANCHES] = data.draw(_forged({BRANCHES: core[BRANCHES]})).get(BRANCHES)
+    _same_or_refused(shortened, architecture=_signed(core))
 
 
 @FUZZ
