@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from blocks import MAKERS, trained_looking
 from keepdrop.envs.files import pruned_network as pruned_file
 from keepdrop.envs.files.pruned_network import load_pruned, save_pruned
 from keepdrop.envs.groups.finding import find_groups
@@ -19,8 +20,6 @@ from keepdrop.errors import UserError
 from safetensors.torch import load_file
 from torch import nn
 from zoo import IMAGES, ZOO
-
-from ...support.blocks import MAKERS, trained_looking
 
 RESNET = {"_target_": "keepdrop.envs.networks.built_in.cifar_resnet", "depth": 8}
 
@@ -99,9 +98,8 @@ def test_vanished_blocks_come_back_in_the_user_s_own_class(name, tmp_path):
     groups = find_groups(dense, images, whole_blocks=True).groups
     choices = {group: torch.arange(group.n_filters) % 3 != 1 for group in groups}
     first = next(group for group in groups if group.least == 0)
-    choices |= {
-        group: torch.zeros(group.n_filters, dtype=torch.bool) for group in groups if group.branch == first.branch
-    }
+    inner = [group for group in groups if group.branch == first.branch]
+    choices |= {group: torch.zeros(group.n_filters, dtype=torch.bool) for group in inner}
     model, kept = prune(dense, choices), KeptChannels().after(dense, choices)
     again = {group: torch.arange(group.n_filters) % 4 != 2 for group in find_groups(model, images).groups}
     model, kept = prune(model, again), kept.after(model, again)

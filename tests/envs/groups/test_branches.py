@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from blocks import MAKERS, NONE_VANISH, trained_looking
 from keepdrop.envs.evaluation.masked_network import MaskedNetwork
 from keepdrop.envs.groups.finding import find_groups
 from keepdrop.envs.networks.built_in import cifar_resnet
@@ -14,8 +15,6 @@ from keepdrop.envs.surgery.masking import masked_inputs
 from keepdrop.envs.surgery.meters import MacsMeter, WeightsMeter
 from keepdrop.errors import UserError
 from torch import nn
-
-from ...support.blocks import MAKERS, NONE_VANISH, trained_looking
 
 EXPECTED = {
     "basic": ["blocks.0.conv1", "blocks.1.conv1", "blocks.2.conv1"],

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from blocks import MAKERS, trained_looking
 from keepdrop.envs.groups.finding import find_groups
 from keepdrop.envs.networks.cost import count_cost
 from keepdrop.envs.surgery.cutoff import keep_best
@@ -12,8 +13,6 @@ from keepdrop.envs.surgery.limits import Limits
 from keepdrop.envs.surgery.targets import Target, constraints_of
 from keepdrop.envs.surgery.whole_blocks import Vanished, geometry
 from torch import nn
-
-from ...support.blocks import MAKERS, trained_looking
 
 IMAGES = torch.randn(3, 3, 13, 13, generator=torch.Generator().manual_seed(5))
 
