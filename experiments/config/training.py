@@ -67,7 +67,7 @@ def train_baseline(model: nn.Module, splits: Splits, context: RunContext, snapsh
     """Train `model` in place with the configuration's `base` settings; resumes from `snapshot` if it is there."""
     config = context.config
     chosen, seed = settings(config.base, TrainSettings), derive_seed(config.seed, "base")
-    context.terminal.say(f"Training the base network: {chosen.epochs:g} epochs on {len(splits.fit)} images")
+    context.terminal.say(f"Training the base network: {_amount(chosen, splits)}")
     with _shown("base network", splits, chosen, context) as report:
         trained = train_base(model, splits, chosen, **report, seed=seed, snapshot=snapshot)
     if sentence := trained.sentence(splits.objective.name):
@@ -89,7 +89,7 @@ def finetune(dense: nn.Module, pruned: nn.Module, splits: Splits, context: RunCo
     folder, chosen = context.folder, settings(context.config.finetune, TrainSettings)
     if not (folder / "finetune").is_dir():
         started = time.perf_counter()
-        context.terminal.say(f"Fine-tuning: {chosen.epochs:g} epochs on {len(splits.fit)} images")
+        context.terminal.say(f"Fine-tuning: {_amount(chosen, splits)}")
         snapshot, seed = folder / "finetune-snapshot.pt", derive_seed(context.config.seed, "finetune")
         teacher = dense if chosen.distill_weight > 0 else None
         with _shown("finetune", splits, chosen, context) as report:
@@ -106,6 +106,10 @@ def finetune(dense: nn.Module, pruned: nn.Module, splits: Splits, context: RunCo
     load_checkpoint(model, folder / "finetune" / WEIGHTS)
     judgement = RunFolder(folder / "finetune").read_json(JUDGED) or {}
     return Tuned(model.eval(), _seconds(folder / "finetune/seconds.txt"), judgement)
+
+
+def _amount(chosen: TrainSettings, splits: Splits) -> str:
+    return f"{chosen.epochs:g} epoch{'s' * (chosen.epochs != 1)} on {len(splits.fit)} images"
 
 
 def _seconds(file: Path) -> float:
