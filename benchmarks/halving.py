@@ -33,7 +33,7 @@ from keepdrop.experiments.training.loop import TrainSettings, fit_network
 from keepdrop.experiments.training.rate import bearable_rate
 
 RESULTS = Path(__file__).parents[1] / "benchmarks/results/halving.json"
-RECIPE = TrainSettings(batch_size=128, top_lr=0.05, distill_weight=0.9, ema=0.999)
+RECIPE = TrainSettings(batch_size=128, top_lr=0.05, distill_weight=0.9)
 
 
 def searched(one_shot: OneShotTask, target: Target, seed: int, halving: bool, options: argparse.Namespace) -> Any:

@@ -172,10 +172,10 @@ class Halving:
 
     def _trained(self, candidate: Candidate, minibatches: int) -> Candidate:
         """The candidate with its accuracy after a training; as repaired, if the training made it worse."""
-        asked = {"mask": candidate.key, "minibatches": minibatches}
+        asked: Result = {"mask": candidate.key, "minibatches": minibatches}
         known = next((each for each in self.results if asked.items() <= each.items()), None)
         if known is None:
-            known = asked | {"accuracy": self._accuracy(candidate, minibatches)}
+            known = {**asked, "accuracy": self._accuracy(candidate, minibatches)}
             self.results.append(known)
             self.keep(self.results)
         return replace(candidate, accuracy=max(candidate.repaired, known["accuracy"]))

@@ -15,8 +15,8 @@ class Average:
     TensorFlow's `ExponentialMovingAverage(num_updates=...)`: the average spans about the last tenth of them, until the
     decay that was given is less. The weights that a network was cut with are forgotten within a few steps.
 
-    The running statistics of a batch normalisation are averages of the same steps already, and averaged with the
-    weights they describe those: measuring them anew on training images was no better (docs/results.md).
+    The running statistics of a batch normalisation are averaged with the weights, of which they then describe the
+    average: to measure them anew on training images was no better on the whole (docs/results.md).
 
     Args:
         model: being trained; the average begins with its state.

@@ -118,7 +118,7 @@ def test_a_recipe_is_of_fine_tuning_alone_and_goes_over_an_experiment(root):
     plain, made = composed(root, asked), composed(root, [*asked, "recipe=field", "finetune.temperature=3"])
     changed = {key for key in plain if plain[key] != made[key]}
     assert changed == {"finetune"} and made.finetune.temperature == 3 and made.finetune.epochs == plain.finetune.epochs
-    assert made.finetune.lr is None and made.finetune.ema is not None and made.finetune.schedule == "cosine"
+    assert made.finetune.lr is None and made.finetune.distill_weight == 0.9 and made.finetune.schedule == "cosine"
 
 
 @pytest.mark.parametrize("root", ROOTS)
