@@ -21,11 +21,13 @@ from ...envs.surgery.targets import Target
 from ...errors import UserError
 from ...rewards.try_and_learn import TryAndLearn, check_drop_bound
 from ..deploy.clock import kept_profile
+from ..pruning.agent_card import ANY_NETWORK
 from ..pruning.halving import Training
 from ..pruning.input_checks import check_fineness
 from ..pruning.layer_agents import TrainLayerAgents
-from ..pruning.network_decide import AskNetworkAgent, NetworkDecider, TrainNetworkAgent
+from ..pruning.network_decide import AskNetworkAgent, AskPretrainedAgent, NetworkDecider, TrainNetworkAgent
 from ..pruning.network_schedule import NetworkSchedule
+from ..pruning.pretrained import load_pretrained, needs_target
 from ..pruning.schedule import Recovery, Schedule
 from ..pruning.trained_agents import AskAgents, agents_of, check_agents, load_agents
 from ..training.augment import Augment
@@ -58,6 +60,7 @@ def prune(
     settings: Settings | None = None,
     progress: Callback | None = None,
     folder: str | Path | None = None,
+    agents: str | Path | SavedAgent | None = None,
     warm_start: str | Path | None = None,
     policies: Policies | None = None,
     seed: int = 0,
@@ -89,6 +92,8 @@ def prune(
         progress: called with a `Progress` for every update, layer and epoch; `print` will do.
         folder: keeps agents, decisions and networks; called again with the same arguments it resumes a
             run that was interrupted.
+        agents: an agent trained over other networks decides at the target, without a search: "pretrained" (keepdrop's
+            own), the folder of one, a run of `keepdrop pretrain`, "hf://OWNER/NAME", or one that is loaded already.
         warm_start: the folder of an earlier run, of this function or of `keepdrop prune`: each layer that has an agent
             there trains that one further.
         policies: classes of one's own that those agents were made of, by name.
@@ -105,6 +110,7 @@ def prune(
             "Limits(whole_blocks=True) would do nothing: an agent a layer always keeps a filter of it; give a target, "
             "as in macs_removed=0.5."
         )
+    reader = _reader(agents, warm_start, target, settings)
     job = Job(
         model,
         train,
@@ -123,6 +129,10 @@ def prune(
     asked = {"drop_bound": drop_bound, "layers": layers, "recover": recover, **_asked(target)}
     job.check_training(finetune, recover)
     recovery = job.recovery(recover)
+    if target is not None and reader is not None:
+        decide = AskPretrainedAgent(reader, target)
+        named = _named({ANY_NETWORK: reader})
+        return job.run(_at_once(decide, job, recovery, drop_bound), finetune, folder, asked | named)
     if target is not None:
         tuning = finetune if isinstance(finetune, TrainSettings) else FINETUNE
         training = Training(tuning, augment, job.reporter.finalist)
@@ -163,11 +173,12 @@ def apply_agents(
     """Let trained agents decide on a network they have never seen, without training them; the rest is `prune`'s.
 
     Args:
-        agents: the folder of an earlier run, of `prune(..., folder=...)` or of the command line.
-        model: another training of the same architecture; never changed.
+        agents: the folder of an earlier run, of `prune(..., folder=...)` or of the command line, or that of one agent;
+            "hf://OWNER/NAME"; "pretrained", which reads any network.
+        model: another training of the same architecture (any for an agent that reads networks); never changed.
         train, test, recover, finetune, augment, progress, folder, seed, device: as for `prune`.
         macs_removed, latency, milliseconds, params, bytes: targets for an agent of a whole network; without any, what
-            it was trained for.
+            it was trained for; an agent that reads networks needs one.
         profile: as for `prune`.
         drop_bound: accuracy that may be lost before fine-tuning; it stops nothing, `bound_held` says whether it held.
         settings: `evaluation`, `order`, `bn_images`, `surgery`, `metric` and the reward images matter here.
@@ -178,9 +189,12 @@ def apply_agents(
     """
     check_drop_bound(drop_bound)
     known = load_agents(agents, policies)
-    layers = list(known[GROUP_NAME].facts["groups"]) if GROUP_NAME in known else list(known)
+    reader = known.get(ANY_NETWORK)
+    layers = list(known[GROUP_NAME].facts["groups"]) if GROUP_NAME in known else None if reader else list(known)
     target = _target(macs_removed, latency, milliseconds, params, bytes)
-    if target is not None and GROUP_NAME not in known:
+    if reader is not None and target is None:
+        raise needs_target("macs_removed=0.5")
+    if target is not None and GROUP_NAME not in known and reader is None:
         name = target.resources[0].replace("removed", "macs_removed")
         raise UserError(
             f"{name} is {getattr(target, target.resources[0]):g}, but the agents in {str(agents)!r} decide layer by "
@@ -206,8 +220,10 @@ def apply_agents(
     job.check_training(finetune, recover)
     recovery = job.recovery(recover)
     asked = {"recover": recover, **_asked(wanted), **_named(known)}
-    if GROUP_NAME in known:
-        schedule: Schedule | NetworkSchedule = _at_once(AskNetworkAgent(known[GROUP_NAME], target), job, recovery, None)
+    if reader is not None and target is not None:
+        schedule: Schedule | NetworkSchedule = _at_once(AskPretrainedAgent(reader, target), job, recovery, None)
+    elif GROUP_NAME in known:
+        schedule = _at_once(AskNetworkAgent(known[GROUP_NAME], target), job, recovery, None)
     else:
         schedule = Schedule(AskAgents(known), None, None, recovery, job.settings.order, seed)
     result = job.run(schedule, finetune, folder, asked)
@@ -237,6 +253,25 @@ def _asked(target: Target | None) -> dict[str, Any]:
     """What a folder remembers of the target; MACs alone as it always did."""
     facts = {} if target is None else target.facts()
     return {"macs_removed": facts.pop("removed", None)} | {name: value for name, value in facts.items() if name != "of"}
+
+
+def _reader(
+    agents: str | Path | SavedAgent | None,
+    warm_start: str | Path | None,
+    target: Target | None,
+    settings: Settings | None,
+) -> SavedAgent | None:
+    """The agent that reads networks, if one is to decide; UserError where it cannot be used, or a search needs one."""
+    if agents is None:
+        where = None if target is None or settings is None else settings.network.reads
+        if where is not None:
+            load_pretrained(where)
+        return None
+    if warm_start is not None:
+        raise UserError("agents decides without training, and warm_start trains agents further; leave one of them out.")
+    if target is None:
+        raise needs_target("macs_removed=0.5")
+    return load_pretrained(agents)
 
 
 def _warm(job: Job, run: str | Path | None, policies: Policies | None, target: Target | None) -> dict[str, SavedAgent]:

@@ -33,14 +33,17 @@ from ..config.training import Tuned, begin_task, build_recovery, finetune
 from ..deploy.clock import PROFILE
 from ..deploy.export import check_exports, try_exports
 from ..deploy.runtimes import check_runtimes
+from ..pruning.agent_card import ANY_NETWORK
+from ..pruning.agent_places import is_bare, local_folder
 from ..pruning.decide import AskCriterion, Decider
-from ..pruning.network_decide import AskNetworkAgent, AskNetworkCriterion, NetworkDecider
+from ..pruning.network_decide import AskNetworkAgent, AskNetworkCriterion, AskPretrainedAgent, NetworkDecider
 from ..pruning.network_schedule import NetworkSchedule
+from ..pruning.pretrained import check_reads_networks, needs_target
 from ..pruning.schedule import LayerRecord, Schedule, check_order
 from ..pruning.trained_agents import AskAgents, check_agents, load_agents
 from ..reporting.curves import write_curves
 from ..runs.context import RunContext
-from ..runs.folder import METRICS
+from ..runs.folder import METRICS, RunFolder
 from .prune import ScheduleLog, build_repair
 from .results import (
     Networks,
@@ -85,6 +88,8 @@ def inherited(config: DictConfig) -> DictConfig:
             raise UserError(f"{name} is not set; expected keepdrop apply agents=RUN checkpoint=FILE.")
     load_agents(config.agents)
     folder = run_with_config(config.agents)
+    if folder is None and is_bare(config.agents):
+        folder = RunFolder(local_folder(config.agents))
     if folder is None:
         raise UserError(
             f"{config.agents!r} has agents but no config.yaml; expected the whole folder of a command: copy it again, "
@@ -115,13 +120,21 @@ IGNORED = (
     *training("finetune"),
 )
 LAYER_BY_LAYER = (Ignored("target repair", "these agents decide layer by layer."),)
-ONE_SHOT = (
+ANY_SHOT = (
     Ignored("order", "this agent decides on all layers at once."),
     Ignored(LAYER_EVALUATION, "this agent decides on all layers at once, and repair says how they are repaired."),
     Ignored(
-        "target.of", "target.removed=null takes the agent's own target.", lambda config: config.target.removed is None
+        "target.of",
+        "it says whose MACs target.removed counts.",
+        lambda config: build_target(config.target) is not None and config.target.removed is None,
     ),
     REPAIR,
+)
+ONE_SHOT = (
+    Ignored(
+        "target.of", "target.removed=null takes the agent's own target.", lambda config: config.target.removed is None
+    ),
+    *ANY_SHOT,
 )
 
 
@@ -130,11 +143,16 @@ def check(config: DictConfig) -> Inputs:
     check_order(config.order)
     check_exports(config.export)
     known = load_agents(config.agents)
-    refuse_ignored(config, [*(ONE_SHOT if GROUP_NAME in known else LAYER_BY_LAYER), *IGNORED])
+    form = ANY_SHOT if ANY_NETWORK in known else ONE_SHOT if GROUP_NAME in known else LAYER_BY_LAYER
+    refuse_ignored(config, [*form, *IGNORED])
+    if ANY_NETWORK in known:
+        check_reads_networks(known[ANY_NETWORK])
+        if build_target(config.target) is None:
+            raise needs_target("target.removed=0.5")
     if GROUP_NAME in known:
         take_target(config, known[GROUP_NAME])
     refuse_ignored(config, [UNTIMED])
-    inputs = prepare(config, known[GROUP_NAME].facts["groups"] if GROUP_NAME in known else list(known))
+    inputs = prepare(config, layers_of(known))
     check_controls(config.controls, inputs)
     assert inputs.dense is not None
     if target := build_target(config.target):
@@ -143,6 +161,13 @@ def check(config: DictConfig) -> Inputs:
     try_exports(config.export, inputs.dense, inputs.splits)
     check_agents(known, inputs.task(inputs.dense))
     return inputs
+
+
+def layers_of(known: Mapping[str, SavedAgent]) -> list[str] | None:
+    """The layers that agents were trained for; None for one that reads networks: all that can be pruned."""
+    if ANY_NETWORK in known:
+        return None
+    return list(known[GROUP_NAME].facts["groups"]) if GROUP_NAME in known else list(known)
 
 
 def take_target(config: DictConfig, agent: SavedAgent) -> None:
@@ -189,13 +214,17 @@ class Schedules:
 
     def agent(self) -> Schedule | NetworkSchedule:
         """The trained agents'."""
+        target = build_target(self.config.target)
+        if ANY_NETWORK in self.agents:
+            assert target is not None
+            return self._at_once(AskPretrainedAgent(self.agents[ANY_NETWORK], target))
         if GROUP_NAME in self.agents:
-            return self._at_once(AskNetworkAgent(self.agents[GROUP_NAME], build_target(self.config.target)))
+            return self._at_once(AskNetworkAgent(self.agents[GROUP_NAME], target))
         return self._in_turn(AskAgents(self.agents))
 
     def control(self, criterion: str, counts: Mapping[str, int]) -> Schedule | NetworkSchedule:
         """A criterion's, at the agent's counts."""
-        if GROUP_NAME in self.agents:
+        if not {ANY_NETWORK, GROUP_NAME}.isdisjoint(self.agents):
             return self._at_once(AskNetworkCriterion(criterion, counts))
         return self._in_turn(AskCriterion(criterion, counts))
 

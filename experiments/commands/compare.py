@@ -31,6 +31,9 @@ from ..config.ignored import (
 )
 from ..config.prepare import Inputs, check_controls, check_targets, prepare
 from ..config.training import begin_task
+from ..pruning.agent_places import PRETRAINED
+from ..pruning.network_search import NetworkSearchSettings
+from ..pruning.pretrained import load_pretrained
 from ..runs.console import Terminal
 from ..runs.context import RunContext
 from .running import carry_out
@@ -92,6 +95,11 @@ def check(config: DictConfig) -> Inputs:
     repair = settings(config.repair, ReconstructionSettings)
     inputs = prepare(config, plain(config.layers))
     check_targets(inputs, targets, repair if any(config.compensate) else None)
+    search = settings(config.network_search, NetworkSearchSettings)
+    if search.reads is not None and AGENT in chosen_methods(config):
+        load_pretrained(search.reads)
+    if chosen_methods(config) == [PRETRAINED]:  # beside others it is left out where it cannot be loaded
+        load_pretrained(PRETRAINED)
     if chosen_methods(config) == [RECONSTRUCTION]:  # beside others it is left out where it cannot judge a layer
         check_controls([RECONSTRUCTION], inputs)
     return inputs

@@ -26,6 +26,7 @@ from ...envs.task import PruningTask
 from ...errors import UserError, first_line
 from ..config.build import build_augment
 from ..config.entry_point import settings
+from ..pruning.agent_places import PRETRAINED
 from ..pruning.halving import Training
 from ..pruning.network_search import NetworkAgent, NetworkSearchSettings
 from ..runs.folder import RunFolder
@@ -40,6 +41,7 @@ from .methods import (
     Masks,
     Method,
     Observations,
+    PretrainedMethod,
     RandomBest,
     ReconstructionMethod,
     check_masks,
@@ -75,7 +77,7 @@ class Choices:
         made += [CriterionMethod(name, "global-mean", seen) for name in MEAN_RANKED]
         made += [AtAgentCounts(name, seen, self._agent_masks) for name in CRITERIA]
         made += [RandomBest(inside, seen, self._tasks, self._evaluations, some) for inside in ("random", "taylor")]
-        made += [ReconstructionMethod()]
+        made += [ReconstructionMethod(), PretrainedMethod()]
         made += [TorchPruning(global_pruning) for global_pruning in (False, True)]
         return {method.name: method for method in made}
 
@@ -143,7 +145,7 @@ class Choices:
             # What a criterion or another library cannot do is a fact about it, and no reason to stop the comparison.
             if job.method in PEERS:
                 return {"skipped": f"{type(error).__name__}: {first_line(error)}"}
-            if job.method == RECONSTRUCTION and isinstance(error, UserError):
+            if job.method in (RECONSTRUCTION, PRETRAINED) and isinstance(error, UserError):
                 return {"skipped": str(error).rstrip(".")}
             raise
         seconds = time.perf_counter() - started

@@ -22,8 +22,10 @@ from ...envs.surgery.meters import MacsMeter, removed
 from ...envs.surgery.targets import Constraints, Target
 from ...envs.task import PruningTask
 from ...errors import UserError
+from ..pruning.agent_places import PRETRAINED
 from ..pruning.decide import observation_tensors
-from ..pruning.network_search import best_of
+from ..pruning.network_search import best_of, projection
+from ..pruning.pretrained import described, load_pretrained, pretrained_scores
 from ..runs.seeds import derive_seed
 
 Masks = dict[str, Tensor]
@@ -109,6 +111,25 @@ class ReconstructionMethod:
         goal, (images, labels) = task.constraints(target), task.fit_images(self.images)
         found = reconstruction_scores(task.model, goal, images, labels, objective=task.objective)
         return keep_best(goal, found)
+
+
+class PretrainedMethod:
+    """An agent that was trained over other networks (`keepdrop pretrain`); it is asked, nothing is searched.
+
+    Args:
+        where: it lies, as for `load_pretrained`.
+    """
+
+    name = PRETRAINED
+
+    def __init__(self, where: str = PRETRAINED) -> None:
+        self.where = where
+
+    def choose(self, task: PruningTask, target: Target, seed: int) -> Masks:
+        """Describe the network at the target and ask; the seed is the task's."""
+        one_shot = OneShotTask(task, None)
+        scores, _ = pretrained_scores(load_pretrained(self.where), described(one_shot, target))
+        return one_shot.named(projection(one_shot, target)(scores))
 
 
 class AtAgentCounts:
@@ -204,7 +225,7 @@ def method_names() -> list[str]:
     names = [AGENT, *(f"{name}{FOLLOWS}" for name in CRITERIA)]
     names += [f"{name}-{allocation}" for allocation in ("uniform", "global") for name in classic]
     names += [f"{name}-global-mean" for name in MEAN_RANKED]
-    return [*names, RECONSTRUCTION, "random-uniform", "random-best", "taylor-random-best", *PEERS]
+    return [*names, RECONSTRUCTION, PRETRAINED, "random-uniform", "random-best", "taylor-random-best", *PEERS]
 
 
 def check_masks(method: str, task: PruningTask, target: Target, masks: Masks) -> float:

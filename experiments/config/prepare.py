@@ -28,6 +28,8 @@ from ..deploy.clock import ClockSettings, ProfileClock, find_clock, resolved
 from ..pruning.decide import CONTROLS
 from ..pruning.input_checks import check_fineness, resolve_device, try_network, try_training
 from ..pruning.layer_agents import call_policy_factory
+from ..pruning.network_search import NetworkSearchSettings
+from ..pruning.pretrained import load_pretrained
 from ..pruning.trained_agents import agents_of, load_agents
 from ..runs.console import Terminal
 from ..runs.seeds import derive_seed
@@ -208,6 +210,8 @@ def check_search(config: DictConfig, inputs: Inputs) -> None:
 
 def check_network_search(config: DictConfig, inputs: Inputs) -> None:
     """Check what the agent of a whole network is made of, and that its target can be met; raises `UserError`."""
+    if (where := settings(config.network_search, NetworkSearchSettings).reads) is not None:
+        load_pretrained(where)
     repair = settings(config.repair, ReconstructionSettings)
     target = build_target(config.target)
     assert target is not None

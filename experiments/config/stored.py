@@ -22,6 +22,7 @@ from ..runs.folder import CONFIG, RunFolder
 from .cli_errors import CONF, expected, groups
 from .schema import INHERITED, ApplyConfig, structured
 
+UNINHERITED = {"data": "digits", "network": "small_cnn", "augment": "shift", "metric": "top1"}  # as in conf/prune.yaml
 OWN = ("agents", "checkpoint", "controls", "finetune_controls", "seed", "run_dir", "quiet", "export", "resume")
 
 
@@ -116,6 +117,8 @@ def inherit(run: str | Path | None) -> None:
     names = [each.name for each in fields(ApplyConfig) if each.name not in OWN]
     folder = None if run is None else run_with_config(str(run))
     stored: Any = {} if folder is None else OmegaConf.to_container(folder.config())
+    if "zoo" in stored:  # of keepdrop pretrain, whose agent prunes networks of which that run knows nothing
+        folder, stored = None, {}
     taken = {name: stored[name] for name in names if stored.get(name) is not None}
     if folder is not None:
         check_plain(taken, folder.path)
@@ -123,7 +126,10 @@ def inherit(run: str | Path | None) -> None:
     store, chosen = ConfigStore.instance(), set(groups())
     for group in chosen & set(taken):
         store.store(group=group, name=INHERITED, node=taken[group])
-    defaults: list[Any] = [{group: INHERITED if group in taken else None} for group in names if group in chosen]
+    before = {} if folder is not None else UNINHERITED
+    defaults: list[Any] = [
+        {group: INHERITED if group in taken else before.get(group)} for group in names if group in chosen
+    ]
     rest = {name: value for name, value in taken.items() if name not in chosen}
     store.store(name=INHERITED, node={"defaults": [*defaults, "_self_"], **rest})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from ..runs.seeds import derive_seed
 from .decide import AGENT, AskCriterion, observation_tensors
 from .halving import Training
 from .network_search import NetworkAgent, NetworkSearchSettings, Report, projection
+from .pretrained import described, pretrained_scores
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,29 @@ class AskNetworkAgent:
         keep = projection(one_shot, self.target)(policy.scores(policy.features(observation_tensors(one_shot))))
         masks = one_shot.named(keep)
         return NetworkDecision(masks, "trained agent", {"target": one_shot.task.reached(self.target, masks)})
+
+
+class AskPretrainedAgent:
+    """Asks an agent that reads networks, without training it.
+
+    Args:
+        agent: as loaded by `load_pretrained`.
+        target: what the pruned network may cost.
+    """
+
+    def __init__(self, agent: SavedAgent, target: Target) -> None:
+        self.agent, self.target = agent, target
+
+    def __call__(self, one_shot: OneShotTask, working: Path, state: Path, seed: int) -> NetworkDecision:
+        """The mask of its mean action; the agent is kept with the decision."""
+        started = time.perf_counter()
+        scores, _ = pretrained_scores(self.agent, described(one_shot, self.target))
+        masks = one_shot.named(projection(one_shot, self.target)(scores))
+        seconds = round(time.perf_counter() - started, 1)
+        facts = {key: value for key, value in self.agent.facts.items() if key not in ("format_version", "policy")}
+        save_agent(working / AGENT, self.agent.policy, facts)
+        told = {"mask_evaluations": 0, "decision_seconds": seconds}
+        return NetworkDecision(masks, "pretrained agent", {**told, "target": one_shot.task.reached(self.target, masks)})
 
 
 class AskNetworkCriterion:

@@ -27,12 +27,14 @@ from ...errors import UserError
 from ...ranges import COUNT, IMAGES, MASKS, check_numbers
 from ...rewards.outcome import Outcome, Reward
 from ..runs.seeds import derive_seed
+from .agent_places import PRETRAINED, is_place
 from .decide import observation_tensors
 from .halving import Candidate, Halving, HalvingSettings, Result, Training
+from .pretrained import described, load_pretrained, pretrained_scores
 
 STEP = 0.01  # of what has to go
 UNIFORM = "uniform"
-STARTS = (RECONSTRUCTION, UNIFORM)
+STARTS = (RECONSTRUCTION, UNIFORM, PRETRAINED)
 Report = Callable[[NetworkTrainer, Mapping[str, float]], None]
 
 
@@ -52,7 +54,8 @@ class NetworkSearchSettings:
             final cut, it ranks masks as well at a third of the cost.
         warm_start: the statistic that ranks the filters at the start.
         start: how much of each layer the untrained agent keeps: what "reconstruction" does, the criterion that needs
-            no search, or the same fraction everywhere ("uniform").
+            no search, the same fraction everywhere ("uniform"), or what an agent says that was trained over other
+            networks: keepdrop's own ("pretrained"), or that of a folder or of hf://OWNER/NAME.
         agent: how the agent learns.
         halving: which of the best masks are trained before one of them decides; none by default.
     """
@@ -69,9 +72,17 @@ class NetworkSearchSettings:
     def __post_init__(self) -> None:
         if self.masks < 4 or self.masks % 2:
             raise UserError(f"network_search.masks is {self.masks}; expected an even number of 4 or more.")
-        if self.start not in STARTS:
-            raise UserError(f"network_search.start is {self.start!r}; expected one of {', '.join(STARTS)}.")
+        if self.start not in STARTS and not is_place(self.start):
+            raise UserError(
+                f"network_search.start is {self.start!r}; expected one of {', '.join(STARTS)}, or the place of an "
+                "agent that keepdrop pretrain trained."
+            )
         check_numbers(self, masks=MASKS, images=IMAGES, repair_images=IMAGES, repair_places=COUNT)
+
+    @property
+    def reads(self) -> str | None:
+        """Where the agent lies that says how the search starts; None where none does."""
+        return None if self.start in (RECONSTRUCTION, UNIFORM) else self.start
 
     def rough(self, repair: ReconstructionSettings | None) -> ReconstructionSettings | None:
         """The repair of searched masks, never finer than that of the final cut."""
@@ -122,6 +133,11 @@ class NetworkAgent:
             kept = [float(part.double().mean()) for part in one_shot.choices(controls[RECONSTRUCTION]).values()]
             with torch.no_grad():
                 policy.log_weight.copy_(torch.tensor(kept, dtype=torch.float64).log())
+        if settings.reads is not None:
+            scores, log_weight = pretrained_scores(load_pretrained(settings.reads), described(one_shot, target))
+            controls[PRETRAINED] = trainer.project(scores)
+            with torch.no_grad():
+                policy.log_weight.copy_(log_weight)
         if settings.halving.on:
             controls |= self._criteria(trainer.project)
         results = self._train(trainer, env, seed)
@@ -203,7 +219,7 @@ class NetworkAgent:
 
     def _after_training(self, candidates: Sequence[Candidate], halving: Halving) -> Tensor:
         """The mask that halving prefers; of the criteria the best one is trained. Adds what was found to the facts."""
-        criteria = [each for each in candidates if each.control and each.name != RECONSTRUCTION]
+        criteria = [each for each in candidates if each.control and each.name not in (RECONSTRUCTION, PRETRAINED)]
         known = {f"{UNIFORM} {self.settings.warm_start}", max(criteria, key=lambda each: each.repaired).name}
         best = halving.best([each for each in candidates if each not in criteria or each.name in known])
         self.facts |= {

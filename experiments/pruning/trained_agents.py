@@ -10,15 +10,16 @@ from typing import Any
 import torch
 
 from ...agent.policies.policy import Policy
-from ...agent.saved_agent import WEIGHTS, SavedAgent, check_agent, load_agent
+from ...agent.saved_agent import SavedAgent, check_agent, load_agent
 from ...envs.one_shot import GROUP_NAME
 from ...envs.task import LayerTask, PruningTask
 from ...errors import UserError
-from .decide import AGENT, Decision, observation_tensors
+from .agent_card import ANY_NETWORK
+from .agent_places import agent_folders
+from .decide import Decision, observation_tensors
 from .network_decide import check_network_fit
+from .pretrained import check_reads_networks
 from .search import fit_facts
-
-PLACES = ("network", "layers/**")  # in a run's folder
 
 
 class AskAgents:
@@ -51,7 +52,9 @@ def check_fit(agent: SavedAgent, layer: LayerTask) -> None:
 def check_agents(agents: Mapping[str, SavedAgent], task: PruningTask) -> None:
     """Refuse agents, by layer or of the whole network, that do not fit a task with an `AgentMismatch`."""
     for name, agent in agents.items():
-        if name == GROUP_NAME:
+        if name == ANY_NETWORK:
+            check_reads_networks(agent)
+        elif name == GROUP_NAME:
             check_network_fit(agent, task)
         else:
             check_fit(agent, task.layer(name))
@@ -81,28 +84,12 @@ def trained_further(saved: SavedAgent, layer: LayerTask) -> Policy:
     return module.train()
 
 
-FOLDER = "the folder= of an earlier keepdrop.prune, or a run folder of the command."
-RUN = "a run folder of keepdrop prune or train-agent."
-
-
 def load_agents(run: str | Path, policies: Mapping[str, Callable[..., Policy]] | None = None) -> dict[str, SavedAgent]:
-    """All agents below a run folder (of `prune`, `train-agent`, or a sweep), by layer, in the order of the run.
+    """All agents of a run (of `prune`, `train-agent`, `pretrain`, or a sweep), by layer, in the order of the run.
 
     Args:
-        run: the folder.
+        run: the folder, or another place of one agent (`agent_places`).
         policies: classes of one's own that agents were made of, by name.
     """
-    path, run = Path(run), str(run)
-    if not path.is_dir():
-        raise UserError(f"{run!r} is not a folder; expected", FOLDER, RUN)
-    # A run, or the jobs of a sweep; `/` or a home folder by mistake is not searched through.
-    found = {
-        each for start in ("", "*/") for place in PLACES for each in path.glob(f"{start}{place}/{AGENT}/{WEIGHTS}")
-    }
-    folders = [file.parent for file in sorted(found) if ".partial" not in str(file)]
-    agents = {str(agent.facts.get("group")): agent for agent in (load_agent(each, policies) for each in folders)}
-    if not agents:
-        raise UserError(
-            f"No trained agent in {run!r}; expected", FOLDER, f"{RUN.rstrip('.')}: look for one with layers/*/{AGENT}."
-        )
-    return agents
+    found = (load_agent(each, policies) for each in agent_folders(run))
+    return {str(agent.facts.get("group")): agent for agent in found}
