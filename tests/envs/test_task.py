@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ from keepdrop.envs.observation import Observation
 from keepdrop.envs.one_shot import OneShotTask
 from keepdrop.envs.repair.compensation import Compensation
 from keepdrop.envs.repair.reconstruction import ReconstructionSettings
-from keepdrop.envs.task import PruningTask, measure_baseline, replace_model
+from keepdrop.envs.surgery.kept_channels import KeptChannels
+from keepdrop.envs.task import LayerTask, PruningTask, measure_baseline, replace_model
 from keepdrop.errors import UserError
+from stepped_meter import clock
 
 
 def _masks(n_filters, count=4, seed=0):
@@ -330,3 +333,21 @@ def test_layers_and_networks_are_decided_alike():
         assert all(hasattr(one, name) for name in members)
         assert isinstance(one.observation, Observation) and len(one.observation.weights) == one.n_filters
         assert one.n_images == 250
+
+
+def test_time_is_that_of_the_whole_network_as_it_was_cut():
+    """By a clock of steps of 4 filters; a network cut before counts with what is left of it."""
+    task = make_task(clock=clock(step=4))
+    first, second = task.groups[:2]
+    sizes = [group.n_filters for group in task.plan.groups]
+    dense = 1e-3 * (1 + sum(math.ceil(n / 4) for n in sizes))
+    keep = torch.arange(first.n_filters) < 3
+    (outcome,) = LayerTask(task, first).outcomes(keep[None])
+    assert outcome.base_seconds == pytest.approx(dense)
+    assert outcome.pruned_seconds == pytest.approx(dense - 1e-3 * (math.ceil(first.n_filters / 4) - 1))
+    cut = replace_model(task, LayerTask(task, first).cut(keep), KeptChannels().after(task.model, {first: keep}))
+    half = torch.arange(second.n_filters) < 4
+    (again,) = cut.layer(second.name).outcomes(half[None])
+    assert again.base_seconds == outcome.base_seconds
+    assert again.pruned_seconds == pytest.approx(outcome.pruned_seconds - 1e-3 * (math.ceil(second.n_filters / 4) - 1))
+    assert make_task().outcome(0.9, 0.8, {first: 3}).pruned_seconds is None

@@ -57,17 +57,6 @@ def test_time_and_parameters_hold_at_once(keepdrop, checkpoint, tmp_path, device
     assert [row["pruned"] <= row["asked"] * row["dense"] * (1 + 1e-9) for row in rows] == [True, True]
 
 
-def test_an_agent_of_a_layer_is_paid_in_time(keepdrop, checkpoint, tmp_path, device):
-    """The drop bound holds nothing here: a price on time alone leaves a layer at the edge of a step."""
-    pay = ["reward=priced", "reward.price=100", "reward.resource=seconds", "profile.file=device.json", "drop_bound=0.4"]
-    less = ["agent.updates=2", "search.masks=4", "search.images=60", "evaluation.compensate=false"]
-    command = [*QUICK[5:], *pay, *less, "layers=[conv2,conv3]", f"checkpoint={checkpoint}", "run_dir=run"]
-    result = keepdrop("prune", *command)
-    assert result.code == 0, result.err
-    assert (tmp_path / "run/profile.json").is_file()
-    assert sum(group["n_kept"] < group["n_filters"] for group in read(tmp_path / "run/metrics.json")["groups"]) == 2
-
-
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
