@@ -3,8 +3,12 @@
 import torch
 from blocks import MAKERS, trained_looking
 from keepdrop.envs.groups.finding import find_groups
+from keepdrop.envs.networks.cost import count_cost
 from keepdrop.envs.repair.reconstruction import Reconstruction, ReconstructionSettings
+from keepdrop.envs.repair.reconstruction_error import error_curves, reconstruction_scores
+from keepdrop.envs.surgery.cutoff import keep_best
 from keepdrop.envs.surgery.cutting import prune
+from keepdrop.envs.surgery.targets import Target, constraints_of
 from torch.nn import functional as F
 
 IMAGES = torch.randn(24, 3, 13, 13, generator=torch.Generator().manual_seed(5))
@@ -46,3 +50,32 @@ def test_it_makes_up_for_what_the_shortcut_lost():
     with torch.no_grad():
         apart = [F.mse_loss(each(IMAGES), model(IMAGES)) for each in (repaired, prune(model, gone))]
     assert apart[0] < apart[1]
+
+
+def test_giving_up_the_last_filter_costs_what_varies():
+    """Of what a branch adds the mean stays, so that no filter is cheaper than all of it, and dearer than one filter."""
+    model = trained_looking(MAKERS["dropout"])
+    with torch.no_grad():
+        model.blocks[0].conv1.weight.mul_(1e-3)
+        model.blocks[0].conv1.bias.fill_(3.0)
+    curves = {}
+    for whole_blocks in (False, True):
+        groups = find_groups(model, IMAGES, whole_blocks=whole_blocks).groups
+        inner = [group for group in groups if group.name.endswith("conv1")]
+        curves[whole_blocks] = error_curves(model, inner, IMAGES, LABELS)
+    for name, whole in curves[False].items():
+        may_vanish = curves[True][name].errors
+        assert torch.equal(may_vanish[:-1], whole.errors[:-1])
+        assert whole.errors[-2] <= may_vanish[-1] < whole.errors[-1]
+
+
+def test_the_criterion_gives_whole_blocks_up():
+    model = trained_looking(MAKERS["bottleneck"])
+    groups = find_groups(model, IMAGES, whole_blocks=True).groups
+    inner = [group for group in groups if group.least == 0]
+    constraints = constraints_of(Target(removed=0.9), model, count_cost(model, IMAGES), inner)
+    masks = keep_best(constraints, reconstruction_scores(model, constraints, IMAGES, LABELS))
+    kept = {group.name: int(masks[group.name].sum()) for group in inner}
+    assert constraints.holds(list(kept.values())) and 0 in kept.values()
+    for n in (0, 1):
+        assert (kept[f"blocks.{n}.conv1"] == 0) == (kept[f"blocks.{n}.conv2"] == 0)
