@@ -74,7 +74,7 @@ class DescribedTask(OneShotTask):
     def ranking(self) -> dict[str, Tensor]:
         """The plan's scores (N,) by group name."""
         if len(self.curves) < len(self.groups):
-            return even_scores({layer.group.name: layer.observation.statistics for layer in self.layers})
+            return self.even
         images, labels = self.task.fit_images(ERROR_IMAGES)
         return reconstruction_scores(
             self.task.model,
@@ -84,6 +84,11 @@ class DescribedTask(OneShotTask):
             objective=self.task.objective,
             curves=self.curves,
         )
+
+    @property
+    def even(self) -> dict[str, Tensor]:
+        """Scores (N,) by group name that keep the same fraction of every group, in the order of l2."""
+        return even_scores({layer.group.name: layer.observation.statistics for layer in self.layers})
 
     @cached_property
     def plan(self) -> dict[str, Tensor]:

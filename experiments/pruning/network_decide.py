@@ -15,12 +15,13 @@ from ...agent.saved_agent import SavedAgent, check_agent, save_agent
 from ...envs.networks.checkpoint import hash_state
 from ...envs.observation import STATISTIC_NAMES
 from ...envs.one_shot import GROUP_NAME, OneShotTask
+from ...envs.repair.reconstruction_error import RECONSTRUCTION
 from ...envs.surgery.targets import Target
 from ...envs.task import PruningTask
 from ..runs.seeds import derive_seed
 from .decide import AGENT, AskCriterion, observation_tensors
 from .halving import Training
-from .network_search import NetworkAgent, NetworkSearchSettings, Report, projection
+from .network_search import NetworkAgent, NetworkSearchSettings, Report, best_of, projection
 from .pretrained import described, pretrained_scores
 
 
@@ -106,6 +107,9 @@ class AskNetworkAgent:
 class AskPretrainedAgent:
     """Asks an agent that reads networks, without training it.
 
+    Its choice is compared with what it starts from, the `reconstruction` criterion, and with equal shares in the order
+    of l2, on the whole reward split: three masks are judged, and nothing is searched.
+
     Args:
         agent: as loaded by `load_pretrained`.
         target: what the pruned network may cost.
@@ -115,15 +119,26 @@ class AskPretrainedAgent:
         self.agent, self.target = agent, target
 
     def __call__(self, one_shot: OneShotTask, working: Path, state: Path, seed: int) -> NetworkDecision:
-        """The mask of its mean action; the agent is kept with the decision."""
+        """The mask of its mean action, or a better one of the two; the agent is kept with the decision."""
         started = time.perf_counter()
-        scores, _ = pretrained_scores(self.agent, described(one_shot, self.target))
-        masks = one_shot.named(projection(one_shot, self.target)(scores))
+        seen, project = described(one_shot, self.target), projection(one_shot, self.target)
+        choices = {"pretrained agent": pretrained_scores(self.agent, seen)[0]}
+        choices |= {RECONSTRUCTION: one_shot.joined(seen.ranking), "uniform l2": one_shot.joined(seen.even)}
+        candidates = [project(scores) for scores in choices.values()]
+        best, accuracies = best_of(one_shot, candidates)
+        masks, source = one_shot.named(candidates[best]), list(choices)[best]
         seconds = round(time.perf_counter() - started, 1)
         facts = {key: value for key, value in self.agent.facts.items() if key not in ("format_version", "policy")}
         save_agent(working / AGENT, self.agent.policy, facts)
-        told = {"mask_evaluations": 0, "decision_seconds": seconds}
-        return NetworkDecision(masks, "pretrained agent", {**told, "target": one_shot.task.reached(self.target, masks)})
+        told = {
+            "mask_evaluations": len(candidates),
+            "decision_seconds": seconds,
+            "decided_by": source,
+            "judged_accuracy": accuracies[best],
+            "control_accuracy": dict(list(zip(choices, accuracies, strict=True))[1:]),
+            "greedy_accuracy": accuracies[0],
+        }
+        return NetworkDecision(masks, source, {**told, "target": one_shot.task.reached(self.target, masks)})
 
 
 class AskNetworkCriterion:
