@@ -174,11 +174,12 @@ def _branches(stored: Any) -> tuple[Branch, ...]:
     """The vanished branches of a file: lists of names of modules, and nothing that decides what code runs."""
     found = []
     for each in stored if isinstance(stored, list) else [None]:
-        lists = [each.get(key) for key in ("chain", "inside", "heads")] if isinstance(each, dict) else [None]
+        known: dict[str, Any] = each if isinstance(each, dict) else {}
+        chain, inside, heads = lists = [known.get(key) for key in ("chain", "inside", "heads")]
         proper = all(isinstance(names, list) and all(type(name) is str and name for name in names) for names in lists)
-        if not proper or not lists[0] or type(each.get("written")) is not bool:
+        if not proper or not chain or not isinstance(known.get("written"), bool):
             raise UserError(f"The file's {BRANCHES!r} are damaged; restore it.")
-        found.append(Branch(*(tuple(names) for names in lists), written=each["written"]))
+        found.append(Branch(tuple(chain), tuple(inside or ()), tuple(heads or ()), known["written"]))
     return tuple(found)
 
 
