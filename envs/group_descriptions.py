@@ -48,6 +48,26 @@ DESCRIPTION_NAMES: tuple[str, ...] = (
     "planned_error",
     "planned_total",
 )
+GENERAL = (
+    "removed",
+    "groups",
+    "depth",
+    "filters",
+    "macs_share",
+    "params_share",
+    "positions",
+    "kernel",
+    "reader_kernel",
+    "residual",
+    "feeds_residual",
+    "concatenated",
+    "depthwise",
+    "linear_reader",
+    "planned",
+    "planned_error",
+)
+"""The columns whose effect holds in families that were not trained on; spreads, ranks and single points of the curves
+help only where they were seen (docs/reuse.md)."""
 SMALLEST_ERROR = 1e-4  # of the loss, in nats: below it one group's error is as good as another's
 
 

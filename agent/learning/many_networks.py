@@ -79,18 +79,18 @@ class PolicyGradientSettings:
             direction; the inverse of the penalty on the divergence.
         steps: of Adam, on all worlds at once.
         lr: of Adam.
-        weight_decay: pulls the network's weights towards the plan that it corrects.
+        shrink: ridge on the network's weights, which pulls them towards the plan that it corrects.
     """
 
-    step: float = 1.0
+    step: float = 2.0
     steps: int = 400
-    lr: float = 3e-3
-    weight_decay: float = 1e-2
+    lr: float = 1e-2
+    shrink: float = 0.25
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise UserError(f"steps is {self.steps}; expected 1 or more.")
-        check_numbers(self, step=POSITIVE, steps=COUNT, lr=POSITIVE, weight_decay=NOT_NEGATIVE)
+        check_numbers(self, step=POSITIVE, steps=COUNT, lr=POSITIVE, shrink=NOT_NEGATIVE)
 
 
 def explore(mean_A: Tensor, scale_A: Tensor, n_samples: int, generator: torch.Generator) -> Tensor:
@@ -119,18 +119,16 @@ def improve(policy: GroupPolicy, worlds: Sequence[Experience], settings: PolicyG
     aim_WM = torch.stack([aim[n:] for aim, n in zip(aims, sizes, strict=True)]).float()
     scale_L = torch.cat([world.scale[:n] for world, n in zip(worlds, sizes, strict=True)]).float()
     scale_WM = torch.stack([world.scale[n:] for world, n in zip(worlds, sizes, strict=True)]).float()
-    decayed = [value for name, value in policy.named_parameters() if name.endswith("weight")]
-    others = [value for name, value in policy.named_parameters() if not name.endswith("weight")]
-    optimiser = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=settings.lr,
-    )
+    weights = [value for name, value in policy.named_parameters() if name.endswith("weight")]
+    optimiser = torch.optim.Adam(policy.parameters(), lr=settings.lr)
     history = []
     for _ in range(settings.steps):
         residual_L, temper_W = policy.corrections(rows, owner)
         shared_WM = torch.cat([policy.mix.expand(len(worlds), -1), temper_W[:, None]], 1)
         squares_W = _mean_by(((residual_L - aim_L) / scale_L).square(), owner)
         loss = (squares_W + ((shared_WM - aim_WM) / scale_WM).square().mean(1)).mean() / 2
+        # In the loss, not decoupled as in AdamW: there a strong decay leaves only the signs of the weights.
+        loss = loss + settings.shrink / 2 * torch.stack([weight.square().sum() for weight in weights]).sum()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

@@ -35,9 +35,10 @@ class GroupPolicy(nn.Module):
         statistic_names: of the statistics per filter.
         hidden: width of the network.
         quantiles: of each filter's absolute weights.
+        read: the columns that the network reads; None reads all.
 
     Raises:
-        UserError: names without `planned`.
+        UserError: names without `planned`, or columns to read that are not there.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class GroupPolicy(nn.Module):
         statistic_names: Sequence[str],
         hidden: int = 32,
         quantiles: Sequence[float] = (0.5, 0.9),
+        read: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         self.kwargs: dict[str, Any] = {
@@ -53,13 +55,18 @@ class GroupPolicy(nn.Module):
             "statistic_names": list(statistic_names),
             "hidden": hidden,
             "quantiles": list(quantiles),
+            "read": None if read is None else list(read),
         }
         check_number("hidden", hidden, COUNT)
         check_number("quantiles", quantiles, FRACTION)
         if PLANNED not in description_names:
             raise UserError(f"The rows have no column {PLANNED!r}, only {', '.join(description_names)}; expected one.")
-        n_columns = len(description_names)
-        self.planned = list(description_names).index(PLANNED)
+        names = list(description_names)
+        chosen = names if read is None else list(read)
+        if odd := [name for name in chosen if name not in names]:
+            raise UserError(f"The rows have no column {odd[0]!r}; expected some of {', '.join(names)}.")
+        self.n_described, n_columns = len(names), len(chosen)
+        self.planned, self.columns = names.index(PLANNED), [names.index(name) for name in chosen]
         self.n_statistics, self.quantiles = len(statistic_names), tuple(quantiles)
         self.register_buffer("centre", torch.zeros(n_columns))
         self.register_buffer("spread", torch.ones(n_columns))
@@ -77,7 +84,7 @@ class GroupPolicy(nn.Module):
 
     def normalise(self, rows: Sequence[Tensor]) -> None:
         """Take mean and spread of each column from rows (L, R) of the networks to learn from; constant columns stay."""
-        seen = torch.cat(list(rows)).float()
+        seen = torch.cat(list(rows)).float()[:, self.columns]
         spread = seen.std(0, correction=0)
         self.centre.copy_(seen.mean(0))
         self.spread.copy_(torch.where(spread > 1e-6, spread, torch.ones_like(spread)))
@@ -87,6 +94,10 @@ class GroupPolicy(nn.Module):
         residual_L, temper_1 = self.corrections(rows_LR, torch.zeros(len(rows_LR), dtype=torch.int64))
         return torch.cat([residual_L, self.mix, temper_1])
 
+    def plan(self, n_groups: int) -> Tensor:
+        """The action (A,) that corrects nothing: the plan itself."""
+        return torch.cat([torch.zeros(n_groups), torch.zeros(len(self.mix) - 1), torch.ones(2)])
+
     def corrections(self, rows_LR: Tensor, owner_L: Tensor) -> tuple[Tensor, Tensor]:
         """Residuals (L,) and tempers (W,) of W networks at once, whose rows stand one below the other.
 
@@ -94,7 +105,7 @@ class GroupPolicy(nn.Module):
             rows_LR: of all networks.
             owner_L: int64, the network each row belongs to, 0 to W - 1.
         """
-        seen_LR = ((rows_LR.float() - self.centre) / self.spread).clamp(-4, 4)
+        seen_LR = ((rows_LR[:, self.columns].float() - self.centre) / self.spread).clamp(-4, 4)
         read_LH = self.read(seen_LR)
         pooled_WH = _means(read_LH, owner_L)
         both = self.combine(torch.cat([read_LH, pooled_WH[owner_L]], 1))
@@ -110,7 +121,7 @@ class GroupPolicy(nn.Module):
         """
         weights_ND, statistics_NF = check_observation(observation)
         rows_LR, owner_N = observation["descriptions"], observation["groups"].long()
-        expected = (len(self.centre), self.n_statistics)
+        expected = (self.n_described, self.n_statistics)
         came = (rows_LR.shape[1], statistics_NF.shape[1])
         if came != expected or len(rows_LR) != int(owner_N.max()) + 1:
             raise ValueError(

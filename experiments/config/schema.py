@@ -329,7 +329,7 @@ class PretrainingConfig:
 
     targets: list[float] = field(default_factory=lambda: [0.3, 0.5, 0.7])
     rounds: int = 3
-    hidden: int = 32
+    hidden: int = 4
     fit_images: int = 3000
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     gradient: PolicyGradientSettings = field(default_factory=PolicyGradientSettings)

@@ -16,7 +16,7 @@ from joblib.externals.loky.process_executor import TerminatedWorkerError
 from ...agent.learning.many_networks import improve
 from ...agent.policies.group_policy import GroupPolicy
 from ...agent.saved_agent import WEIGHTS, library_versions, load_agent, save_agent
-from ...envs.group_descriptions import DESCRIPTION_NAMES
+from ...envs.group_descriptions import DESCRIPTION_NAMES, GENERAL
 from ...envs.observation import STATISTIC_NAMES
 from ...envs.surgery.targets import Target
 from ...errors import UserError
@@ -25,6 +25,7 @@ from ..pruning.agent_card import ANY_NETWORK, write_card
 from ..runs.seeds import derive_seed
 from .worlds import (
     CONTROLS,
+    DamagedFileError,
     Subject,
     experience,
     read_record,
@@ -79,7 +80,7 @@ class Pretraining:
         """The policy after a number of rounds; after none the plan itself."""
         if number == 0:
             torch.manual_seed(derive_seed(self.seed, "policy"))
-            return GroupPolicy(DESCRIPTION_NAMES, STATISTIC_NAMES, self.settings.hidden)
+            return GroupPolicy(DESCRIPTION_NAMES, STATISTIC_NAMES, self.settings.hidden, read=GENERAL)
         policy = load_agent(self.folder / AGENTS / str(number)).policy
         assert isinstance(policy, GroupPolicy)
         return policy
@@ -161,6 +162,8 @@ class Pretraining:
                 world = subject.world(aim)
                 seed = derive_seed(self.seed, network.name, name, str(number))
                 record = tried(world, policy, self.settings.sampling, seed)
+            except DamagedFileError:
+                raise
             except UserError as error:  # a target that this network cannot meet
                 write_record(own / f"{name}.{SKIPPED}", {"reason": str(error)})
                 continue

@@ -15,14 +15,13 @@ from ...agent.saved_agent import SavedAgent, check_agent, save_agent
 from ...envs.networks.checkpoint import hash_state
 from ...envs.observation import STATISTIC_NAMES
 from ...envs.one_shot import GROUP_NAME, OneShotTask
-from ...envs.repair.reconstruction_error import RECONSTRUCTION
 from ...envs.surgery.targets import Target
 from ...envs.task import PruningTask
 from ..runs.seeds import derive_seed
 from .decide import AGENT, AskCriterion, observation_tensors
 from .halving import Training
 from .network_search import NetworkAgent, NetworkSearchSettings, Report, best_of, projection
-from .pretrained import described, pretrained_scores
+from .pretrained import described, pretrained_choices
 
 
 @dataclass(frozen=True)
@@ -107,8 +106,7 @@ class AskNetworkAgent:
 class AskPretrainedAgent:
     """Asks an agent that reads networks, without training it.
 
-    Its choice is compared with what it starts from, the `reconstruction` criterion, and with equal shares in the order
-    of l2, on the whole reward split: three masks are judged, and nothing is searched.
+    A few masks (`pretrained_choices`) are judged on the whole reward split, and nothing is searched.
 
     Args:
         agent: as loaded by `load_pretrained`.
@@ -119,11 +117,10 @@ class AskPretrainedAgent:
         self.agent, self.target = agent, target
 
     def __call__(self, one_shot: OneShotTask, working: Path, state: Path, seed: int) -> NetworkDecision:
-        """The mask of its mean action, or a better one of the two; the agent is kept with the decision."""
+        """The best of the agent's masks and its controls; the agent is kept with the decision."""
         started = time.perf_counter()
         seen, project = described(one_shot, self.target), projection(one_shot, self.target)
-        choices = {"pretrained agent": pretrained_scores(self.agent, seen)[0]}
-        choices |= {RECONSTRUCTION: one_shot.joined(seen.ranking), "uniform l2": one_shot.joined(seen.even)}
+        choices = pretrained_choices(self.agent, seen)
         candidates = [project(scores) for scores in choices.values()]
         best, accuracies = best_of(one_shot, candidates)
         masks, source = one_shot.named(candidates[best]), list(choices)[best]

@@ -5,6 +5,7 @@ Shapes: L groups, N filters of all groups together.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from ...envs.described_task import DescribedTask
 from ...envs.group_descriptions import DESCRIPTION_NAMES
 from ...envs.observation import STATISTIC_NAMES
 from ...envs.one_shot import OneShotTask
+from ...envs.repair.reconstruction_error import RECONSTRUCTION
 from ...envs.surgery.targets import Target
 from ...errors import UserError
 from .agent_places import PRETRAINED, agent_folders, is_place
@@ -57,6 +59,28 @@ def needs_target(example: str) -> UserError:
 def described(one_shot: OneShotTask, target: Target) -> DescribedTask:
     """A network at a target, as such an agent sees it; what was seen of the layers is shared."""
     return DescribedTask(one_shot.task, target, one_shot.repair, one_shot.layers)
+
+
+def pretrained_choices(agent: SavedAgent, seen: DescribedTask) -> dict[str, Tensor]:
+    """What is worth judging before an agent that reads networks decides: scores of all filters (N,), by name.
+
+    What `corrected` says, the plan that it corrects, and equal shares in the order of l2.
+    """
+    found = corrected(agent.policy, observation_tensors(seen))
+    return {**found, RECONSTRUCTION: seen.joined(seen.ranking), "uniform l2": seen.joined(seen.even)}
+
+
+def corrected(policy: GroupPolicy, observation: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An agent's choice, the same correction half way, and its order of filters alone: scores (N,) by name.
+
+    The correction was learned in other networks, and may go too far in this one.
+    """
+    with torch.no_grad():
+        rows = observation["descriptions"]
+        whole, plan = policy.action(rows), policy.plan(len(rows))
+        order = torch.cat([plan[: len(rows)], whole[len(rows) : -1], plan[-1:]])
+        actions = {"": whole, ", half way": (whole + plan) / 2, ", order alone": order}
+        return {f"pretrained agent{name}": policy.scores(observation, action) for name, action in actions.items()}
 
 
 def pretrained_scores(agent: SavedAgent, seen: DescribedTask) -> tuple[Tensor, Tensor]:
