@@ -66,10 +66,11 @@ class Vanished(nn.Module):
         if self.geometry:
             steps = zip(sizes, self.geometry, strict=True)
             sizes = [(size + pad - extent) // step + 1 for size, (extent, step, pad) in steps]
+        n_images = x.shape[0]  # len(x) would fix it in an exported program
         if self.value is None:
-            return x.new_zeros([len(x), *sizes, 1] if self.last else [len(x), 1, *sizes])
+            return x.new_zeros([n_images, *sizes, 1] if self.last else [n_images, 1, *sizes])
         value = self.value if self.last else self.value.view(1, -1, *[1] * len(sizes))
-        value = value.expand([len(x), *sizes, -1] if self.last else [len(x), -1, *sizes])
+        value = value.expand([n_images, *sizes, -1] if self.last else [n_images, -1, *sizes])
         return value.clone(memory_format=torch.contiguous_format) if self.written else value
 
     def extra_repr(self) -> str:

@@ -238,10 +238,11 @@ def stored_record(content: Any, file: Path, task: PruningTask) -> LayerRecord:
     """A layer's record as it was read from `file`; a `UserError` where it is not one of a layer of `task`."""
     try:
         record = LayerRecord(**content)
-        n_filters = task.layer(record.name).n_filters
+        group = task.layer(record.name).group
         keep = [type(one) is bool for one in record.keep]
         numbers = (record.pruned_accuracy, record.recovered_accuracy, record.search_seconds, record.recovery_seconds)
-        whole = all(keep) and len(keep) == record.n_filters == n_filters and sum(record.keep) == record.n_kept > 0
+        whole = all(keep) and len(keep) == record.n_filters == group.n_filters and sum(record.keep) == record.n_kept
+        whole &= record.n_kept > 0 or group.branch is not None
         whole &= isinstance(record.facts, dict) and isinstance(record.decided_by, str)
         whole &= isinstance(record.within_bound, bool) and all(type(each) in (int, float) for each in numbers)
     except (TypeError, ValueError, AttributeError, KeyError):
