@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from ...envs.groups.finding import find_groups
 from ...envs.surgery.filter_group import select_groups
+from ...envs.task import measure_baseline
 from ...errors import UserError
 from ..config.entry_point import plain, run_with_hydra, settings
 from ..config.schema import PretrainingConfig, SplitConfig
@@ -48,6 +49,7 @@ def check(config: DictConfig) -> list[ZooNetwork]:
             splits = network.splits(settings(config.split, SplitConfig), fit_images=1)
             model = network.load()
             try_network(model, splits)
+            measure_baseline(model, splits)
             select_groups(find_groups(model, splits.example), None)
         except UserError as error:
             raise UserError(f"The network {network.name!r} of the zoo cannot be used: {error}") from error

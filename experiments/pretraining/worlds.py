@@ -40,6 +40,10 @@ CONTROLS = ("policy", "plan", "uniform")
 """Judged beside the samples of a round, on the same images: the policy's mean action, the plan, equal shares."""
 
 
+class DamagedFileError(UserError):
+    """What was kept of a network cannot be read; nothing is wrong with the network."""
+
+
 class Subject:
     """A network of the zoo, loaded, with what was seen of it kept in a folder.
 
@@ -88,7 +92,7 @@ def _read(file: Path, described: DescribedTask) -> DescribedObservation:
         seen = load_tensors(file.read_bytes())
         read = DescribedObservation(**{key: value.numpy() for key, value in seen.items()})
     except (SafetensorError, OSError, TypeError, ValueError) as error:
-        raise UserError(f"{str(file)!r} is damaged ({error}); delete it, and it is measured again.") from error
+        raise DamagedFileError(f"{str(file)!r} is damaged ({error}); delete it, and it is measured again.") from error
     n_filters, n_groups = described.n_filters, len(described.groups)
     expected = {
         "statistics": (n_filters, len(STATISTIC_NAMES)),
@@ -99,7 +103,7 @@ def _read(file: Path, described: DescribedTask) -> DescribedObservation:
     found = read.as_dict()
     fits = all(found[name].shape == shape for name, shape in expected.items()) and len(read.weights) == n_filters
     if not fits or not all(np.isfinite(value).all() for value in found.values()):
-        raise UserError(f"{str(file)!r} describes another network; delete it, and it is measured again.")
+        raise DamagedFileError(f"{str(file)!r} describes another network; delete it, and it is measured again.")
     return read
 
 

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # errors.md shows commands that fail, and test_errors_page.py runs them; sweeps are run by test_guides.py.
 SKIPPED = ("errors.md", "sweeps.md")
-COMMANDS = ("prune", "train-cnn", "train-agent", "apply", "compare", "iterate", "oracle", "inspect")
+COMMANDS = ("prune", "train-cnn", "train-agent", "apply", "pretrain", "compare", "iterate", "oracle", "inspect")
 
 
 def commands():

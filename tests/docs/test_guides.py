@@ -100,6 +100,31 @@ def test_bring_your_own(folder, capsys):
     assert [each.shape for each in small.train()(signals)] == [(2, 1), (2, 1)]
 
 
+def test_reuse(folder, monkeypatch):
+    """The whole way: two networks, one agent over both, asked about a third one, shared."""
+    write = blocks("reuse.md", "yaml")[0]
+    (folder / write[0]).write_text(write[1])
+    lines = [line for _, text in blocks("reuse.md", "sh") for line in text.splitlines()]
+    train, (pretrain, asked) = lines[3:5], lines[5:]
+    for line in train:
+        assert run_main(*line.split()[1:], "base.epochs=3", "base.lr=0.05") == 0
+    small = ["rounds=1", "targets=[0.5]", "hidden=6", "fit_images=60", "sampling.samples=4", "sampling.images=40"]
+    small += ["sampling.repair_images=20", "sampling.repair_places=4", "gradient.steps=3"]
+    few = ["split.reward_size=60", "workers=1", "quiet=true"]
+    assert run_main(*pretrain.split()[1:], *(f"training.{each}" for each in small), *few) == 0
+    quick = ["evaluation.statistics_images=60", "finetune.epochs=0", "recovery.train.epochs=0", "quiet=true"]
+    quick += ["base.epochs=2", "base.lr=0.05", "run_dir=asked", "latency.repeats=1", "repair.images=60", "controls=[]"]
+    assert run_main(*asked.split()[1:], *quick) == 0
+    assert json.loads((folder / "asked/metrics.json").read_text())["pruned_macs"] > 0
+    called = []
+    import keepdrop
+
+    for name in ("share_agent", "fetch_agent"):
+        monkeypatch.setattr(keepdrop, name, lambda *given: called.append(given), raising=False)
+    exec(next(text for _, text in blocks("reuse.md", "python") if "share_agent" in text), {})
+    assert called == [("over-both", "me/my-pruner"), ("me/my-pruner",)]
+
+
 def test_several_inputs(folder, capsys):
     write_files("several-inputs.md", folder)
     train, prune = (text.strip() for _, text in blocks("several-inputs.md", "sh"))

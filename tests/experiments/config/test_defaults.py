@@ -75,6 +75,7 @@ PYTHON = {
     "target.bytes": lambda: default(prune, "bytes"),
     "profile": lambda: Settings().profile,
     "layers": lambda: default(prune, "layers"),
+    "agents": lambda: default(prune, "agents"),
     "warm_start": lambda: default(prune, "warm_start"),
     "seed": lambda: default(prune, "seed"),
     "device": lambda: default(prune, "device"),
