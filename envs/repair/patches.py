@@ -14,6 +14,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..data.metrics import as_float64
 
+ENOUGH = 8  # samples per weight, from which on a regression is left to its ridge
+RIDGES = (1.0, 10.0, 100.0, 1e4)  # multiples; the last one all but keeps the weights as cut
 Places = tuple[Tensor, ...]
 """Image number and position along every spatial axis, each broadcastable to (B, places per image)."""
 
@@ -84,11 +86,37 @@ def regress(inputs_SK: Tensor, wanted_SO: Tensor, prior_KO: Tensor, ridge: float
 
     Minimises |X W - Y|^2 + ridge x (mean energy of an input) x |W - prior|^2; the intercept's prior is 0.
     """
-    if intercept:
-        inputs_SK = torch.cat([inputs_SK, inputs_SK.new_ones(len(inputs_SK), 1)], 1)
-        prior_KO = torch.cat([prior_KO, prior_KO.new_zeros(1, prior_KO.shape[1])])
-    gram, cross = as_float64(inputs_SK.T @ inputs_SK), as_float64(inputs_SK.T @ wanted_SO)
+    inputs_SK, prior_KO = _with_intercept(inputs_SK, prior_KO) if intercept else (inputs_SK, as_float64(prior_KO))
+    return _solved(as_float64(inputs_SK.T @ inputs_SK), as_float64(inputs_SK.T @ wanted_SO), prior_KO, ridge)
+
+
+def chosen_ridge(inputs_SK: Tensor, wanted_SO: Tensor, prior_KO: Tensor, ridge: float, intercept: bool) -> float:
+    """`ridge`, or where samples are few the one of its multiples that foresees the samples of other images best.
+
+    With about as many samples as weights a regression fits its samples exactly and everything else badly (the peak of
+    "double descent", Belkin et al. 2019, arXiv 1812.11118): a linear layer of 1,024 inputs, solved on 1,000 images, can
+    be far worse than as cut. So the last fifth of the samples, which are of images of their own, says how far to stay
+    with the weights as cut.
+    """
+    n_samples, n_weights = inputs_SK.shape
+    n_fit = n_samples * 4 // 5
+    if n_samples >= ENOUGH * n_weights or n_fit == 0:
+        return ridge
+    inputs_SK, prior_KO = _with_intercept(inputs_SK, prior_KO) if intercept else (inputs_SK, as_float64(prior_KO))
+    fit, held = inputs_SK[:n_fit], inputs_SK[n_fit:]
+    gram, cross = as_float64(fit.T @ fit), as_float64(fit.T @ wanted_SO[:n_fit])
+    solved = [_solved(gram, cross, prior_KO, ridge * multiple) for multiple in RIDGES]
+    errors = [float((held @ each.to(held) - wanted_SO[n_fit:]).square().mean()) for each in solved]
+    return ridge * RIDGES[errors.index(min(errors))]
+
+
+def _with_intercept(inputs_SK: Tensor, prior_KO: Tensor) -> tuple[Tensor, Tensor]:
+    """A column of ones, and 0 as its prior."""
+    inputs_SK = torch.cat([inputs_SK, inputs_SK.new_ones(len(inputs_SK), 1)], 1)
+    return inputs_SK, as_float64(torch.cat([prior_KO, prior_KO.new_zeros(1, prior_KO.shape[1])]))
+
+
+def _solved(gram: Tensor, cross: Tensor, prior_KO: Tensor, ridge: float) -> Tensor:
     strength = ridge * gram.diagonal().mean().clamp_min(1e-12)
-    prior_KO = as_float64(prior_KO)
     system = gram + strength * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     return prior_KO + torch.linalg.solve(system, cross - gram @ prior_KO)

@@ -34,7 +34,7 @@ from ..surgery.filter_group import Branch, FilterGroup, vanished
 from ..surgery.shared_weights import SHARES, sharing_modules
 from ..surgery.slicing import Rows, width
 from ..surgery.whole_blocks import Vanished, find_module
-from .patches import inputs_at, obstacle, outputs_at, regress
+from .patches import chosen_ridge, inputs_at, obstacle, outputs_at, regress
 
 _SUMS = {operator.add, operator.iadd, torch.add}
 
@@ -46,7 +46,8 @@ class ReconstructionSettings:
     Args:
         images: number of images of the fit split; they are in memory together, as activations of one layer.
         places: sampled positions per image and layer.
-        ridge: pull towards the weights as cut, relative to the mean energy of an input.
+        ridge: pull towards the weights as cut, relative to the mean energy of an input; stronger where a layer has few
+            samples per weight (`patches.chosen_ridge`).
         max_inputs: layers with more weights per filter stay as cut (the system grows with the square).
     """
 
@@ -306,7 +307,8 @@ class _Repair(fx.Interpreter):
         prior_KO = weight.reshape(len(weight), -1).T
         if isinstance(bias, Tensor):
             wanted_SO = wanted_SO - bias
-        solved = regress(inputs_SK, wanted_SO, prior_KO, settings.ridge, intercept)
+        ridge = chosen_ridge(inputs_SK, wanted_SO, prior_KO, settings.ridge, intercept)
+        solved = regress(inputs_SK, wanted_SO, prior_KO, ridge, intercept)
         if isinstance(bias, Tensor):
             bias += solved[-1].to(bias)
         elif isinstance(norm, _BatchNorm):
