@@ -68,6 +68,8 @@ class GroupPolicy(nn.Module):
         self.n_described, n_columns = len(names), len(chosen)
         self.planned, self.columns = names.index(PLANNED), [names.index(name) for name in chosen]
         self.n_statistics, self.quantiles = len(statistic_names), tuple(quantiles)
+        self.centre: Tensor
+        self.spread: Tensor
         self.register_buffer("centre", torch.zeros(n_columns))
         self.register_buffer("spread", torch.ones(n_columns))
         self.read = nn.Sequential(nn.Linear(n_columns, hidden), nn.ReLU())

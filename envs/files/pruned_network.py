@@ -175,11 +175,12 @@ def _branches(stored: Any) -> tuple[Branch, ...]:
     found = []
     for each in stored if isinstance(stored, list) else [None]:
         known: dict[str, Any] = each if isinstance(each, dict) else {}
-        chain, inside, heads = lists = [known.get(key) for key in ("chain", "inside", "heads")]
+        lists: list[Any] = [known.get(key) for key in ("chain", "inside", "heads")]
         proper = all(isinstance(names, list) and all(type(name) is str and name for name in names) for names in lists)
-        if not proper or not chain or not isinstance(known.get("written"), bool):
+        if not proper or not lists[0] or not isinstance(known.get("written"), bool):
             raise UserError(f"The file's {BRANCHES!r} are damaged; restore it.")
-        found.append(Branch(tuple(chain), tuple(inside or ()), tuple(heads or ()), known["written"]))
+        chain, inside, heads = (tuple(names) for names in lists)
+        found.append(Branch(chain, inside, heads, known["written"]))
     return tuple(found)
 
 

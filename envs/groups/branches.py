@@ -129,7 +129,8 @@ def find_branches(model: nn.Module, inputs: Inputs, groups: Sequence[FilterGroup
 
 def _followed(model: nn.Module, inputs: Inputs) -> tuple[_Flow, list[int | None]]:
     probe = nn.Module.cpu(copied(model)).eval()
-    flow, handles = _Flow(inputs), list[Any]()
+    flow = _Flow(inputs)
+    handles: list[Any] = []
     try:
         for name, module in probe.named_modules():
             handles.extend(flow.hooks(name, module))

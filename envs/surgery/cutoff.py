@@ -19,7 +19,8 @@ def keep_best(constraints: Constraints, scores: Mapping[str, Tensor]) -> dict[st
 
     All filters of all groups are ranked together (of equal scores the earlier group's, then the earlier filter); the
     number kept is found by bisection. Every group keeps its best filter, unless it may keep none (`FilterGroup.least`);
-    a branch of which one group keeps none keeps nothing at all. A cost with steps leaves room behind the cut-off: there the next filters in the ranking are kept that fit, those first of all that cost nothing.
+    a branch of which one group keeps none keeps nothing at all. A cost with steps leaves room behind the cut-off: there
+    the next filters in the ranking are kept that fit, those first of all that cost nothing.
 
     Args:
         constraints: hold for the masks, and would not with the next filter.

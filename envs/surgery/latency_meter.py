@@ -3,9 +3,9 @@
 Nothing is timed here. A network's time is taken for a constant plus a sum over its layers, each a sum of products of a
 function of its input width and one of its output width: ramps (arithmetic and memory grow with the width, quickly at
 first or from some width on) and steps at multiples of 4, 8, 16 and 32, to which a runtime pads, or beside which it
-takes a slower way. Their coefficients are at least 0 and fitted to the times of whole pruned networks (ridge regression;
-Lawson and Hanson 1974, chapter 23, by coordinate descent): some belong to all layers, the others to layers of equal
-shape. So what fuses, what stays in a cache and what a runtime adds is in what is measured, and not modelled.
+takes a slower way. Their coefficients are at least 0 and fitted to the times of whole pruned networks (ridge
+regression; Lawson and Hanson 1974, chapter 23, by coordinate descent): some belong to all layers, the others to layers
+of equal shape. So what fuses, what stays in a cache and what a runtime adds is in what is measured, and not modelled.
 
 Shapes: N measured networks, G groups, S layers, H functions of a width, T products.
 """

@@ -140,10 +140,10 @@ def prune(
         return job.run(_at_once(agent, job, recovery, drop_bound), finetune, folder, asked)
     chosen = job.settings
     reward = chosen.reward or TryAndLearn(drop_bound)
-    agents = TrainLayerAgents(
+    train_agents = TrainLayerAgents(
         chosen.policy, reward, chosen.agent, chosen.masks, chosen.images, job.reporter.layer_update, known
     )
-    schedule = Schedule(agents, reward, drop_bound, recovery, chosen.order, seed)
+    schedule = Schedule(train_agents, reward, drop_bound, recovery, chosen.order, seed)
     return job.run(schedule, finetune, folder, asked | _named(known))
 
 

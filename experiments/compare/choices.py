@@ -170,6 +170,7 @@ class Choices:
         return method.choose(task, target, job.seed), dict(getattr(method, "facts", {}))
 
     def _followed(self, task: PruningTask, target: Target, seed: int) -> dict[str, Any]:
+        assert target.removed is not None  # targets of a comparison are fractions of the MACs
         return self.record(Job(AGENT, target.removed, task.settings.compensate, seed))
 
     def _agent_masks(self, task: PruningTask, target: Target, seed: int) -> Masks:

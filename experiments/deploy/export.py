@@ -150,7 +150,8 @@ def export_scored(model: nn.Module, example: Inputs, folder: str | Path, splits:
     n_bytes = export_int8(network, called, batches, path)
     sizes = tuple(sorted({1, batch_size(called), 3}))
     worst = max(_difference(network, resized(called, size), path, "onnx") for size in sizes)
-    scores = [accuracy_on(each, splits.report) for each in (FileNetwork(path, model, network, called), model)]
+    in_int8, in_float = FileNetwork(path, model, network, called), model
+    scores = accuracy_on(in_int8, splits.report), accuracy_on(in_float, splits.report)
     return Exported(INT8, path.name, path.stat().st_size, worst, sizes, *scores, n_bytes)
 
 

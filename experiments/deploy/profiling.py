@@ -268,8 +268,10 @@ class _Bench:
         table = _table(known, runtime, size)
         for (kept, check), seconds in zip(wanted, others, strict=True):
             sample = _sample(kept, seconds, dense)
-            key = "checks" if check else "samples"
-            table = replace(table, **{key: (*getattr(table, key), sample)})
+            if check:
+                table = replace(table, checks=(*table.checks, sample))
+            else:
+                table = replace(table, samples=(*table.samples, sample))
         table = replace(table, dense=(*table.dense, _typical(dense)))
         tables = {(each.runtime, each.batch_size): each for each in known.tables} | {(runtime, size): table}
         return replace(known, tables=tuple(tables.values()))

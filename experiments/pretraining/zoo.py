@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
-from yaml import YAMLError
+from yaml import YAMLError  # type: ignore[import-untyped]
 
-from ...envs.data.splits import Splits, split
+from ...envs.data.splits import Source, Splits, split
 from ...errors import UserError, summarised
 from ..config.build import NetworkConstructor, build_data, load_network
 from ..config.schema import SplitConfig
@@ -49,7 +49,7 @@ class ZooNetwork:
         """Its images, of which the first `fit_images` are fitted on."""
         made = split(
             build_data(DictConfig(dict(self.data))),
-            reward_from=chosen.reward_from,
+            reward_from=cast(Source, chosen.reward_from),
             reward_size=chosen.reward_size,
             seed=chosen.seed,
         )

@@ -216,7 +216,8 @@ def train_base(
             except UserError:  # the images do not tell; whoever measures next says so
                 return lr, accuracy_on(network, splits.reward), False
 
-    again, first = settings.lr is None and settings.epochs > 0, (settings.rate, None, True)
+    again = settings.lr is None and settings.epochs > 0
+    first: tuple[float, float | None, bool] = (settings.rate, None, True)
     begun = copied(model) if again else model
     try:
         first = attempt(model, settings.rate, snapshot)
