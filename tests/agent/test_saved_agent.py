@@ -80,7 +80,7 @@ def edit(folder: Path, **changes: Any) -> None:
         ({"format_version": 2}, "has format version 2, but this keepdrop reads 1; train it again"),
         (
             {"policy": {"kind": "os.system", "kwargs": {}}},
-            "uses the policy 'os.system', but known are LayerMatrixPolicy, NetworkPolicy, Set",
+            "uses the policy 'os.system', but known are GroupPolicy, LayerMatrixPolicy, NetworkPolicy, Set",
         ),
         ({"policy": None}, "uses the policy None"),
         ({"policy": {"kind": "SetPolicy", "kwargs": {"n": 2}}}, "SetPolicy in .* cannot be rebuilt from its facts"),
