@@ -78,7 +78,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--run", required=True, help="the folder of the pretraining")
     parser.add_argument("--modules", nargs="*", default=[], help="whose code the zoo file may call")
     parser.add_argument("--by", choices=("family", "name"), default="family", help="what is left out together")
-    parser.add_argument("--images", type=int, default=2500, help="of the report split")
+    parser.add_argument("--images", type=int, default=1000, help="of the report split, and of the reward split")
     parser.add_argument("--only", default="*", help="shell-style pattern of names to judge")
     parser.add_argument("--step", type=float, default=2.0)
     parser.add_argument("--hidden", type=int, default=4)
@@ -118,7 +118,8 @@ def judged(network: ZooNetwork, policy: GroupPolicy, arguments: argparse.Namespa
         started = time.perf_counter()
         masks = choices(subject.world(target), policy)
         asked = ("policy", "half", "order", "reconstruction", "l2")
-        outcomes = one_shot.outcomes(torch.stack([masks[name] for name in asked]))
+        reward_images = torch.arange(min(arguments.images, one_shot.n_images))
+        outcomes = one_shot.outcomes(torch.stack([masks[name] for name in asked]), reward_images)
         reward = {name: outcome.pruned_accuracy for name, outcome in zip(asked, outcomes, strict=True)}
         accuracy = {name: accuracy_on(one_shot.cut(mask), report) for name, mask in masks.items()}
         best = max(asked, key=lambda name: reward[name])
