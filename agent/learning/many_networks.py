@@ -27,7 +27,13 @@ from ..policies.group_policy import GroupPolicy
 
 @dataclass(frozen=True)
 class PolicyScales:
-    """Standard deviations of the exploration: of the groups' log weights, the mix of features, and the temper."""
+    """Standard deviations of the exploration.
+
+    Args:
+        residual: of each group's log weight.
+        mix: of each number by which features of a filter are mixed.
+        temper: of the factor on the planned log weights.
+    """
 
     residual: float = 0.35
     mix: float = 0.25
