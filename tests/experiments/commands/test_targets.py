@@ -63,8 +63,14 @@ def test_time_and_parameters_hold_at_once(keepdrop, checkpoint, tmp_path, device
         (["target.latency=60"], "target.latency is 60; expected the fraction of the dense network's time"),
         (["target.latency=0.05"], "target.latency=0.05 cannot be met: with one filter per layer"),
         (["target.milliseconds=1000"], "would remove nothing: the dense network has"),
-        (["target.params=0.2", "surgery.min_kept=0.9"], "target.params=0.2 cannot be met: under surgery.round_to"),
-        (["surgery.round_to=auto", "profile.file=null"], "round_to=auto takes the multiple that a profile"),
+        (
+            ["target.params=0.2", "surgery.min_kept=0.9", "profile.file=null"],
+            "target.params=0.2 cannot be met: under surgery.round_to",
+        ),
+        (
+            ["target.removed=0.5", "surgery.round_to=auto", "profile.file=null"],
+            "round_to=auto takes the multiple that a profile",
+        ),
         (["surgery.round_to=even"], "surgery.round_to is even; expected a number of channels, 1 or more, or auto"),
         (["target.params=0.5", "target.of=groups"], "it says whose MACs target.removed counts"),
         (["target.params=0.5"], "profile.file would do nothing: nothing goes by time here"),
@@ -75,6 +81,7 @@ def test_time_and_parameters_hold_at_once(keepdrop, checkpoint, tmp_path, device
 )
 def test_what_makes_no_sense_is_one_sentence_before_the_search(keepdrop, tmp_path, device, settings, sentence):
     given = [] if any(each.startswith("profile.file") for each in settings) else ["profile.file=device.json"]
-    result = keepdrop("prune", *QUICK[:2], *given, *settings, "run_dir=run")
+    typed = [each for each in settings if each != "profile.file=null"]  # the default, which is refused as idle if typed
+    result = keepdrop("prune", *QUICK[:2], *given, *typed, "run_dir=run")
     assert result.code == 2 and sentence in result.err, result.err
     assert not (tmp_path / "run").exists()
