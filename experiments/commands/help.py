@@ -15,6 +15,7 @@ from ..config.cli_errors import CONF, groups
 _GROUPS = "$APP_CONFIG_GROUPS"
 WIDTH = 120
 FLAGS = ("--help", "-h")
+INHERITED = "inherited"  # as in config/schema.py, which needs torch
 OF_TRAINING = ("experiment", "policy", "recipe", "reward")  # groups that say how an agent is trained
 
 
@@ -32,11 +33,12 @@ def _wrapped(line: str) -> str:
 def offered(root: str) -> dict[str, list[str]]:
     """Groups that a command chooses from, with their options; of the experiments those that start it.
 
-    A command that chooses none itself inherits them from the run of agents that are trained.
+    `keepdrop apply` inherits them from the run of agents that are trained.
     """
-    defaults = [next(iter(each)) for each in _read(f"{root}.yaml").defaults if isinstance(each, DictConfig)]
+    listed = _read(f"{root}.yaml").defaults
+    defaults = [next(iter(each)) for each in listed if isinstance(each, DictConfig)]
     known = groups()
-    named = [name for name in known if name in defaults] or [name for name in known if name not in OF_TRAINING]
+    named = [name for name in known if (name not in OF_TRAINING if INHERITED in listed else name in defaults)]
     return {name: [each for each in known[name] if name != "experiment" or _starts(each, root)] for name in named}
 
 

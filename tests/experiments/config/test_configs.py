@@ -15,6 +15,7 @@ from keepdrop.experiments.commands.cli import COMMANDS
 from keepdrop.experiments.commands.help import command_help, offered
 from keepdrop.experiments.config.cli_errors import groups, known_keys
 from keepdrop.experiments.config.schema import ROOTS, register_schemas, structured
+from keepdrop.experiments.config.stored import inherit
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ValidationError
 
@@ -181,6 +182,8 @@ def test_examples_and_options_of_the_help_compose(command):
     """What --help names must exist: every example composes, every option `key=` is a key."""
     root = command.replace("-", "_")
     out = command_help(root)
+    register_schemas()
+    inherit(None)  # what `keepdrop apply` composes for an agent of any network
     for line in out.split("Examples:")[1].splitlines():
         if line.strip().startswith("keepdrop"):
             overrides = [part for part in line.split()[2:] if "=" in part]
@@ -212,7 +215,7 @@ def test_help_needs_no_torch():
     ("arguments", "sentence"),
     [
         (("prnue",), "'prnue' is not a command; did you mean 'prune'?"),
-        (("xyz",), "'xyz' is not a command; expected one of prune, inspect, train-cnn, "),
+        (("xyz",), "'xyz' is not a command; expected one of prune, inspect, profile, train-cnn, "),
         (("prune", "drop_bnd=0.1"), "keepdrop prune has no setting 'drop_bnd'; did you mean 'drop_bound'?"),
         (
             ("prune", "judge.dtype=bfloat16"),
