@@ -31,6 +31,14 @@ REFUSED = [
         "target.of=groups", "network_search.images=60", "network_search.agent.updates=3", "repair.images=100",
         "repair={ridge:0.1}",
     )),
+    (LAYERS, "surgery.whole_blocks=true", "always keeps a filter of it"),
+    ((*TARGET, "agents=pretrained"), "network_search.images=60", "only asked"),
+    (("prune", "target.params=0.5"), "target.of=groups", "whose MACs target.removed counts"),
+    *((command, "profile.file=NOWHERE", "nothing goes by time here") for command in (
+        TARGET, LAYERS, ("train-agent", "layer=conv1"),
+    )),
+    (("train-agent", "layer=conv1"), "surgery.whole_blocks=true", "always keeps a filter of it"),
+    (("iterate",), "surgery.whole_blocks=true", "the last one of a layer stays"),
     *((("prune", PLAIN), setting, "compensates nothing") for setting in (
         "evaluation.target=current", "evaluation.ridge=0.1", "evaluation.compensation_images=10",
     )),
@@ -87,11 +95,13 @@ REFUSED = [
     (("compare", "methods=[l1-uniform]"), "random_best.evaluations=2", "does not name random-best"),
     (("compare", "methods=[random-best]"), "network_search.agent.updates=2", "does not name agent"),
     (("compare", "methods=[l1-uniform]"), "network_search.images=60", "neither agent nor random-best"),
-    (("compare", "methods=[random-best]"), "network_search.halving.candidates=[4]", "does not name agent"),
+    (("compare", "methods=[random-best]"), "network_search.halving.candidates=[4,2]", "does not name agent"),
     *((command, "network_search.halving.minibatches=[9]", "trains no mask") for command in (TARGET, ("compare",))),
     (("compare", "finetune.distill_weight=0"), "finetune.temperature=2", "no teacher"),
     (("compare", "finetune.schedule=constant"), "finetune.final_lr=0.1", "never falls"),
-    (("inspect", "example_inputs=mine.example"), "input_shape=[3,32,32]", "says what goes in"),
+    *(((command, "example_inputs=mine.example"), "input_shape=[3,32,32]", "says what goes in") for command in (
+        "inspect", "profile",
+    )),
     (("report", "LAYERS"), "out=page.html", "compared with nothing"),
     (APPLY, "target.removed=0.5", "decide layer by layer"),
     (APPLY, "repair.images=100", "decide layer by layer"),
@@ -105,6 +115,7 @@ REFUSED = [
     (APPLY_NETWORK, "order=backward", "decides on all layers at once"),
     (APPLY_NETWORK, "evaluation.method=whole", "decides on all layers at once"),
     ((*APPLY_NETWORK, "target.removed=null"), "target.of=groups", "the agent's own target"),
+    (("apply", "agents=pretrained", "target.params=0.5", TRAINED), "target.of=groups", "target.removed counts"),
     ((*APPLY_NETWORK, PLAIN), "repair.images=100", "repairs nothing"),
 ]  # fmt: skip
 
@@ -124,7 +135,7 @@ def rules_of(command):
     module = import_module(f"keepdrop.experiments.commands.{command.replace('-', '_')}")
     if command == "apply":
         return [*apply.IGNORED, *apply.LAYER_BY_LAYER, *apply.ONE_SHOT]
-    return list(getattr(module, "IGNORED", BASE_TRAINING))
+    return list(getattr(module, "IGNORED", BASE_TRAINING if command == "train-cnn" else ()))
 
 
 @pytest.mark.parametrize("command", COMMANDS)

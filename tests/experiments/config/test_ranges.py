@@ -10,8 +10,10 @@ from keepdrop.experiments.config.entry_point import check_settings
 from keepdrop.experiments.config.schema import ROOTS, structured
 from omegaconf import OmegaConf
 
-# A fraction that `Target` and `check_drop_bound` refuse, with a hint where percent came, in the commands that read it.
+# What `Target` and `check_drop_bound` refuse, with a hint where percent came, and `ProfileSettings`.
 ELSEWHERE = {"drop_bound", "target.removed", "targets.removed"}
+ELSEWHERE |= {"target.latency", "target.milliseconds", "target.params", "target.bytes"}
+ELSEWHERE |= {"batch_sizes", "samples", "repeats", "widths"}
 
 
 def numbers(kind, prefix=""):
@@ -59,6 +61,10 @@ def test_every_number_has_a_range(root):
         ("finetune.lr=nan", "finetune.lr"),
         ("seed=-1", "seed is -1"),
         ("target.removed=nan", "expected a fraction between 0 and 1"),
+        ("target.latency=nan", "target.latency is nan; expected the fraction"),
+        ("target.milliseconds=inf", "target.milliseconds is inf; expected a time above 0"),
+        ("target.params=-1", "target.params is -1; expected the fraction"),
+        ("target.bytes=-1", "target.bytes is -1; expected the size of a file"),
         ("drop_bound=nan", "drop_bound is nan"),
         ("augment.padding=100000", "augment.padding is 100,000"),
         ("augment.padding=nan", "padding"),
