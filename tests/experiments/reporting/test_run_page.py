@@ -281,7 +281,7 @@ def test_unknown_control(refused):
 def test_browser_shows_it_on_every_screen(run, tmp_path, dark):
     for frame in looked_at(run / "report.html", tmp_path, dark):
         assert len(frame["charts"]) == 1 and 0.6 * min(frame["size"], 900) < frame["charts"][0] <= frame["size"], frame
-        assert frame["buttons"] == 2
+        assert frame["buttons"] == 3
 
 
 def test_title_and_text_of_a_page_are_escaped():

@@ -214,7 +214,16 @@ def test_list_of_commands_comes_without_torch(tmp_path):
 
 def test_shares_of_more_than_all_macs_are_explained(capsys):
     rows = [
-        {"name": name, "n_filters": 4, "macs": 90, "params": 5, "coupled_with": [], "consumers": []} for name in "ab"
+        {
+            "name": name,
+            "n_filters": 4,
+            "macs": 90,
+            "params": 5,
+            "coupled_with": [],
+            "consumers": [],
+            "may_vanish": False,
+        }
+        for name in "ab"
     ]
     described = {"macs": 100, "params": 10, "skipped": [], "groups": rows}
     Terminal().inspection(described)
