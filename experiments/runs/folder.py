@@ -33,6 +33,7 @@ METRICS = "metrics.json"
 HASHES = "hashes.json"
 FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 IMPOSSIBLE = (errno.ENOTDIR, errno.ENOENT, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP)
+DEEPEST = 100  # levels of a configuration; those of a run have a handful
 LARGEST_INTEGER = 2**63  # of a JSON file of ours; more is damage, and floats do not hold it
 
 
@@ -246,9 +247,12 @@ def read_config(path: Path) -> dict[str, Any]:
 
     try:
         text = path.read_text(encoding="utf-8")
-        # Some hundred bytes of nested aliases unfold to gigabytes; a run writes none.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise ValueError("it holds an alias")
+        # Some hundred bytes of nested aliases unfold to gigabytes, and deep nesting takes minutes; a run writes neither.
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > DEEPEST:
+                raise ValueError(f"it holds an alias, or is nested more than {DEEPEST} deep")
         content = OmegaConf.to_container(OmegaConf.create(text))
     except Exception as error:  # YAML and OmegaConf have their own zoo of errors
         raise UserError(

@@ -171,6 +171,9 @@ def test_a_yaml_bomb_is_not_unfolded(keepdrop, run):
     (run / "config.yaml").write_text("\n".join(lines))
     result = keepdrop("report", "run")
     assert result.code == 2 and "it holds an alias" in result.err
+    (run / "config.yaml").write_text("[" * 1000)
+    result = keepdrop("report", "run")
+    assert result.code == 2 and "nested more than 100 deep" in result.err
 
 
 def test_two_runs_in_one_folder(keepdrop, run):
