@@ -247,7 +247,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
     try:
         text = path.read_text(encoding="utf-8")
-        # Some hundred bytes of nested aliases unfold to gigabytes, and deep nesting takes minutes; a run writes neither.
+        # Some hundred bytes of nested aliases unfold to gigabytes, and deep nesting takes minutes; runs write neither.
         depth = 0
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
