@@ -67,7 +67,7 @@ GENERAL = (
     "planned_error",
 )
 """The columns whose effect holds in families that were not trained on; spreads, ranks and single points of the curves
-help only where they were seen (docs/reuse.md)."""
+help only where they were seen (docs/decisions.md)."""
 SMALLEST_ERROR = 1e-4  # of the loss, in nats: below it one group's error is as good as another's
 
 
