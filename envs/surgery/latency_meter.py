@@ -173,12 +173,15 @@ class _Layers:
         macs, elements = (_shares([getattr(shape, key) for shape in shapes]) for key in ("macs", "elements"))
         self._terms, self._amounts = _shared_terms(macs, elements, [shape.signature for shape in shapes])
         self._own_terms, self._weights = _own_terms(), (macs + elements) / 2
-        # Of every kind a table by width, of input and output; a width that nothing changes has a single row.
-        rows = np.where(self._matrix.any(-1), self._full + 1, 1).astype(np.int64)[:, self._examples]
+        # Of every kind a table by width, of input and output; a width that changes in none of its layers has one row.
+        moved = self._matrix.any(-1)
+        kinds = range(len(self._examples))
+        moves = np.stack([moved[:, self._kind == kind].any(1) for kind in kinds], 1)
+        rows = np.where(moves, self._full[:, self._examples] + 1, 1).astype(np.int64)
         self._rows = rows
         starts = np.concatenate([[0], np.cumsum(rows[0] * rows[1])])
         self._start, self._stride = starts[self._kind], rows[1][self._kind]
-        self._moves = self._matrix.any(-1)
+        self._moves = moves[:, self._kind]
 
     def _widths(self, kept: Array) -> Array:
         return np.einsum("xsg,...g->...xs", self._matrix, kept) + self._offset

@@ -41,10 +41,10 @@ def law(layers, groups, kept, multiple=1):
     return total
 
 
-def made(model, shape, multiple=1, noise=0.0, count=40):
+def made(model, shape, multiple=1, noise=0.0, count=40, chosen=lambda name: True):
     """A profile as that law gives it, with its groups."""
     images = torch.randn(2, *shape)
-    groups = find_groups(model, images).groups
+    groups = tuple(group for group in find_groups(model, images).groups if chosen(group.name))
     layers = layer_shapes(model, images, groups)
     dense = law(layers, groups, [group.n_filters for group in groups], multiple)
     chance = random.Random(0)
@@ -85,6 +85,16 @@ def test_of_a_resnet_with_coupled_groups_too():
     profile, _ = made(model, (3, 16, 16), noise=0.02)
     errors = sorted(map(abs, LatencyFit(profile, profile.tables[0].samples).errors(profile.tables[0].checks)))
     assert errors[5] < 0.03 and errors[-1] < 0.1
+
+
+def test_layers_of_one_shape_may_be_pruned_on_different_sides():
+    """The first convolutions of blocks alone: they lose outputs, the second ones, of the same shape, lose inputs."""
+    model = cifar_resnet(8)
+    profile, groups = made(model, (3, 16, 16), count=80, chosen=lambda name: name.endswith(".conv1"))
+    meter = LatencyMeter(model, groups, profile)
+    assert len(groups) == 3
+    for check in profile.tables[0].checks:
+        assert meter.seconds(check.kept) == pytest.approx(check.fraction * meter.whole, rel=0.03)
 
 
 def test_steps_are_found_and_kept_where_they_are_free(padded):
