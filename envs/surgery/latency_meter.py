@@ -174,7 +174,7 @@ class _Layers:
         self._terms, self._amounts = _shared_terms(macs, elements, [shape.signature for shape in shapes])
         self._own_terms, self._weights = _own_terms(), (macs + elements) / 2
         # Of every kind a table by width, of input and output; a width that changes in none of its layers has one row.
-        moved = self._matrix.any(-1)
+        moved = np.asarray(self._matrix.any(-1))
         kinds = range(len(self._examples))
         moves = np.stack([moved[:, self._kind == kind].any(1) for kind in kinds], 1)
         rows = np.where(moves, self._full[:, self._examples] + 1, 1).astype(np.int64)
