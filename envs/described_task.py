@@ -71,19 +71,21 @@ class DescribedTask(OneShotTask):
         return curves_of(self.task, self.groups) if self._curves is None else self._curves
 
     @cached_property
+    def reconstruction_ranking(self) -> dict[str, Tensor] | None:
+        """Scores (N,) of the `reconstruction` criterion by group name; None where it cannot read the network."""
+        if len(self.curves) < len(self.groups):
+            return None
+        images, labels = self.task.fit_images(ERROR_IMAGES)
+        goal, objective = self.task.constraints(self.target), self.task.objective
+        try:
+            return reconstruction_scores(self.task.model, goal, images, labels, objective=objective, curves=self.curves)
+        except UserError:
+            return None
+
+    @property
     def ranking(self) -> dict[str, Tensor]:
         """The plan's scores (N,) by group name."""
-        if len(self.curves) < len(self.groups):
-            return self.even
-        images, labels = self.task.fit_images(ERROR_IMAGES)
-        return reconstruction_scores(
-            self.task.model,
-            self.task.constraints(self.target),
-            images,
-            labels,
-            objective=self.task.objective,
-            curves=self.curves,
-        )
+        return self.even if self.reconstruction_ranking is None else self.reconstruction_ranking
 
     @property
     def even(self) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ KEPT = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)
 """Fractions of a group's filters at which a row says what giving up the others costs."""
 SPREADS = ("l2", "bn_scale", "mean_activation", "taylor", "consumer_l2")
 MEANS = ("apoz", "redundancy")
-DESCRIPTION_NAMES: tuple[str, ...] = (
+PLACE = (
     "removed",
     "groups",
     "depth",
@@ -39,6 +39,10 @@ DESCRIPTION_NAMES: tuple[str, ...] = (
     "concatenated",
     "depthwise",
     "linear_reader",
+)
+"""What a group is and what it costs."""
+DESCRIPTION_NAMES: tuple[str, ...] = (
+    *PLACE,
     *(f"spread_{name}" for name in SPREADS),
     *(f"mean_{name}" for name in MEANS),
     "has_curve",
@@ -48,24 +52,7 @@ DESCRIPTION_NAMES: tuple[str, ...] = (
     "planned_error",
     "planned_total",
 )
-GENERAL = (
-    "removed",
-    "groups",
-    "depth",
-    "filters",
-    "macs_share",
-    "params_share",
-    "positions",
-    "kernel",
-    "reader_kernel",
-    "residual",
-    "feeds_residual",
-    "concatenated",
-    "depthwise",
-    "linear_reader",
-    "planned",
-    "planned_error",
-)
+GENERAL = (*PLACE, "planned", "planned_error")
 """The columns whose effect holds in families that were not trained on; spreads, ranks and single points of the curves
 help only where they were seen (docs/decisions.md)."""
 SMALLEST_ERROR = 1e-4  # of the loss, in nats: below it one group's error is as good as another's

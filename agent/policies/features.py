@@ -3,7 +3,7 @@
 Shape suffixes: N filters, D weights per filter, F statistics per filter, Q quantiles.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -64,3 +64,22 @@ def layer_context(statistics_NF: Tensor) -> Tensor:
     std_F = (statistics_NF - mean_F).square().mean(0).sqrt()
     both = torch.cat([mean_F, std_F])
     return both.sign() * both.abs().log1p()
+
+
+def ranked_scores(features: Sequence[Tensor], mix_F: Tensor, log_weights: Tensor) -> Tensor:
+    """Scores (N,) of all filters, float64, comparable across groups: -rank / weight, with rank in (0, 1), best first.
+
+    Cutting all filters at one score keeps the fraction weight x constant of each group.
+
+    Args:
+        features: (N_l, F) of each group, float64; mixed, they order its filters.
+        mix_F: (F,) float64.
+        log_weights: (L,) of the groups.
+    """
+    scores = []
+    for log_weight, seen_NF in zip(log_weights, features, strict=True):
+        order = (seen_NF @ mix_F).argsort(descending=True, stable=True)
+        rank = torch.empty(len(order), dtype=torch.float64)
+        rank[order] = (torch.arange(len(order), dtype=torch.float64) + 0.5) / len(order)
+        scores.append(-rank * torch.exp(-log_weight))
+    return torch.cat(scores)

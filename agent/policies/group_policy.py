@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...errors import UserError
 from ...ranges import COUNT, FRACTION, check_number
-from .features import check_observation, ranks, weight_quantiles
+from .features import check_observation, ranked_scores, ranks, weight_quantiles
 
 PLANNED = "planned"
 """The column with the logarithm of what a plan without search keeps of each group."""
@@ -144,16 +144,16 @@ class GroupPolicy(nn.Module):
 
     def scores(self, observation: Mapping[str, Tensor], action_A: Tensor | None = None) -> Tensor:
         """One score per filter (N,), float64, comparable across groups, under the mean action or another one (A,)."""
-        rows_LR = observation["descriptions"]
-        action_A = self.action(rows_LR) if action_A is None else action_A
-        mix_F = action_A[len(rows_LR) : -1].double()
-        scores = []
-        for log_weight, seen_NF in zip(self.log_weights(rows_LR, action_A), self.features(observation), strict=True):
-            order = (seen_NF @ mix_F).argsort(descending=True, stable=True)
-            rank = torch.empty(len(order), dtype=torch.float64)
-            rank[order] = (torch.arange(len(order), dtype=torch.float64) + 0.5) / len(order)
-            scores.append(-rank * torch.exp(-log_weight))
-        return torch.cat(scores)
+        action_A = self.action(observation["descriptions"]) if action_A is None else action_A
+        return self.scores_of(observation, [action_A])[0]
+
+    def scores_of(self, observation: Mapping[str, Tensor], actions: Sequence[Tensor]) -> list[Tensor]:
+        """Scores (N,) under each of several actions (A,); what is seen of the filters is ranked once."""
+        rows_LR, features = observation["descriptions"], self.features(observation)
+        return [
+            ranked_scores(features, action_A[len(rows_LR) : -1].double(), self.log_weights(rows_LR, action_A))
+            for action_A in actions
+        ]
 
 
 def _means(values_LH: Tensor, owner_L: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...errors import UserError
 from ...ranges import COUNT, FRACTION, check_number
-from .features import check_observation, ranks, weight_quantiles
+from .features import check_observation, ranked_scores, ranks, weight_quantiles
 
 
 class NetworkPolicy(nn.Module):
@@ -94,11 +94,4 @@ class NetworkPolicy(nn.Module):
     def scores(self, features: Sequence[Tensor], vector: Tensor | None = None) -> Tensor:
         """One score per filter (N,), comparable across groups, under the policy's own or other parameters (P,)."""
         vector = self.parameter_vector() if vector is None else vector
-        log_weight_L, mix_F = vector[: len(self.log_weight)], vector[len(self.log_weight) :]
-        scores = []
-        for log_weight, seen_NF in zip(log_weight_L, features, strict=True):
-            order = (seen_NF @ mix_F).argsort(descending=True, stable=True)
-            rank = torch.empty(len(order), dtype=torch.float64)
-            rank[order] = (torch.arange(len(order), dtype=torch.float64) + 0.5) / len(order)
-            scores.append(-rank * torch.exp(-log_weight))
-        return torch.cat(scores)
+        return ranked_scores(features, vector[len(self.log_weight) :], vector[: len(self.log_weight)])

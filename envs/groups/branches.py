@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..networks.copying import copied
+from ..networks.hooks import hooked
 from ..networks.inputs import tensors_in, tensors_of
 from ..networks.module_kinds import Inputs, is_leaf, run
 from ..surgery.filter_group import Branch, FilterGroup
@@ -130,15 +131,8 @@ def find_branches(model: nn.Module, inputs: Inputs, groups: Sequence[FilterGroup
 def _followed(model: nn.Module, inputs: Inputs) -> tuple[_Flow, list[int | None]]:
     probe = nn.Module.cpu(copied(model)).eval()
     flow = _Flow(inputs)
-    handles: list[Any] = []
-    try:
-        for name, module in probe.named_modules():
-            handles.extend(flow.hooks(name, module))
-        with torch.no_grad(), flow:
-            outputs = tensors_in(run(probe, inputs))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(probe, flow.hooks), torch.no_grad(), flow:
+        outputs = tensors_in(run(probe, inputs))
     return flow, [flow.value_of(each) for each in outputs]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ...errors import summarised
 from ..data.randomness import random_states, randomness_restored
+from ..networks.hooks import hooked
 from ..networks.inputs import resized, tensors_in
 from ..networks.modes import modes_restored
 from ..networks.module_kinds import Inputs, is_attention, is_extended, is_leaf, is_recurrent, run
@@ -238,7 +238,7 @@ def trace_labels(model: nn.Module, inputs: Inputs) -> Ownership:
 
 def _follow(model: nn.Module, inputs: Inputs, owners: Ownership) -> LabelTrace:
     trace = LabelTrace(owners)
-    with _hooked(model, trace.hooks), torch.no_grad():
+    with hooked(model, trace.hooks), torch.no_grad():
         trace.mark_data(inputs)
         with trace:
             trace.fix_outputs(run(model, inputs))
@@ -263,17 +263,5 @@ def _run_in_training(model: nn.Module, inputs: Inputs) -> tuple[set[str], Shapes
     def hooks(name: str, module: nn.Module) -> Iterator[RemovableHandle]:
         yield module.register_forward_hook(lambda module, args, out: ran.add(name))
 
-    with _hooked(model, hooks):
+    with hooked(model, hooks):
         return ran, shapes_in_training(model, inputs)
-
-
-@contextmanager
-def _hooked(model: nn.Module, hooks: Callable[[str, nn.Module], Iterator[RemovableHandle]]) -> Iterator[None]:
-    handles: list[RemovableHandle] = []
-    try:
-        for name, module in model.named_modules():
-            handles.extend(hooks(name, module))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

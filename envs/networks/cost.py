@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from .hooks import hooked
 from .inputs import as_call, batch_size
 from .modes import evaluating
 from .module_kinds import Inputs, n_products
@@ -50,14 +52,13 @@ def count_cost(model: nn.Module, example_inputs: Inputs) -> Cost:
     """
     args, kwargs = as_call(example_inputs)
     calls: dict[nn.Module, list[int]] = defaultdict(list)
-    leaves = [m for m in nn.Module.modules(model) if isinstance(m, (*CONVS, *TRANSPOSED, nn.Linear, *RECURRENT))]
-    handles = [leaf.register_forward_hook(_recorder(calls)) for leaf in leaves]
-    try:
-        with evaluating(model), torch.no_grad():
-            model(*args, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
+
+    def counting(name: str, module: nn.Module) -> Iterator[RemovableHandle]:
+        if isinstance(module, (*CONVS, *TRANSPOSED, nn.Linear, *RECURRENT)):
+            yield module.register_forward_hook(_recorder(calls))
+
+    with hooked(model, counting), evaluating(model), torch.no_grad():
+        model(*args, **kwargs)
     modules = _by_name(model, calls, n_images=batch_size(example_inputs))
     params = sum(parameter.numel() for parameter in model.parameters())
     return Cost(sum(module.macs for module in modules.values()), params, modules)

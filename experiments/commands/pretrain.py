@@ -14,8 +14,7 @@ from ...envs.task import measure_baseline
 from ...errors import UserError
 from ..config.entry_point import plain, run_with_hydra, settings
 from ..config.schema import PretrainingConfig, SplitConfig
-from ..pretraining.rounds import AGENTS, Pretraining
-from ..pretraining.worlds import CONTROLS
+from ..pretraining.rounds import AGENTS, Pretraining, gains_of
 from ..pretraining.zoo import ZooNetwork, read_zoo
 from ..pruning.decide import AGENT
 from ..pruning.input_checks import try_network
@@ -74,7 +73,7 @@ def pretrain(networks: list[ZooNetwork], context: RunContext) -> dict[str, Any]:
         training.run(show_network)
     last = folder / AGENTS / str(chosen.rounds)
     shutil.copytree(last, folder / AGENT, dirs_exist_ok=True)
-    gains = [_gains(training.records(number)) for number in range(chosen.rounds)]
+    gains = [gains_of(training.records(number)) for number in range(chosen.rounds)]
     metrics = {
         "networks": {each.name: each.family for each in networks},
         "worlds": len(training.records(0)),
@@ -83,13 +82,6 @@ def pretrain(networks: list[ZooNetwork], context: RunContext) -> dict[str, Any]:
     }
     folder.write_json(METRICS, metrics)
     return metrics
-
-
-def _gains(records: Mapping[Any, Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean gain over equal shares of the policy and the plan, accuracy relative to the base's, and masks judged."""
-    controls = [record["controls"] for record in records.values()]
-    mean = {name: sum(each[name] - each["uniform"] for each in controls) / len(controls) for name in CONTROLS}
-    return {**mean, "masks": sum(len(record["rewards"]) + len(CONTROLS) for record in records.values())}
 
 
 def show(metrics: Mapping[str, Any], context: RunContext) -> None:

@@ -11,7 +11,7 @@ import itertools
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -20,11 +20,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ...envs.groups.finding import find_groups
 from ...envs.networks.answers import as_called
 from ...envs.networks.batch_size import wait_for
 from ...envs.networks.cost import count_cost
+from ...envs.networks.hooks import hooked
 from ...envs.networks.inputs import as_call, beside, resized, tensors_of
 from ...envs.networks.memory_layout import arranged, common_layout
 from ...envs.networks.modes import evaluating
@@ -412,20 +414,16 @@ def _sizes(model: nn.Module, example: Inputs) -> dict[str, tuple[int, tuple[int,
     """By module, numbers put out per image over all calls, and the spatial shape of the output."""
     found: dict[str, tuple[int, tuple[int, ...]]] = {}
 
-    def recording(name: str) -> Callable[..., None]:
-        def record(module: nn.Module, inputs: Any, output: Any) -> None:
+    def recording(name: str, module: nn.Module) -> Iterator[RemovableHandle]:
+        def record(called: nn.Module, inputs: Any, output: Any) -> None:
             if isinstance(output, Tensor) and output.dim():
                 before = found.get(name, (0, ()))[0]
                 found[name] = (before + output.numel() // max(1, len(output)), tuple(output.shape[2:]))
 
-        return record
+        if name:
+            yield module.register_forward_hook(record)
 
-    handles = [module.register_forward_hook(recording(name)) for name, module in model.named_modules() if name]
     args, kwargs = as_call(example)
-    try:
-        with evaluating(model), torch.no_grad():
-            model(*args, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(model, recording), evaluating(model), torch.no_grad():
+        model(*args, **kwargs)
     return found

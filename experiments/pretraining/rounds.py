@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from joblib import Parallel, delayed
-from joblib.externals.loky import get_reusable_executor
-from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from ...agent.learning.many_networks import improve
 from ...agent.policies.group_policy import GroupPolicy
@@ -22,6 +18,7 @@ from ...envs.surgery.targets import Target
 from ...errors import UserError
 from ..config.schema import PretrainingConfig, SplitConfig
 from ..pruning.agent_card import ANY_NETWORK, write_card
+from ..runs.processes import processes
 from ..runs.seeds import derive_seed
 from .worlds import (
     CONTROLS,
@@ -89,7 +86,11 @@ class Pretraining:
         """Try actions in every world where this round did not yet."""
         missing = [network for network in self.networks if self._missing(network, number)]
         show("", len(self.networks) - len(missing), len(self.networks))
-        with _processes(self.workers) as spread:
+        killed = (
+            "A process was killed, perhaps because memory ran out; what is finished is kept: continue with "
+            f"resume={self.folder}."
+        )
+        with processes(self.workers, killed) as spread:
             for done, name in enumerate(spread(self._sample_one, [(each, number, policy) for each in missing]), 1):
                 show(name, len(self.networks) - len(missing) + done, len(self.networks))
 
@@ -122,10 +123,7 @@ class Pretraining:
         self, number: int, records: Mapping[tuple[str, float], Mapping[str, Any]], objective: Sequence[float]
     ) -> dict[str, Any]:
         """What is saved with the agent: what it was trained on, and what its policy did before this update."""
-        gains = [
-            {name: record["controls"][name] - record["controls"]["uniform"] for name in CONTROLS}
-            for record in records.values()
-        ]
+        gains = gains_of(records)
         return {
             "group": ANY_NETWORK,
             "description_names": list(DESCRIPTION_NAMES),
@@ -135,8 +133,8 @@ class Pretraining:
             "seed": self.seed,
             "networks": {each.name: each.family for each in self.networks},
             "worlds": len(records),
-            "mask_evaluations": sum(len(record["rewards"]) + len(CONTROLS) for record in records.values()),
-            "gain_over_uniform": {name: sum(each[name] for each in gains) / len(gains) for name in CONTROLS},
+            "mask_evaluations": gains.pop("masks"),
+            "gain_over_uniform": gains,
             "objective": [objective[0], objective[-1]],
         }
 
@@ -171,28 +169,8 @@ class Pretraining:
         return network.name
 
 
-@contextmanager
-def _processes(n_workers: int) -> Iterator[Callable[[Callable[..., str], Sequence[tuple[Any, ...]]], Iterator[str]]]:
-    """Calls of a function spread over processes, each result as soon as it is there; one worker is this process."""
-    if n_workers == 1:
-        yield lambda work, calls: (work(*arguments) for arguments in calls)
-        return
-    n_threads = max(1, torch.get_num_threads() // n_workers)
-    parallel = Parallel(
-        n_workers, return_as="generator_unordered", initializer=torch.set_num_threads, initargs=(n_threads,)
-    )
-
-    def spread(work: Callable[..., str], calls: Sequence[tuple[Any, ...]]) -> Iterator[str]:
-        try:
-            yield from parallel(delayed(work)(*arguments) for arguments in calls)
-        except TerminatedWorkerError as error:
-            raise UserError(
-                "A process was killed, perhaps because memory ran out; what is finished is kept: resume the run."
-            ) from error
-
-    failed = True
-    try:
-        yield spread
-        failed = False
-    finally:
-        get_reusable_executor(reuse=True, kill_workers=failed).shutdown(kill_workers=failed)
+def gains_of(records: Mapping[Any, Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean gain over equal shares of the policy and the plan, accuracy relative to the base's, and `masks` judged."""
+    controls = [record["controls"] for record in records.values()]
+    mean = {name: sum(each[name] - each["uniform"] for each in controls) / len(controls) for name in CONTROLS}
+    return {**mean, "masks": sum(len(record["rewards"]) + len(CONTROLS) for record in records.values())}

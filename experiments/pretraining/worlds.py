@@ -118,8 +118,9 @@ def tried(world: DescribedTask, policy: GroupPolicy, sampling: SamplingConfig, s
         mean = policy.action(rows).double()
         scale = sampling.scales.vector(len(rows), len(mean))
         actions = explore(mean, scale, sampling.samples, torch.Generator().manual_seed(derive_seed(seed, "explore")))
-        masks = [project(policy.scores(observation, action)) for action in [*actions, mean]]
-        masks += [project(GroupPolicy(**policy.kwargs).scores(observation)), project(_even(world))]
+        plan = policy.plan(len(rows))
+        masks = [project(scores) for scores in policy.scores_of(observation, [*actions, mean, plan])]
+        masks.append(project(_even(world)))
     env = FilterPruningVectorEnv(world, kept_accuracy, len(masks), sampling.images)
     env.reset(seed=derive_seed(seed, "images"))
     rewards, infos = evaluate_masks(env, torch.stack(masks))

@@ -20,7 +20,7 @@ from ...envs.filter_pruning import FilterPruningVectorEnv
 from ...envs.observation import STATISTIC_NAMES
 from ...envs.one_shot import OneShotTask
 from ...envs.repair.reconstruction import ReconstructionSettings
-from ...envs.repair.reconstruction_error import ERROR_IMAGES, RECONSTRUCTION, reconstruction_scores
+from ...envs.repair.reconstruction_error import RECONSTRUCTION
 from ...envs.surgery.cutoff import keep_best, spread_evenly
 from ...envs.surgery.targets import Target
 from ...errors import UserError
@@ -128,13 +128,15 @@ class NetworkAgent:
         generator = torch.Generator().manual_seed(derive_seed(seed, "policies"))
         trainer = NetworkTrainer(env, policy, projection(one_shot, target), settings.agent, generator)
         controls = {f"{UNIFORM} {settings.warm_start}": trainer.mask()}
-        controls |= self._reconstruction(one_shot, target, trainer.project)
+        seen = described(one_shot, target)
+        if seen.reconstruction_ranking is not None:
+            controls[RECONSTRUCTION] = trainer.project(one_shot.joined(seen.reconstruction_ranking))
         if settings.start == RECONSTRUCTION and RECONSTRUCTION in controls:
             kept = [float(part.double().mean()) for part in one_shot.choices(controls[RECONSTRUCTION]).values()]
             with torch.no_grad():
                 policy.log_weight.copy_(torch.tensor(kept, dtype=torch.float64).log())
         if settings.reads is not None:
-            scores, log_weight = pretrained_scores(load_pretrained(settings.reads), described(one_shot, target))
+            scores, log_weight = pretrained_scores(load_pretrained(settings.reads), seen)
             controls[PRETRAINED] = trainer.project(scores)
             with torch.no_grad():
                 policy.log_weight.copy_(log_weight)
@@ -157,17 +159,6 @@ class NetworkAgent:
                 of_layers = [spread_evenly(criterion_scores(each, STATISTIC_NAMES, name)) for each in seen]
                 found[f"{UNIFORM} {name}"] = project(torch.cat(of_layers))
         return found
-
-    def _reconstruction(self, one_shot: OneShotTask, target: Target, project: Project) -> dict[str, Tensor]:
-        """The mask of the criterion that needs no search, under its name; nothing where it cannot read the network."""
-        task = one_shot.task
-        images, labels = task.fit_images(ERROR_IMAGES)
-        goal, objective = task.constraints(target), task.objective
-        try:
-            scores = reconstruction_scores(task.model, goal, images, labels, objective=objective)
-        except UserError:
-            return {}
-        return {RECONSTRUCTION: project(torch.cat([scores[group.name] for group in one_shot.groups]))}
 
     def _train(self, trainer: NetworkTrainer, env: FilterPruningVectorEnv, seed: int) -> list[Result]:
         """All updates; returns what an interrupted halving had found."""

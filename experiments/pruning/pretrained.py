@@ -67,7 +67,9 @@ def pretrained_choices(agent: SavedAgent, seen: DescribedTask) -> dict[str, Tens
     What `corrected` says, the plan that it corrects, and equal shares in the order of l2.
     """
     found = corrected(agent.policy, observation_tensors(seen))
-    return {**found, RECONSTRUCTION: seen.joined(seen.ranking), "uniform l2": seen.joined(seen.even)}
+    if seen.reconstruction_ranking is not None:
+        found[RECONSTRUCTION] = seen.joined(seen.reconstruction_ranking)
+    return {**found, "uniform l2": seen.joined(seen.even)}
 
 
 def corrected(policy: GroupPolicy, observation: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -80,7 +82,8 @@ def corrected(policy: GroupPolicy, observation: Mapping[str, Tensor]) -> dict[st
         whole, plan = policy.action(rows), policy.plan(len(rows))
         order = torch.cat([plan[: len(rows)], whole[len(rows) : -1], plan[-1:]])
         actions = {"": whole, ", half way": (whole + plan) / 2, ", order alone": order}
-        return {f"pretrained agent{name}": policy.scores(observation, action) for name, action in actions.items()}
+        scores = policy.scores_of(observation, list(actions.values()))
+        return {f"pretrained agent{name}": each for name, each in zip(actions, scores, strict=True)}
 
 
 def pretrained_scores(agent: SavedAgent, seen: DescribedTask) -> tuple[Tensor, Tensor]:
