@@ -1,6 +1,7 @@
 """Rows of groups by hand, finite on every kind of network, and the task that shows them."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,14 +9,19 @@ import torch
 from answered import NETWORKS, answered
 from digits_task import make_task
 from gymnasium.utils.env_checker import check_env
+from keepdrop.agent.policies.group_policy import GroupPolicy
+from keepdrop.agent.saved_agent import SavedAgent
+from keepdrop.envs import described_task
 from keepdrop.envs.described_task import DescribedTask, even_scores
 from keepdrop.envs.filter_pruning import FilterPruningEnv, FilterPruningVectorEnv
-from keepdrop.envs.group_descriptions import DESCRIPTION_NAMES, KEPT, describe_groups
+from keepdrop.envs.group_descriptions import DESCRIPTION_NAMES, GENERAL, KEPT, describe_groups
 from keepdrop.envs.groups.finding import find_groups
 from keepdrop.envs.networks.cost import count_cost
 from keepdrop.envs.observation import STATISTIC_NAMES, Observation
-from keepdrop.envs.repair.reconstruction_error import ErrorCurve
+from keepdrop.envs.repair.reconstruction_error import RECONSTRUCTION, ErrorCurve
 from keepdrop.envs.surgery.targets import Target
+from keepdrop.errors import UserError
+from keepdrop.experiments.pruning.pretrained import pretrained_choices
 from keepdrop.rewards.priced import Priced
 from torch import nn
 from torch.nn import functional as F
@@ -142,3 +148,21 @@ def test_without_curves_the_plan_is_even():
     statistics = np.zeros((3, len(STATISTIC_NAMES)))
     statistics[:, STATISTIC_NAMES.index("l2")] = [2, 9, 5]
     assert even_scores({"a": statistics})["a"].argsort().tolist() == [0, 2, 1]
+
+
+def test_a_plan_that_is_not_reconstruction_is_not_called_so(described, monkeypatch):
+    """Where the criterion cannot read the network, or cannot repair it between two rounds, the plan is equal shares."""
+    assert described.reconstruction_ranking is described.ranking
+    unread = DescribedTask(described.task, described.target, None, described.layers, curves={})
+    monkeypatch.setattr(described_task, "reconstruction_scores", refusing)
+    unrepaired = DescribedTask(described.task, described.target, None, described.layers, described.curves)
+    policy = GroupPolicy(DESCRIPTION_NAMES, STATISTIC_NAMES, read=GENERAL)
+    for task in (unread, unrepaired):
+        assert task.reconstruction_ranking is None
+        assert all(torch.equal(task.ranking[name], scores) for name, scores in task.even.items())
+        choices = pretrained_choices(SavedAgent(policy, {}, Path()), task)
+        assert RECONSTRUCTION not in choices and "uniform l2" in choices
+
+
+def refusing(*arguments, **named):
+    raise UserError("The network cannot be traced.")
