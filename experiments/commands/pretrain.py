@@ -12,7 +12,7 @@ from ...envs.groups.finding import find_groups
 from ...envs.surgery.filter_group import select_groups
 from ...envs.task import measure_baseline
 from ...errors import UserError
-from ..config.entry_point import plain, run_with_hydra, settings
+from ..config.entry_point import allowed_modules, plain, run_with_hydra, settings
 from ..config.schema import PretrainingConfig, SplitConfig
 from ..pretraining.rounds import AGENTS, Pretraining, gains_of
 from ..pretraining.zoo import ZooNetwork, read_zoo
@@ -35,7 +35,7 @@ def run(config: DictConfig) -> dict[str, Any]:
 
 def check(config: DictConfig) -> list[ZooNetwork]:
     """The networks to train on; everything that is wrong with them is found before anything is written."""
-    networks = read_zoo(config.zoo, plain(config.modules))
+    networks = read_zoo(config.zoo, allowed_modules(config))
     families = {each.family for each in networks}
     if odd := sorted(set(plain(config.leave_out)) - families):
         raise UserError(f"leave_out names {odd[0]!r}; expected families of the zoo: {', '.join(sorted(families))}.")

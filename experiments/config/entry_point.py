@@ -29,6 +29,7 @@ from .stored import check_targets, is_offered, targets_in
 
 SettingsT = TypeVar("SettingsT")
 
+MODULES = "modules"  # the setting that allows code, by name
 CONF = "pkg://keepdrop.conf"
 
 
@@ -142,8 +143,9 @@ def _stored(config: DictConfig, folder: RunFolder) -> DictConfig:
 
 def _check_repeated(resume: str, stored: DictConfig) -> None:
     """Refuse settings beside `resume`, and a stored `_target_` that is not keepdrop's and was not typed again."""
-    content = OmegaConf.to_container(stored)
-    known = dict(targets_in(content))
+    content = OmegaConf.to_container(stored, resolve=True)
+    assert isinstance(content, dict)
+    known = {**dict(targets_in(content)), **{key: content[key] for key in (MODULES,) if key in content}}
     others = [
         f"{key}={value}"
         for key, value in typed().items()
@@ -240,13 +242,20 @@ def interruptible(folder: RunFolder) -> Iterator[None]:
 
 
 def resuming(folder: RunFolder) -> str:
-    """The overrides that resume a run: its folder, and every `_target_` that is not keepdrop's own."""
-    own = [
-        f"{key}={target}"
-        for key, target in targets_in(OmegaConf.to_container(folder.config()))
-        if not is_offered(target)
-    ]
+    """The overrides that resume a run: its folder, and every `_target_` and module that is not keepdrop's own."""
+    config = folder.config()
+    own = [f"{key}={target}" for key, target in targets_in(OmegaConf.to_container(config)) if not is_offered(target)]
+    if modules := config.get(MODULES):
+        own.append(f"{MODULES}=[{','.join(modules)}]")
     return " ".join([f"resume={folder.path}", *own])
+
+
+def allowed_modules(config: DictConfig) -> list[str]:
+    """Modules whose code a file may call: what was typed here, never what the folder of a resumed run says."""
+    given = typed()
+    if "resume" not in given:
+        return list(plain(config[MODULES]))
+    return [str(getattr(each, "text", each)) for each in given.get(MODULES) or []]
 
 
 def plain(node: Any) -> Any:

@@ -310,7 +310,7 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         if self.samples < 4 or self.samples % 2:
-            raise UserError(f"sampling.samples is {self.samples}; expected an even number of 4 or more.")
+            raise UserError(f"training.sampling.samples is {self.samples}; expected an even number of 4 or more.")
         check_numbers(self, samples=MASKS, images=IMAGES, repair_images=IMAGES, repair_places=COUNT)
 
 

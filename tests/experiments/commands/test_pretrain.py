@@ -9,7 +9,10 @@ from command_line import run_main
 from keepdrop.agent.saved_agent import load_agent
 from keepdrop.envs.networks.built_in import small_cnn
 from keepdrop.envs.networks.checkpoint import save_weights
+from keepdrop.experiments.config.entry_point import resuming
 from keepdrop.experiments.pretraining import rounds
+from keepdrop.experiments.runs.folder import RunFolder
+from omegaconf import OmegaConf
 from tiny_zoo import SMALL, entry, write_zoo
 
 
@@ -68,6 +71,27 @@ def test_processes_share_the_networks_and_change_nothing(run, zoo, tmp_path):
     assert same(weights(run), weights(tmp_path / "two"))
 
 
+def test_a_folder_does_not_decide_what_code_runs(run, tmp_path, capsys):
+    """`modules` in a run's configuration allows nothing: whoever resumes it has to type them."""
+    again, made = tmp_path / "again", tmp_path / "made"
+    shutil.copytree(run, again)
+    (again / "metrics.json").unlink()
+    (again / "hashes.json").unlink()
+    evil = entry("one", tmp_path, network={"_target_": "os.mkdir", "path": str(made)})
+    file = write_zoo(tmp_path, evil)
+    config = OmegaConf.load(again / "config.yaml")
+    config.zoo, config.modules = str(file), ["os"]
+    OmegaConf.save(config, again / "config.yaml")
+    assert run_main("pretrain", f"resume={again}", "quiet=true") == 2
+    assert "calls 'os.mkdir', which is not keepdrop's; if it may run, add modules=[os]" in capsys.readouterr().err
+    assert not made.exists()
+    assert resuming(RunFolder(again)) == f"resume={again} modules=[os]"
+    assert run_main("pretrain", f"resume={again}", "modules=[os]", "quiet=true") == 2
+    assert made.exists() and "returned NoneType; expected a nn.Module" in capsys.readouterr().err
+    assert run_main("pretrain", f"resume={again}", "modules=[sys]", "quiet=true") == 2
+    assert "leave the other overrides out" in capsys.readouterr().err
+
+
 def test_damaged_files_are_named(run, tmp_path, capsys):
     again = tmp_path / "again"
     shutil.copytree(run, again)
@@ -108,7 +132,7 @@ def test_families_are_left_out(keepdrop, zoo, tmp_path):
         (["leave_out=[trees]"], "leave_out names 'trees'; expected families of the zoo: family one, family two."),
         (["leave_out=[family one,family two]"], "leave_out names every family of the zoo"),
         (["training.targets=[1.5]"], "training.targets is [1.5]; expected fractions between 0 and 1."),
-        (["training.sampling.samples=5"], "samples is 5; expected an even number of 4 or more."),
+        (["training.sampling.samples=5"], "training.sampling.samples is 5; expected an even number of 4 or more."),
         (["training.gradient.lr=0"], "above 0"),
         (["workers=0"], "workers"),
     ],
