@@ -107,10 +107,10 @@ def check(config: DictConfig) -> Inputs:
     try_exports(config.export, inputs.construct() if inputs.dense is None else inputs.dense, inputs.splits)
     if not has_target(config):
         check_search(config, inputs)
-    elif config.agents is None:
-        check_network_search(config, inputs)
     else:
-        load_pretrained(config.agents)
+        if config.agents is not None:
+            load_pretrained(config.agents)
+        check_network_search(config, inputs)
     return inputs
 
 

@@ -126,6 +126,7 @@ def test_mistakes_of_commands_are_said_before_anything_is_written(refused, reade
     assert "was trained for one architecture" in refused("prune", f"agents={architecture}", "target.removed=0.5", *end)
     assert "agents is 'nowhere'" in refused("prune", "agents=nowhere", "target.removed=0.5", *end)
     assert "names no repository" in refused("prune", "agents=hf://nobody", "target.removed=0.5", *end)
+    assert "target.params=0.0001 cannot be met" in refused("prune", f"agents={reader}", "target.params=0.0001", *end)
     start = "network_search.start"
     assert f"{start} is 'fast'; expected one of" in refused("prune", f"{start}=fast", "target.removed=0.5", *end)
     said = refused("prune", f"{start}={architecture}", "target.removed=0.5", *end)
