@@ -146,7 +146,7 @@ def expected(error: BaseException) -> str:
     if found := re.search(r"could not be converted to (\w+)|is not a valid (bool)", reason):
         kinds = {"Integer": "a whole number", "Float": "a number", None: "true or false"}
         return kinds.get(found[1], f"a value of type {found[1]}")
-    if found := re.search(r"is not a subclass of (\w+)", reason):
+    if "is not a subclass of" in reason or "Cannot merge DictConfig with" in reason:
         return "settings below it: key.NAME=VALUE"
     if "is not a ListConfig" in reason:
         return "a list: 'key=[one,two]'"

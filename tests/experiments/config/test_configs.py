@@ -239,6 +239,7 @@ def test_help_needs_no_torch():
         (("prune", "quiet=perhaps"), "quiet is 'perhaps'; expected true or false."),
         (("prune", "layers=conv1"), "layers is 'conv1'; expected a list: 'key=[one,two]'."),
         (("prune", "base=3"), "base is '3'; expected settings below it: key.NAME=VALUE."),
+        (("compare", "targets=[0.4]"), "targets is '[0.4]'; expected settings below it: key.NAME=VALUE."),
         (("prune", "conv1"), "'conv1' cannot be read; expected key=value"),
         (("prune", "layers=[conv1"), "'layers=[conv1' cannot be read; expected key=value"),
         (("train-agent",), "layer is not set; expected a value: give layer=VALUE."),
