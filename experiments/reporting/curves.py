@@ -98,6 +98,7 @@ def control_curves(
     deciders |= {name: AskCriterion(name, counts) for name in controls}
     base = task.base.correct[: len(images)]
     curves: dict[str, list[float]] = {}
+    terminal.say(f"Measuring the controls of the report: {', '.join(controls)} (controls=[] leaves them out)")
     with terminal.progress("controls", len(deciders) * len(records)) as bar:
         for name, decide in deciders.items():
             steps = (
