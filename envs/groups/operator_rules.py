@@ -51,6 +51,8 @@ SPATIAL = re.compile(
     r"|_?upsample_(nearest(_exact)?|linear|bilinear|bicubic|trilinear)([123]d)?(_aa)?|_upsample_nearest_exact[123]d"
     r"|(reflection|replication)_pad[123]d"
 )
+# Each channel goes where its own channel of a pooling before it was largest.
+UNPOOLING = words("max_unpool2d max_unpool3d")
 REDUCING = words(
     """mean sum amax amin max min var std var_mean norm linalg_vector_norm prod logsumexp median _softmax softmax
     _log_softmax log_softmax cumsum argmax argmin any all"""
@@ -102,6 +104,8 @@ def apply_operator(
         return _joined(forest, moved, labelled, data, args) if name == "cat" else moved
     if SPATIAL.fullmatch(name):
         return _spatial(forest, name, known[0], out)
+    if name in UNPOOLING:
+        return _unpooled(forest, operands[:2], name, out)
     if name in REDUCING and len(known) == 1 and len(inputs) == 1:
         return _reduce(forest, name, known[0], args, kwargs, out)
     if (torch.Tag.pointwise in func.tags or name in POINTWISE) and isinstance(out, Tensor):
@@ -313,7 +317,17 @@ def _spatial(forest: ChannelLabels, name: str, labels: Tensor, out: Any) -> Any:
     first = out if isinstance(out, Tensor) else out[0]
     found = re.search(r"([123])d", name)
     dim = first.dim() - int(found.group(1)) - 1 if found else 1
-    return of_first(spread(per_channel(forest, labels, dim), dim, first.shape), out)
+    moved = spread(per_channel(forest, labels, dim), dim, first.shape)
+    # The places of the maxima are a map per channel, too.
+    return moved if isinstance(out, Tensor) else [moved] * len(out)
+
+
+def _unpooled(forest: ChannelLabels, operands: Sequence[Tensor | None], name: str, out: Tensor) -> Tensor:
+    """Channel i is spread by channel i of the indices: what was pooled and what is unpooled go together."""
+    dim = out.dim() - (3 if name.endswith("2d") else 4)
+    values, places = (channel_ids(forest, labels, dim, out.shape[dim]) for labels in operands)
+    forest.unite(values, places)
+    return spread(np.maximum(values, places), dim, out.shape)
 
 
 def _reduce(forest: ChannelLabels, name: str, labels: Tensor, args: Any, kwargs: Any, out: Any) -> Any:

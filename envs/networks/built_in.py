@@ -1,6 +1,6 @@
-"""CNNs that come with keepdrop: a small default for 8x8 images, VGG-16-BN and ResNets for CIFAR.
+"""CNNs that come with keepdrop: a small default for 8x8 images, VGG-16-BN, ResNets and ResNet-18 for CIFAR.
 
-All three are traceable by `torch.fx` and use no in-place activation, so a value cached at any node stays what it was.
+All are traceable by `torch.fx` and use no in-place activation, so a value cached at any node stays what it was.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def small_cnn(n_classes: int = 10, in_channels: int = 1, widths: Sequence[int] =
             layers.append((f"pool{number}", nn.MaxPool2d(2)))
     layers += [("average", nn.AdaptiveAvgPool2d(1)), ("flatten", nn.Flatten())]
     layers.append(("linear", nn.Linear(widths[-1], n_classes)))
-    return _initialised(nn.Sequential(OrderedDict(layers)))
+    return initialised(nn.Sequential(OrderedDict(layers)))
 
 
 class CifarVGG(nn.Module):
@@ -63,16 +63,22 @@ class CifarVGG(nn.Module):
         self.features = nn.Sequential(*layers)
         self.average = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(width, n_classes)
-        _initialised(self)
+        initialised(self)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) -> logits (B, n_classes)."""
         return self.classifier(self.average(self.features(images)).flatten(1))
 
 
-def vgg16_bn(n_classes: int = 10, in_channels: int = 3) -> CifarVGG:
-    """VGG-16 with batch normalisation for 32x32 images: 13 convolutions (`features.*`) and one linear layer."""
-    return CifarVGG(VGG16_LAYOUT, n_classes, in_channels)
+def vgg16_bn(n_classes: int = 10, in_channels: int = 3, width: int = 64) -> CifarVGG:
+    """VGG-16 with batch normalisation for 32x32 images: 13 convolutions (`features.*`) and one linear layer.
+
+    `width` is the number of filters of the first convolution and scales all others: 64 is VGG-16, 16 a quarter of its
+    width. Raises UserError for a width below 1.
+    """
+    _check_width("vgg16_bn", width)
+    layout = [item if isinstance(item, str) else item * width // 64 for item in VGG16_LAYOUT]
+    return CifarVGG(layout, n_classes, in_channels)
 
 
 class BasicBlock(nn.Module):
@@ -123,7 +129,7 @@ class CifarResNet(nn.Module):
         self.layer3 = _stage(widths[1], widths[2], n_blocks, stride=2)
         self.average = nn.AdaptiveAvgPool2d(1)
         self.linear = nn.Linear(widths[2], n_classes)
-        _initialised(self)
+        initialised(self)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) -> logits (B, n_classes)."""
@@ -146,13 +152,82 @@ def cifar_resnet(
     return CifarResNet((depth - 2) // 6, n_classes, in_channels, widths)
 
 
+class ProjectedBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut that is projected where the shape changes (He et al. 2016, option B).
+
+    The projection is a 1x1 convolution with batch normalisation (`shortcut.0`, `shortcut.1`); elsewhere `shortcut` is
+    an empty nn.Sequential, the identity. (B, in_width, H, W) -> (B, width, H/stride, W/stride).
+    """
+
+    def __init__(self, in_width: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_width, width, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.shortcut = nn.Sequential()
+        if stride > 1 or in_width != width:
+            projection = nn.Conv2d(in_width, width, 1, stride=stride, bias=False)
+            self.shortcut = nn.Sequential(projection, nn.BatchNorm2d(width))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features (B, in_width, H, W) -> features (B, width, H/stride, W/stride)."""
+        inner = F.relu(self.bn1(self.conv1(images)))
+        return F.relu(self.bn2(self.conv2(inner)) + self.shortcut(images))
+
+
+class CifarResNet18(nn.Module):
+    """ResNet-18 for 32x32 images: (B, C, H, W) -> logits (B, n_classes), four stages of two blocks.
+
+    Keys: `conv1, bn1, layer{1,2,3,4}.{i}.{conv1,bn1,conv2,bn2,shortcut.0,shortcut.1}, linear`, those of the CIFAR form
+    in public use: a 3x3 first convolution without pooling in place of the 7x7 one of ImageNet. Source: He et al. 2016
+    (arXiv 1512.03385), table 1, with projections (option B). At width 64: 11,173,962 parameters for 10 classes.
+    """
+
+    def __init__(self, n_classes: int = 10, in_channels: int = 3, width: int = 64) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.layer1 = _projected_stage(width, width, stride=1)
+        self.layer2 = _projected_stage(width, 2 * width, stride=2)
+        self.layer3 = _projected_stage(2 * width, 4 * width, stride=2)
+        self.layer4 = _projected_stage(4 * width, 8 * width, stride=2)
+        self.average = nn.AdaptiveAvgPool2d(1)
+        self.linear = nn.Linear(8 * width, n_classes)
+        initialised(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) -> logits (B, n_classes)."""
+        features = F.relu(self.bn1(self.conv1(images)))
+        features = self.layer4(self.layer3(self.layer2(self.layer1(features))))
+        return self.linear(self.average(features).flatten(1))
+
+
+def cifar_resnet18(n_classes: int = 10, in_channels: int = 3, width: int = 64) -> CifarResNet18:
+    """ResNet-18 for 32x32 images; `width` filters in the first stage, twice as many in each later one.
+
+    64 is ResNet-18 (11.2 million parameters), 16 a quarter of its width. Raises UserError for a width below 1.
+    """
+    _check_width("cifar_resnet18", width)
+    return CifarResNet18(n_classes, in_channels, width)
+
+
+def _check_width(network: str, width: int) -> None:
+    if not isinstance(width, int) or width < 1:
+        raise UserError(f"{network} needs a whole number of filters of 1 or more, got width={width}: 64 is full width.")
+
+
+def _projected_stage(in_width: int, width: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(ProjectedBlock(in_width, width, stride), ProjectedBlock(width, width, 1))
+
+
 def _stage(in_width: int, width: int, n_blocks: int, stride: int) -> nn.Sequential:
     first = BasicBlock(in_width, width, stride)
     return nn.Sequential(first, *(BasicBlock(width, width, 1) for _ in range(n_blocks - 1)))
 
 
 @torch.no_grad()
-def _initialised(model: NetworkT) -> NetworkT:
+def initialised(model: NetworkT) -> NetworkT:
     """He-normal convolutions (fan out, for ReLU); linear layers and BN keep torch's defaults."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):

@@ -77,6 +77,7 @@ def _row(done: Sequence[tuple[Job, Mapping[str, Any]]], stages: Sequence[str], f
         "seeds": [job.seed for job, _ in done],
         "macs_removed": mean(record["macs_removed"] for record in records),
         "network_macs": mean(record["network_macs"] for record in records),
+        "macs_by_seed": [record["network_macs"] for record in records],
         "network_params": mean(record["network_params"] for record in records),
         "n_kept": [record["n_kept"] for record in records],
         "choice_seconds": mean(record["seconds"] for record in records),

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from ...envs.data.objective import display_name
 from ...envs.task import PruningTask
 from ..runs.console import Terminal
-from ..runs.figures import can_plot, svg_figure
+from ..runs.figures import can_plot, printed_figure
 from ..runs.folder import RunFolder
 
 COLUMNS = ("step", "n_filters", "macs", "params", "accuracy")
@@ -21,7 +21,7 @@ COLUMNS = ("step", "n_filters", "macs", "params", "accuracy")
 def write_curve(
     records: Sequence[Mapping[str, Any]], task: PruningTask, folder: RunFolder, terminal: Terminal, config: DictConfig
 ) -> None:
-    """`curve.json` (with what is left after each step), `curve.csv`, and `curve.svg` where matplotlib is installed.
+    """`curve.json` (with what is left after each step), `curve.csv`, and `curve.svg` and `curve.pdf` with matplotlib.
 
     Accuracies are fractions on the reward split, after the minibatches of each step.
     """
@@ -30,7 +30,7 @@ def write_curve(
     folder.write_json("curve.json", {"criterion": config.criterion, "base": base, "points": points})
     folder.write_text("curve.csv", as_csv(records))
     if can_plot(terminal):
-        folder.write_text("curve.svg", picture(points, base, config.criterion, display_name(task.objective.name)))
+        draw(points, base, config.criterion, display_name(task.objective.name), folder)
 
 
 def as_csv(records: Sequence[Mapping[str, Any]]) -> str:
@@ -42,14 +42,14 @@ def as_csv(records: Sequence[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
-def picture(points: Sequence[Mapping[str, Any]], base: Mapping[str, Any], criterion: str, metric: str) -> str:
-    """An SVG of accuracy, which is the `metric`, against MACs."""
-    with svg_figure(6, 4) as (figure, text):
+def draw(
+    points: Sequence[Mapping[str, Any]], base: Mapping[str, Any], criterion: str, metric: str, folder: RunFolder
+) -> None:
+    """`curve.svg` and `curve.pdf`: accuracy, which is the `metric`, against MACs, one point per step."""
+    with printed_figure(folder, "curve", 3.5, 2.6) as figure:
         axes = figure.subplots()
-        axes.plot([p["macs"] / 1e6 for p in points], [100 * p["accuracy"] for p in points], marker="o", markersize=3)
-        axes.axhline(100 * base["accuracy"], color="grey", linewidth=0.8)
-        axes.set_xlabel("million MACs per image")
+        axes.plot([p["macs"] / 1e6 for p in points], [100 * p["accuracy"] for p in points], "o-", label=criterion)
+        axes.axhline(100 * base["accuracy"], color="grey", linewidth=0.6, label="dense")
+        axes.set_xlabel("MACs per image (millions)")
         axes.set_ylabel(f"{metric} on the reward split (%)")
-        axes.set_title(f"iterate, {criterion}")
-        axes.grid(alpha=0.3)
-    return text.getvalue()
+        axes.legend()

@@ -32,8 +32,18 @@ def methods_page(run: Run) -> str:
         *done,
         _searches(run),
         _cost(metrics["rows"]) if metrics else None,
+        _figures(run),
         origin(run),
     )
+
+
+def _figures(run: Run) -> Markup | None:
+    """Links to the figures for print, where matplotlib drew them."""
+    stages = (run.metrics or {}).get("stages") or []
+    names = [f"accuracy-{stage}.{kind}" for stage in stages for kind in ("svg", "pdf")]
+    links = [tag("li", tag("a", name, href=name)) for name in names if (run.path / name).is_file()]
+    text = "Every method and seed, at the size of a page; the files lie beside this one."
+    return section("Figures to print", text, tag("ul", *links)) if links else None
 
 
 def _unfinished(run: Run) -> Markup:

@@ -1,4 +1,4 @@
-"""Plots of a run as SVG, drawn by matplotlib, which is an extra: without it a run has its tables alone."""
+"""Figures of a run as SVG and PDF, drawn by matplotlib, which is an extra: without it a run has its tables alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ...atomic import write_atomically
 from .console import Terminal
+from .folder import RunFolder
+
+# Colours that the colour-blind can tell apart, without black and yellow (Okabe and Ito 2008, "Color universal design").
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7f7f7f")
+# As journals ask: letters of 8 points at the size it is printed in, and fonts that stay text in a PDF.
+PRINTED = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.linewidth": 0.6,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "legend.frameon": False,
+    "legend.fontsize": 7,
+    "lines.linewidth": 1.0,
+    "lines.markersize": 3.5,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "pdf.fonttype": 42,
+    # Neither the date nor random ids: the same results give the same file.
+    "svg.hashsalt": "keepdrop",
+}
+UNDATED = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
 
 
 def can_plot(terminal: Terminal) -> bool:
@@ -20,14 +43,15 @@ def can_plot(terminal: Terminal) -> bool:
 
 
 @contextmanager
-def svg_figure(width: float, height: float) -> Iterator[tuple[Any, io.StringIO]]:
-    """A figure to draw on, in inches, and the text that holds it as SVG afterwards."""
+def printed_figure(folder: RunFolder, name: str, width: float, height: float) -> Iterator[Any]:
+    """A figure to draw on, in inches; `name`.svg and `name`.pdf afterwards."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    text = io.StringIO()
-    # Neither the date nor random ids: the same results give the same file.
-    with matplotlib.rc_context({"svg.hashsalt": "keepdrop"}):
+    with matplotlib.rc_context(PRINTED):
         figure = Figure(figsize=(width, height), layout="constrained")
-        yield figure, text
-        figure.savefig(text, format="svg", metadata={"Date": None})
+        yield figure
+        for kind, metadata in UNDATED.items():
+            file = io.BytesIO()
+            figure.savefig(file, format=kind, metadata=metadata)
+            write_atomically(folder.path / f"{name}.{kind}", file.getvalue())

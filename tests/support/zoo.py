@@ -539,13 +539,28 @@ class MadeTensors(nn.Module):
         return self.linear(F.relu(self.head(x)).mean((2, 3)))
 
 
+class Unpooled(nn.Module):
+    """Pooling whose indices say where another layer's filters go: both go together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.middle = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 5, 3, padding=1)
+        self.back, self.head, self.linear = nn.Conv2d(5, 6, 3, padding=1), nn.Conv2d(6, 7, 3), nn.Linear(7, 4)
+        self.pool, self.unpool = nn.MaxPool2d(2, return_indices=True), nn.MaxUnpool2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, places = self.pool(F.relu(self.stem(x)))
+        x = self.unpool(F.relu(self.back(F.relu(self.middle(x)))), places)
+        return self.linear(F.relu(self.head(x)).mean((2, 3)))
+
+
 ZOO = {
     each.__name__: each
     for each in (
         ResidualStream, PadShortcut, Concat, Depthwise, Grouped, Reused, Chunked, Shuffled, Flattened, Gated, Decoder,
         Viewed, MaxOverChannels, Norms, PixelShuffle, Branching, OneDimensional, ThreeDimensional,
         Extended, LayerScaled, Vectors, MadeWeights, Recurrent, Attending,
-        Auxiliary, Tied, MadeTensors,
+        Auxiliary, Tied, MadeTensors, Unpooled,
     )
 }  # fmt: skip
 IMAGES = (2, 3, 8, 8)

@@ -47,6 +47,7 @@ EXPECTED = {
     "Tied": {"stem": (8, {"first", "second", "up"}), "down": (6, set()), "head": (5, set())},
     "MadeTensors": {"stem": (6, set()), "middle": (7, set()), "head": (5, set())},
     "Attending": {"stem": (7, set()), "wide": (10, set())},
+    "Unpooled": {"stem": (6, {"back"}), "middle": (5, set()), "head": (7, set())},
 }
 
 

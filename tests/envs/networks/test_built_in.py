@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from keepdrop.envs.networks.built_in import cifar_resnet, small_cnn, vgg16_bn
+from keepdrop.envs.networks.built_in import cifar_resnet, cifar_resnet18, small_cnn, vgg16_bn
 from keepdrop.errors import UserError
 from torch import nn
 
@@ -14,6 +14,8 @@ NETWORKS = {
     "resnet20": (cifar_resnet, (3, 32, 32)),
     "resnet56": (lambda: cifar_resnet(56), (3, 32, 32)),
     "vgg16_bn": (vgg16_bn, (3, 32, 32)),
+    "vgg16_bn_quarter": (lambda: vgg16_bn(width=16), (3, 32, 32)),
+    "resnet18_quarter": (lambda: cifar_resnet18(width=16), (3, 32, 32)),
 }
 
 
@@ -40,6 +42,22 @@ def test_resnet_sizes_are_the_published_ones(depth, n_convs, n_params):
 def test_resnet_keys_are_those_of_published_checkpoints():
     keys = {re.sub(r"\d", "#", key.rsplit(".", 1)[0]) for key in cifar_resnet(20).state_dict()}
     assert keys == {"conv#", "bn#", *(f"layer#.#.{part}#" for part in ("conv", "bn")), "linear"}
+
+
+def test_resnet18_has_its_published_size_and_the_keys_of_public_checkpoints():
+    model = cifar_resnet18()
+    assert sum(parameter.numel() for parameter in model.parameters()) == 11_173_962
+    keys = {re.sub(r"\d", "#", key.rsplit(".", 1)[0]) for key in model.state_dict()}
+    block = ("conv#", "bn#", "shortcut.#")
+    assert keys == {"conv#", "bn#", *(f"layer#.#.{part}" for part in block), "linear"}
+
+
+def test_a_quarter_of_the_width_is_a_quarter_of_every_layer():
+    for build in (vgg16_bn, cifar_resnet18):
+        full, quarter = (
+            [m.out_channels for m in build(width=w).modules() if isinstance(m, nn.Conv2d)] for w in (64, 16)
+        )
+        assert [4 * each for each in quarter] == full
 
 
 def test_resnet_shortcut_subsamples_and_pads_a_quarter_on_either_side():
@@ -72,6 +90,8 @@ def test_no_activation_works_in_place():
     [
         (lambda: cifar_resnet(18), "depth 6n + 2 (20, 32, 44, 56, 110, ...), got depth=18"),
         (lambda: cifar_resnet(20, widths=(16, 8, 64)), "three non-decreasing positive widths, got widths=(16, 8, 64)"),
+        (lambda: cifar_resnet18(width=0), "cifar_resnet18 needs a whole number of filters of 1 or more, got width=0"),
+        (lambda: vgg16_bn(width=0.25), "vgg16_bn needs a whole number of filters of 1 or more, got width=0.25"),
         (lambda: small_cnn(widths=()), "at least one width of 1 or more, got widths=()"),
     ],
 )

@@ -118,6 +118,8 @@ def test_plots_where_matplotlib_is(compared):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra 'plots')")
     picture = (compared / "accuracy-zero.svg").read_text()
     assert "<svg" in picture and "random-best" in picture
+    assert (compared / "accuracy-zero.pdf").read_bytes().startswith(b"%PDF")
+    assert 'href="accuracy-zero.pdf"' in (compared / "report.html").read_text()
 
 
 def test_interrupted_comparison_goes_on(compared, keepdrop, tmp_path, checkpoint):
