@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..atomic import write_atomically
 from ..errors import UserError
+from ..remote import local, named, writing
 from .policies.group_policy import GroupPolicy
 from .policies.layer_matrix import LayerMatrixPolicy
 from .policies.network import NetworkPolicy
@@ -63,7 +64,7 @@ def save_agent(folder: Path | str, policy: Policy | NetworkPolicy | GroupPolicy,
     """Write an agent; an older one in the folder is replaced as a whole or stays.
 
     Args:
-        folder: made if missing.
+        folder: made if missing; or a URL.
         policy: an `nn.Module` with JSON-able `kwargs` that rebuild it.
         facts: JSON-able; customary are command, config, seed, group, n_filters, n_weights,
             statistic_names, base_hash, base_accuracy, reward_split_hash, reward_curve, best_step.
@@ -73,8 +74,6 @@ def save_agent(folder: Path | str, policy: Policy | NetworkPolicy | GroupPolicy,
         UserError: the disk is full or not writable; the old agent is intact.
         TypeError: facts that JSON cannot hold.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     state = {key: value.detach().cpu().contiguous() for key, value in _module(policy).state_dict().items()}
     full = {
         "format_version": FORMAT_VERSION,
@@ -84,23 +83,29 @@ def save_agent(folder: Path | str, policy: Policy | NetworkPolicy | GroupPolicy,
     }
     header = json.dumps(full, allow_nan=False)
     data = save_tensors(state, metadata={"facts": header, "sha256": _digest(header, state)})
-    write_atomically(folder / WEIGHTS, data)
     readable = {**full, "weights_sha256": hashlib.sha256(data).hexdigest()}
-    write_atomically(folder / FACTS, (json.dumps(readable, indent=2, allow_nan=False) + "\n").encode())
+    with writing(folder) as place:
+        write_atomically(place / WEIGHTS, data)
+        write_atomically(place / FACTS, (json.dumps(readable, indent=2, allow_nan=False) + "\n").encode())
 
 
 def load_agent(folder: Path | str, policies: Mapping[str, Callable[..., Policy]] | None = None) -> SavedAgent:
     """Read an agent; no code in its files is run.
 
     Args:
-        folder: what `save_agent` wrote.
+        folder: what `save_agent` wrote; or a URL.
         policies: constructors of the caller's own policies by class name, beside keepdrop's.
 
     Raises:
         AgentMismatch: no agent there, a damaged file, a newer format, an unknown policy, or weights that
             do not fit it.
     """
-    folder = Path(folder)
+    place = local(folder, (WEIGHTS, FACTS).__contains__)
+    with named(place, folder):
+        return _loaded(place, policies)
+
+
+def _loaded(folder: Path, policies: Mapping[str, Callable[..., Policy]] | None) -> SavedAgent:
     data = _read(folder)
     header = _header(folder, data)
     facts = _facts(folder, header, data)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from .errors import UserError
+
+WATCHERS: list[Callable[[Path], None]] = []
+"""Told about every file that was written whole: copies of a run's folder elsewhere are kept up to date by that."""
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> None:
@@ -49,3 +52,5 @@ def replacing(path: Path) -> Iterator[Path]:
                 typed="continue (a run: with resume=RUN).",
             ) from error
         raise
+    for tell in tuple(WATCHERS):
+        tell(path)

@@ -34,6 +34,33 @@ def pytest_sessionfinish(session):
 
 
 @pytest.fixture(scope="session")
+def s3_address():
+    """Address of an S3 server of moto's on this machine, which this process started."""
+    pytest.importorskip("s3fs", reason="s3fs is not installed (extra 's3')")
+    server = pytest.importorskip("moto.server", reason="moto is not installed (extra 's3-tests')")
+    running = server.ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    running.start()
+    host, port = running.get_host_and_port()
+    yield f"http://{host}:{port}"
+    running.stop()
+
+
+@pytest.fixture
+def s3(s3_address, monkeypatch, tmp_path):
+    """URL of an empty bucket; the environment, of child processes too, says where it is."""
+    import fsspec
+
+    given = {"ENDPOINT_URL": s3_address, "ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": "secret", "REGION": "us-east-1"}
+    for name, value in given.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("KEEPDROP_CACHE", str(tmp_path / "cache"))
+    system = fsspec.filesystem("s3", skip_instance_cache=True)
+    bucket = f"keepdrop-{abs(hash(tmp_path)):x}"
+    system.mkdir(bucket)
+    return f"s3://{bucket}"
+
+
+@pytest.fixture(scope="session")
 def coverage_script():
     """benchmarks/coverage.py as a module; it knows how to build well-known networks."""
     path = Path(__file__).parents[1] / "benchmarks" / "coverage.py"

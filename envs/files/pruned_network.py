@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ...atomic import write_atomically
 from ...errors import UserError
+from ...remote import local, named, writing
 from ...strict_json import parse_json
 from ..data.packing import packed_batch
 from ..networks import built_in as networks
@@ -63,7 +64,7 @@ def save_pruned(
     input_shape: Sequence[int] | None = None,
     example: Inputs | None = None,
 ) -> None:
-    """Write a pruned network into `folder` (made if missing).
+    """Write a pruned network into `folder` (made if missing, or a URL).
 
     Args:
         model: the pruned, perhaps fine-tuned network.
@@ -79,8 +80,6 @@ def save_pruned(
 
     Raises UserError if `constructor` or `facts` is not JSON.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     example = as_called(model, example)
     model, packing = as_given(model), None
     if isinstance(example, Tensor):
@@ -107,31 +106,32 @@ def save_pruned(
         text = json.dumps(whole, indent=1, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise UserError(f"The constructor and facts of a pruned network must be JSON ({error}).") from error
-    write_atomically(folder / WEIGHTS, weights)
-    write_atomically(folder / ARCHITECTURE, text.encode())
+    with writing(folder) as place:
+        write_atomically(place / WEIGHTS, weights)
+        write_atomically(place / ARCHITECTURE, text.encode())
 
 
 def load_pruned(folder: str | Path, constructor: Callable[[], nn.Module] | None = None) -> nn.Module:
     """Rebuild a pruned network, in evaluation mode.
 
     Args:
-        folder: what `save_pruned` wrote.
+        folder: what `save_pruned` wrote; or its URL.
         constructor: makes the dense network; not needed for keepdrop's own networks. No other stored constructor is
             called: a file does not decide what code runs.
 
     Raises UserError for anything missing, damaged or mixed up, and for a constructor that makes another network: it
     names the first module or tensor that does not fit.
     """
-    core = read_architecture(folder)
-    weights = _read(Path(folder) / WEIGHTS)
-    if hashlib.sha256(weights).hexdigest() != core["weights_sha256"]:
-        raise UserError(
-            f"{Path(folder) / WEIGHTS} is damaged, or belongs to another {ARCHITECTURE}; restore both files."
-        )
-    try:
-        tensors = load_tensors(weights)
-    except Exception as error:
-        raise UserError(f"{Path(folder) / WEIGHTS} is not a safetensors file ({error}).") from error
+    place = local(folder, (WEIGHTS, ARCHITECTURE).__contains__)
+    with named(place, folder):
+        core = read_architecture(place)
+        weights = _read(place / WEIGHTS)
+        if hashlib.sha256(weights).hexdigest() != core["weights_sha256"]:
+            raise UserError(f"{place / WEIGHTS} is damaged, or belongs to another {ARCHITECTURE}; restore both files.")
+        try:
+            tensors = load_tensors(weights)
+        except Exception as error:
+            raise UserError(f"{place / WEIGHTS} is not a safetensors file ({error}).") from error
     dense = _dense(core["constructor"], constructor, tensors, core["probe"])
     _check_widths(dense, core["kept"], core["widths"])
     branches = _branches(core.get(BRANCHES, []))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ...atomic import write_atomically
 from ...errors import UserError
+from ...remote import local, named
 from .weights_in_parts import made_whole
 
 WRAPPER_KEYS = ("state_dict", "model_state_dict", "model", "net", "weights")
@@ -32,22 +33,22 @@ N_NAMED = 3  # an error names this many keys, then a count
 def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, key: str | None = None) -> None:
     """Load the weights in `path` into `model`, exactly: every key and every shape must fit.
 
-    Reads torch files (`weights_only=True`) and `.safetensors`. `key` names the entry of the file that holds the state
-    dict; without it `state_dict`, `model_state_dict`, `model`, `net` and `weights` are unwrapped, or else the usual
-    names of averaged weights, or the one entry that fits the model. Where the names do not agree as they are, `module`
-    and `_orig_mod` are taken out of them on both sides, then the name under which another module holds the network;
-    masks of `torch.nn.utils.prune` are multiplied in, and the weights that weight norm or spectral norm makes are made.
-    Missing `num_batches_tracked` counters keep the model's value.
+    Reads torch files (`weights_only=True`) and `.safetensors`, at a path or a URL. `key` names the entry of the file
+    that holds the state dict; without it `state_dict`, `model_state_dict`, `model`, `net` and `weights` are unwrapped,
+    or else the usual names of averaged weights, or the one entry that fits the model. Where the names do not agree as
+    they are, `module` and `_orig_mod` are taken out of them on both sides, then the name under which another module
+    holds the network; masks of `torch.nn.utils.prune` are multiplied in, and the weights that weight norm or spectral
+    norm makes are made. Missing `num_batches_tracked` counters keep the model's value.
 
     Raises UserError, with the model untouched, when the file is missing, damaged, needs unpickling, holds no state
     dict, does not fit the model (the first keys and shapes are named) or holds NaN.
     """
-    path = Path(path)
-    expected = model.state_dict()
-    state = _fitted(_state_dict_in(read_tensors(path), key, path, expected), expected, path)
-    missing = [name for name in expected if name not in state]
-    state |= {name: expected[name] for name in missing if name.endswith(COUNTER)}
-    _check_fit(state, expected, path)
+    place, expected = local(path), model.state_dict()
+    with named(place, path):
+        state = _fitted(_state_dict_in(read_tensors(place), key, place, expected), expected, place)
+        missing = [name for name in expected if name not in state]
+        state |= {name: expected[name] for name in missing if name.endswith(COUNTER)}
+        _check_fit(state, expected, place)
     model.load_state_dict(state)
 
 

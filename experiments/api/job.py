@@ -137,10 +137,11 @@ class Job:
     ) -> PruningResult:
         """Prune as `schedule` says, fine-tune, measure; a folder is gone on with if it began with what was `asked`."""
         with ExitStack() as stack:
-            path = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
-            place = open_folder(path, self.task, {"seed": self.seed, "settings": self.settings, **asked})
+            where = folder or stack.enter_context(tempfile.TemporaryDirectory())
+            place = open_folder(where, self.task, {"seed": self.seed, "settings": self.settings, **asked})
             stack.callback(place.close)
-            keep_profile(self.clock, path)
+            stack.enter_context(place.naming())
+            keep_profile(self.clock, place.path)
             pruned, kept, records = schedule.run(self.task, place, self.reporter)
         tuned, judged = self._finetuned(pruned.model, finetune)
         if judged is not None and (sentence := judged.sentence(self.task.objective.name)):

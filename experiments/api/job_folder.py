@@ -11,32 +11,47 @@ from typing import Any
 from ...envs.networks.checkpoint import hash_state
 from ...envs.task import PruningTask
 from ...errors import UserError
+from ...remote import Store, is_url, local
+from ..deploy.clock import PROFILE, kept_profile
 from ..runs.folder import RunFolder
 from ..training.train_settings import TrainSettings
 
 ASKED = "asked.json"
 
 
-def open_folder(path: Path, task: PruningTask, asked: Mapping[str, Any]) -> RunFolder:
+def open_folder(where: str | Path, task: PruningTask, asked: Mapping[str, Any]) -> RunFolder:
     """A new folder, or that of an interrupted call with the same network, images and arguments; else a UserError.
 
-    It is locked until it is closed, and what an earlier call left there is as that call wrote it.
+    It is locked until it is closed, and what an earlier call left there is as that call wrote it. One at a URL is
+    fetched first, and kept up to date.
     """
-    folder = RunFolder(path)
+    folder = RunFolder.at(where)
+    path = folder.path
     asked = {"base": hash_state(task.model), "splits": task.splits.summary(), **asked}
     if not (path / ASKED).is_file():
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            folder.close()
             raise UserError(
-                f"The folder {str(path)!r} exists and is not empty; expected a new one, or that of this run."
+                f"The folder {folder.place!r} exists and is not empty; expected a new one, or that of this run."
             )
         folder.keep_hashes()
     folder.lock()
     try:
-        _check_asked(folder, asked)
+        with folder.naming():
+            _check_asked(folder, asked)
+        folder.publish()
     except BaseException:
         folder.close()
         raise
     return folder
+
+
+def profile_before(where: str | Path | None) -> Path | None:
+    """The profile that a run began with, wherever its folder is; None if there is none."""
+    if not is_url(where):
+        return kept_profile(where)
+    began = Store(str(where)).read(PROFILE) is not None
+    return local(f"{str(where).rstrip('/')}/{PROFILE}") if began else None
 
 
 def _check_asked(folder: RunFolder, asked: Mapping[str, Any]) -> None:
@@ -49,7 +64,7 @@ def _check_asked(folder: RunFolder, asked: Mapping[str, Any]) -> None:
     now = described(dict(asked), before)
     if before != now:
         raise UserError(
-            f"{str(folder.path)!r} holds another run: its {_odd(before, now)} differs; give a new folder, or the "
+            f"{folder.place!r} holds another run: its {_odd(before, now)} differs; give a new folder, or the "
             "arguments it began with."
         )
 

@@ -20,7 +20,8 @@ from ...envs.repair.reconstruction import ReconstructionSettings
 from ...envs.surgery.targets import Target
 from ...errors import UserError
 from ...rewards.try_and_learn import TryAndLearn, check_drop_bound
-from ..deploy.clock import kept_profile
+from ..engines.engine import Engine
+from ..engines.local_processes import LocalEngine
 from ..pruning.agent_card import ANY_NETWORK
 from ..pruning.halving import Training
 from ..pruning.input_checks import check_fineness
@@ -33,6 +34,7 @@ from ..pruning.trained_agents import AskAgents, agents_of, check_agents, load_ag
 from ..training.augment import Augment
 from ..training.train_settings import TrainSettings
 from .job import Job, Profile
+from .job_folder import profile_before
 from .own_training_loop import OwnLoop
 from .progress import Callback
 from .result import PruningResult
@@ -63,6 +65,7 @@ def prune(
     agents: str | Path | SavedAgent | None = None,
     warm_start: str | Path | None = None,
     policies: Policies | None = None,
+    engine: Engine | None = None,
     seed: int = 0,
     device: str = "cpu",
 ) -> PruningResult:
@@ -90,13 +93,16 @@ def prune(
         augment: of training images, (images, generator) -> images.
         settings: how the search goes.
         progress: called with a `Progress` for every update, layer and epoch; `print` will do.
-        folder: keeps agents, decisions and networks; called again with the same arguments it resumes a
-            run that was interrupted.
+        folder: a path or URL (s3://...) that keeps agents, decisions and networks; called again with the same arguments
+            it resumes a run that was interrupted.
         agents: an agent trained over other networks decides at the target, without a search: "pretrained" (keepdrop's
-            own), the folder of one, a run of `keepdrop pretrain`, "hf://OWNER/NAME", or one that is loaded already.
+            own), the folder or URL of one, a run of `keepdrop pretrain`, "hf://OWNER/NAME", or one that is loaded
+            already.
         warm_start: the folder of an earlier run, of this function or of `keepdrop prune`: each layer that has an agent
             there trains that one further.
         policies: classes of one's own that those agents were made of, by name.
+        engine: where the masks of a target's agent are judged: this process (None), `LocalEngine(workers=2)` or
+            `RayEngine(address="auto")`; the decision is the same.
         seed: same seed, same result, bit for bit on a CPU.
         device: "cpu", "cuda", "mps" or "auto".
 
@@ -111,6 +117,12 @@ def prune(
             "as in macs_removed=0.5."
         )
     reader = _reader(agents, warm_start, target, settings)
+    engine = engine or LocalEngine()
+    if not engine.is_here and (target is None or reader is not None):
+        raise UserError(
+            "engine would do nothing: it judges the masks of an agent that is trained for a target; give one, as in "
+            "macs_removed=0.5, without agents."
+        )
     job = Job(
         model,
         train,
@@ -122,7 +134,7 @@ def prune(
         seed=seed,
         device=device,
         target=target,
-        profile=kept_profile(folder) or profile,
+        profile=profile_before(folder) or profile,
     )
     check_fineness(drop_bound, len(job.splits.reward))
     known = _warm(job, warm_start, policies, target)
@@ -136,7 +148,8 @@ def prune(
     if target is not None:
         tuning = finetune if isinstance(finetune, TrainSettings) else FINETUNE
         training = Training(tuning, augment, job.reporter.finalist)
-        agent = TrainNetworkAgent(job.settings.network, target, job.reporter.network, training=training)
+        engine.check(device=str(job.task.device))
+        agent = TrainNetworkAgent(job.settings.network, target, job.reporter.network, training=training, engine=engine)
         return job.run(_at_once(agent, job, recovery, drop_bound), finetune, folder, asked)
     chosen = job.settings
     reward = chosen.reward or TryAndLearn(drop_bound)
@@ -214,7 +227,7 @@ def apply_agents(
         seed=seed,
         device=device,
         target=target,
-        profile=kept_profile(folder) or profile,
+        profile=profile_before(folder) or profile,
     )
     check_agents(known, job.task)
     job.check_training(finetune, recover)

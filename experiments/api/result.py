@@ -15,6 +15,7 @@ from ...envs.files.pruned_network import save_pruned
 from ...envs.networks.module_kinds import Inputs
 from ...envs.surgery.kept_channels import KeptChannels
 from ...errors import UserError
+from ...remote import writing
 from ..deploy.export import Exported, check_exports, export_all
 from ..deploy.latency import Latency, measure_latency
 from ..pruning.schedule import LayerRecord
@@ -84,7 +85,7 @@ class PruningResult:
         """Write the smaller network for other runtimes, each file compared with the network before it gets its name.
 
         Args:
-            folder: where `model.onnx`, `model.int8.onnx` and `model.pt2` go.
+            folder: or URL, where `model.onnx`, `model.int8.onnx` and `model.pt2` go.
             kinds: any of "onnx", "onnx-int8" (calibrated on fit images, scored on the report images) and "program"
                 (torch.export).
 
@@ -93,7 +94,8 @@ class PruningResult:
         check_exports(kinds)
         model = self.model if self.measured is None else self.measured
         example = self.example if self.splits is None else self.splits.example
-        made, failed = export_all(model, example, folder, kinds, self.splits)
+        with writing(folder) as place:
+            made, failed = export_all(model, example, place, kinds, self.splits)
         if failed:
             raise UserError(" ".join(failed.values()))
         return tuple(Exported(**each) for each in made)

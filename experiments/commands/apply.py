@@ -6,7 +6,6 @@ import sys
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from hydra import compose
@@ -36,6 +35,7 @@ from ..deploy.runtimes import check_runtimes
 from ..pruning.agent_card import ANY_NETWORK
 from ..pruning.agent_places import is_bare, local_folder
 from ..pruning.decide import AskCriterion, Decider
+from ..pruning.input_checks import resolve_device
 from ..pruning.network_decide import AskNetworkAgent, AskNetworkCriterion, AskPretrainedAgent, NetworkDecider
 from ..pruning.network_schedule import NetworkSchedule
 from ..pruning.pretrained import check_reads_networks, needs_target
@@ -152,12 +152,12 @@ def check(config: DictConfig) -> Inputs:
     if GROUP_NAME in known:
         take_target(config, known[GROUP_NAME])
     refuse_ignored(config, [UNTIMED])
+    check_runtimes(config.latency.runtimes, resolve_device(config.device))
     inputs = prepare(config, layers_of(known))
     check_controls(config.controls, inputs)
     assert inputs.dense is not None
     if target := build_target(config.target):
         check_targets(inputs, [target], None)
-    check_runtimes(config.latency.runtimes, inputs.device)
     try_exports(config.export, inputs.dense, inputs.splits)
     check_agents(known, inputs.task(inputs.dense))
     return inputs
@@ -174,7 +174,7 @@ def take_target(config: DictConfig, agent: SavedAgent) -> None:
     """What the agent was trained for where nothing else is asked of it, and the times that its run went by."""
     if build_target(config.target) is None:
         config.target = {**asdict(TargetConfig()), **agent.facts["target"]}
-    before = Path(config.agents) / PROFILE
+    before = local_folder(config.agents) / PROFILE
     if is_timed(config) and config.profile.file is None and before.is_file():
         config.profile.file = str(before)
 

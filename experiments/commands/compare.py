@@ -18,11 +18,13 @@ from ..compare.plan import Job, check_plan, chosen_methods, planned
 from ..compare.tables import show, summary, write_all
 from ..compare.torch_pruning import unavailable
 from ..compare.workers import DoAll, Work, workers
-from ..config.entry_point import plain, run_with_hydra, settings
+from ..config.build import build_engine
+from ..config.entry_point import plain, run_path, run_with_hydra, settings
 from ..config.ignored import (
     BASE_TRAINING,
     HALVING,
     LAYER_EVALUATION,
+    PROCESSES,
     TRAINED_ALREADY,
     Ignored,
     has_checkpoint,
@@ -83,6 +85,7 @@ IGNORED = (
     ),
     Ignored("network_search", "methods names neither agent nor random-best.", _without(AGENT, *SEARCHES)),
     HALVING,
+    PROCESSES,
     *training("finetune"),
 )
 
@@ -102,6 +105,7 @@ def check(config: DictConfig) -> Inputs:
         load_pretrained(PRETRAINED)
     if chosen_methods(config) == [RECONSTRUCTION]:  # beside others it is left out where it cannot judge a layer
         check_controls([RECONSTRUCTION], inputs)
+    build_engine(config).check(run_path(config), str(inputs.device))
     return inputs
 
 
@@ -112,7 +116,7 @@ def compare(inputs: Inputs, context: RunContext) -> dict[str, Any]:
     if (why := unavailable()) and set(chosen_methods(config)) & set(PEERS):
         terminal.warn(why)
     choices, jobs = Choices(task, config, folder), planned(config)
-    with workers(choices, config.workers) as do_all:
+    with workers(choices, build_engine(config)) as do_all:
         choose_all(do_all, choices, jobs, terminal)
         measure_all(do_all, choices, jobs, terminal)
     metrics = summary(choices, jobs, config, folder)
@@ -156,6 +160,7 @@ def _shown(bar: Terminal, do_all: DoAll, work: Work, waves: Sequence[Sequence[Jo
 
     choices.report = show
     for job in (job for wave in waves for job in do_all(work, wave)):
+        choices.folder.sync()
         n_done += 1
         bar.advance(n_done, job.label)
         yield job

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,7 +41,7 @@ def run(config: DictConfig) -> dict[str, Any]:
     construct = NetworkConstructor(config.network, config.seed, images, packing)
     model = construct().eval()
     if config.checkpoint is not None:
-        load_checkpoint(model, Path(config.checkpoint))
+        load_checkpoint(model, config.checkpoint)
     described = describe(model, images)
     described["notes"] += construct.notes
     if config.json:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from ..deploy.runtimes import chosen_runtimes, not_timed
 from ..pruning.input_checks import resolve_device
 from ..pruning.schedule import LayerRecord
 from ..reporting.cards import BUILT_IN, bound_sentence, finetune_sentence, target_sentences
+from ..reporting.predictions import write_predictions
 from ..runs.console import signed
 from ..runs.context import RunContext
 from ..runs.folder import METRICS, RunFolder
@@ -157,6 +157,7 @@ def save_result(
         # A network that cannot be exported is found last; hours of work are not thrown away for it.
         kinds = plain(config.get("export")) or []
         exported, failed = export_all(networks.finetuned, images, working, kinds, splits)
+    write_predictions(vars(networks), splits.report, context.folder)
     return {"exports": [{**each, "file": f"pruned/{each['file']}"} for each in exported], "exports_failed": failed}
 
 
@@ -233,7 +234,7 @@ def _written(export: Mapping[str, Any], metric: str, latency: Sequence[Mapping[s
     return f"{export['file']}: {export['kind']}, largest difference {difference}."
 
 
-def where_it_runs(metrics: Mapping[str, Any], folder: Path, own_network: bool) -> list[str]:
+def where_it_runs(metrics: Mapping[str, Any], folder: str, own_network: bool) -> list[str]:
     """What is fastest on this device, each with the line that runs it so, and what was not timed."""
     exported = [each["kind"] for each in metrics.get("exports", [])]
     latency, said = metrics.get("latency", []), []
@@ -263,5 +264,5 @@ def show_results(metrics: Mapping[str, Any], context: RunContext) -> None:
 def show_remarks(metrics: Mapping[str, Any], context: RunContext) -> None:
     """Below the tables: what a reader has to know beside the figures, and what is fastest here."""
     own = not str(context.config.network.get("_target_", "")).startswith(BUILT_IN)
-    for sentence in [*remarks(metrics), *where_it_runs(metrics, context.folder.path, own)]:
+    for sentence in [*remarks(metrics), *where_it_runs(metrics, context.folder.place, own)]:
         context.terminal.console.print(sentence, markup=False)

@@ -46,7 +46,7 @@ def carry_out(
             show_it = partial(_shown_again, show, metrics, context)
         keep_report(folder, context.terminal)
         show_it()
-        context.terminal.console.print(f"Run folder: {folder.path}", markup=False)
+        context.terminal.console.print(f"Run folder: {folder.place}", markup=False)
     return dict(metrics)
 
 

@@ -27,6 +27,8 @@ from ...envs.networks.checkpoint import load_checkpoint
 from ...envs.surgery.targets import RESOURCES, Target
 from ...errors import UserError
 from ...rewards.outcome import RewardFunction
+from ..engines.engine import Engine
+from ..engines.local_processes import LocalEngine
 from ..pruning.layer_agents import PolicyFactory
 from ..training.augment import Augment
 from .entry_point import settings
@@ -186,7 +188,7 @@ def load_network(construct: Constructor, checkpoint: str | None) -> nn.Module:
     """The dense network with a checkpoint's weights, in evaluation mode."""
     model = construct()
     if checkpoint is not None:
-        load_checkpoint(model, Path(checkpoint))
+        load_checkpoint(model, checkpoint)
     return model.eval()
 
 
@@ -198,6 +200,12 @@ def build_augment(node: DictConfig | None) -> Augment | None:
 def build_reward(node: DictConfig) -> RewardFunction:
     """A pure function of an `Outcome`."""
     return build(node, "reward")
+
+
+def build_engine(config: DictConfig) -> Engine:
+    """Where independent work runs; `workers` of the command says how many processes, unless the engine does."""
+    made: Engine = build(config.engine, "engine")
+    return LocalEngine(config.get("workers")) if made == LocalEngine() else made
 
 
 def build_policy_factory(node: DictConfig) -> PolicyFactory:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import fields, is_dataclass
@@ -21,6 +23,7 @@ from omegaconf.errors import ValidationError
 
 from ...errors import UserError
 from ...ranges import check_number
+from ...remote import is_url
 from ..deploy.clock import PROFILE
 from ..runs.folder import CONFIG, FACTS, RunFolder, first_free
 from .cli_errors import expected
@@ -29,6 +32,7 @@ from .stored import check_targets, is_offered, targets_in
 
 SettingsT = TypeVar("SettingsT")
 
+FREE = ("resume", "quiet", "engine")  # what a resumed run may be given anew: no result depends on it
 MODULES = "modules"  # the setting that allows code, by name
 CONF = "pkg://keepdrop.conf"
 
@@ -73,8 +77,12 @@ class SweepFolder(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Remember what was there before; without `run_dir` the folder is one that no other sweep has."""
         given, path = list(config.hydra.overrides.task), Path(str(config.hydra.sweep.dir))
+        if elsewhere := is_url(path):  # where Hydra cannot write, and only the runs themselves do
+            path = Path(tempfile.gettempdir()) / f"keepdrop-sweep-{uuid.uuid4().hex}"
+            with read_write(config), open_dict(config):
+                config.hydra.sweep.dir = str(path)
         self.made = [each for each in (path, *path.parents) if not each.exists()]
-        if "run_dir" in config and not any(each.startswith("run_dir=") for each in given):
+        if "run_dir" in config and not elsewhere and not any(each.startswith("run_dir=") for each in given):
             free = first_free(path)
             self.made = [free, *(each for each in self.made if each != path)]
             if free != path:
@@ -115,15 +123,17 @@ def open_run(config: DictConfig) -> Iterator[tuple[RunFolder, DictConfig]]:
     """
     resume = config.get("resume")
     if resume is None:
-        folder = RunFolder.create(_run_path(config), config, numbered="run_dir" not in typed() and not is_sweep())
-        with closing(folder):
+        folder = RunFolder.create(run_path(config), config, numbered="run_dir" not in typed() and not is_sweep())
+        with closing(folder), folder.naming():
             yield folder, config
         return
-    folder = RunFolder.open(Path(resume))
-    folder.lock()
-    with closing(folder):
+    folder = RunFolder.open(str(resume))
+    with closing(folder), folder.naming():
+        folder.lock()
         folder.check_hashes()
-        yield folder, _stored(config, folder)
+        stored = _stored(config, folder)
+        folder.publish()
+        yield folder, stored
 
 
 def _stored(config: DictConfig, folder: RunFolder) -> DictConfig:
@@ -136,6 +146,8 @@ def _stored(config: DictConfig, folder: RunFolder) -> DictConfig:
             stored[key] = config[key]
     check_settings(stored, ROOTS[command_name().replace("-", "_")])
     stored.quiet = config.quiet
+    if any(key.partition(".")[0] == "engine" for key in typed()):
+        stored.engine = config.engine
     if "profile" in stored and (folder / PROFILE).is_file():
         stored.profile.file = str(folder / PROFILE)  # the times that it began with
     return stored
@@ -149,7 +161,7 @@ def _check_repeated(resume: str, stored: DictConfig) -> None:
     others = [
         f"{key}={value}"
         for key, value in typed().items()
-        if key not in ("resume", "quiet") and (key not in known or known[key] != value)
+        if key.partition(".")[0] not in FREE and (key not in known or known[key] != value)
     ]
     if others:
         raise UserError(
@@ -177,10 +189,10 @@ def command_name() -> str:
     return sys.argv[0].split()[-1]
 
 
-def _run_path(config: DictConfig) -> Path:
-    """`run_dir`, with one numbered folder a job in a sweep."""
-    path = Path(config.run_dir)
-    return path / str(HydraConfig.get().job.num) if is_sweep() else path
+def run_path(config: DictConfig) -> str:
+    """Where a new run is written: `run_dir`, with one numbered folder a job in a sweep."""
+    path = str(config.run_dir)
+    return f"{path.rstrip('/')}/{HydraConfig.get().job.num}" if is_sweep() else path
 
 
 def is_sweep() -> bool:
@@ -247,7 +259,7 @@ def resuming(folder: RunFolder) -> str:
     own = [f"{key}={target}" for key, target in targets_in(OmegaConf.to_container(config)) if not is_offered(target)]
     if modules := config.get(MODULES):
         own.append(f"{MODULES}=[{','.join(modules)}]")
-    return " ".join([f"resume={folder.path}", *own])
+    return " ".join([f"resume={folder.place}", *own])
 
 
 def allowed_modules(config: DictConfig) -> list[str]:

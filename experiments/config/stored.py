@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ...errors import UserError
+from ..pruning.agent_places import local_folder
 from ..runs.folder import CONFIG, RunFolder
 from .cli_errors import CONF, expected, groups
 from .schema import INHERITED, ApplyConfig, structured
@@ -100,7 +101,7 @@ def _odd(node: Any, key: str = "") -> Iterator[str]:
 
 def run_with_config(run: str | Path) -> RunFolder | None:
     """The run folder itself, or the first job of a sweep, that has a config.yaml; None without one."""
-    path = Path(run)
+    path = local_folder(run)
     jobs = sorted(path.glob("*/")) if path.is_dir() else []
     return next((RunFolder.open(each) for each in (path, *jobs) if (each / CONFIG).is_file()), None)
 

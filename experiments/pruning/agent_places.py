@@ -1,13 +1,15 @@
-"""Where agents lie: a run, an agent's own folder, keepdrop's pretrained one, a Hugging Face repository (`hf://`)."""
+"""Where agents lie: a run, an agent's own folder, either at a URL, keepdrop's pretrained one, or on the Hub (`hf://`)."""
 
 from __future__ import annotations
 
 import re
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from ...agent.saved_agent import FACTS, WEIGHTS, load_agent
 from ...errors import UserError, summarised
+from ...remote import is_url, local, named
 from .agent_card import CARD, agent_card
 from .decide import AGENT
 
@@ -23,7 +25,7 @@ RUN = "a run folder of keepdrop prune or train-agent."
 
 def is_place(where: str | Path) -> bool:
     """Whether a word means a folder or a repository rather than something else; nothing is fetched."""
-    return str(where) == PRETRAINED or str(where).startswith("hf:") or Path(where).is_dir()
+    return str(where) == PRETRAINED or str(where).startswith("hf:") or is_url(where) or Path(where).is_dir()
 
 
 def is_bare(where: str | Path) -> bool:
@@ -33,10 +35,21 @@ def is_bare(where: str | Path) -> bool:
 
 
 def local_folder(where: str | Path) -> Path:
-    """The folder behind a place; a repository is fetched into the cache of huggingface_hub first."""
+    """The folder behind a place; a repository is fetched into the cache of huggingface_hub first, a URL likewise."""
     if str(where) == PRETRAINED:
         return BUNDLED
-    return fetch_agent(str(where)) if str(where).startswith("hf:") else Path(where)
+    return fetch_agent(str(where)) if str(where).startswith("hf:") else local(where, is_of_agents)
+
+
+def is_of_agents(name: str) -> bool:
+    """Whether a file of a run, by its name below the folder, is one of its agents or says what it was asked."""
+    of_run = "/" not in name.partition("/")[2] and name.endswith((".yaml", ".json"))  # or of a job of a sweep
+    return of_run or name.rpartition("/")[2] in SHARED
+
+
+def naming(where: str | Path) -> AbstractContextManager[None]:
+    """Inside, what is said of the copy of a place at a URL names the URL."""
+    return named(local_folder(where), where) if is_url(where) else nullcontext()
 
 
 def agent_folders(where: str | Path) -> list[Path]:

@@ -20,10 +20,10 @@ from ...envs.one_shot import OneShotTask
 from ...envs.repair.reconstruction_error import RECONSTRUCTION
 from ...envs.surgery.targets import Target
 from ...errors import UserError
-from .agent_places import PRETRAINED, agent_folders, is_place
+from .agent_places import PRETRAINED, agent_folders, is_place, naming
 from .decide import observation_tensors
 
-WORDS = "expected 'pretrained', or the folder or hf://OWNER/NAME of an agent that keepdrop pretrain trained."
+WORDS = "expected 'pretrained', or the folder, URL or hf://OWNER/NAME of an agent that keepdrop pretrain trained."
 
 
 def load_pretrained(where: str | Path | SavedAgent) -> SavedAgent:
@@ -36,7 +36,8 @@ def load_pretrained(where: str | Path | SavedAgent) -> SavedAgent:
     elif not is_place(where):
         raise UserError(f"agents is {str(where)!r}; {WORDS}")
     else:
-        agent = load_agent(agent_folders(where)[0])
+        with naming(where):
+            agent = load_agent(agent_folders(where)[0])
     check_reads_networks(agent)
     return agent
 

@@ -15,7 +15,7 @@ from ...envs.one_shot import GROUP_NAME
 from ...envs.task import LayerTask, PruningTask
 from ...errors import UserError
 from .agent_card import ANY_NETWORK
-from .agent_places import agent_folders
+from .agent_places import agent_folders, naming
 from .decide import Decision, observation_tensors
 from .network_decide import check_network_fit
 from .pretrained import check_reads_networks
@@ -91,5 +91,6 @@ def load_agents(run: str | Path, policies: Mapping[str, Callable[..., Policy]] |
         run: the folder, or another place of one agent (`agent_places`).
         policies: classes of one's own that agents were made of, by name.
     """
-    found = (load_agent(each, policies) for each in agent_folders(run))
+    with naming(run):
+        found = [load_agent(each, policies) for each in agent_folders(run)]
     return {str(agent.facts.get("group")): agent for agent in found}

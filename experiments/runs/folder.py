@@ -1,4 +1,7 @@
-"""A run's folder: what it holds, how it is opened, resumed, locked, checked by hashes and never left half-written."""
+"""A run's folder: what it holds, how it is opened, resumed, locked, checked by hashes and never left half-written.
+
+One at a URL is worked on in a copy here (`mirror`).
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,16 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...atomic import write_atomically
 from ...envs.files.renamed import current_config
 from ...errors import UserError, first_line
+from ...remote import is_url, named
 from ...strict_json import parse_json
+from .mirror import Mirror
 
 try:
     import fcntl
@@ -45,40 +50,47 @@ class RunFolder:
     `report.html`; `hashes.json` holds the sha256 of what a resumed run reads (not in runs of version 0.1.0).
 
     Args:
-        path: of the folder.
+        path: of the folder; of one at a URL that of the copy here.
         root: the run's folder, where `path` is a part of it: the hashes are kept there.
+        mirror: keeps the URL up to date.
     """
 
-    def __init__(self, path: Path, root: Path | None = None) -> None:
-        self.path, self.root = path, root or path
+    def __init__(self, path: Path, root: Path | None = None, mirror: Mirror | None = None) -> None:
+        self.path, self.root, self.mirror = path, root or path, mirror
         self._lock: int | None = None
 
     @classmethod
-    def create(cls, path: Path, config: DictConfig, numbered: bool = False) -> RunFolder:
+    def create(cls, where: str | Path, config: DictConfig, numbered: bool = False) -> RunFolder:
         """Make and lock a new folder and write its configuration; one that holds something is refused.
 
         `numbered` takes `PATH-2`, `PATH-3`, ... instead where `path` is taken, and writes that into `config.run_dir`.
         """
         from omegaconf import OmegaConf  # here, so that the Python interface does without it
 
-        with _disk_errors(path):
-            made = [parent for parent in (path, *path.parents) if not parent.exists()]
-            path = first_free(path) if numbered else path
-            if path.exists() and not path.is_dir():
-                raise UserError(f"The run folder {str(path)!r} exists and is no folder; choose another run_dir.")
-            path.mkdir(parents=True, exist_ok=True)
-        folder = cls(path)
+        made: list[Path] = []
+        if is_url(where):
+            folder = cls._copied(str(where))
+        else:
+            path = Path(where)
+            with _disk_errors(path):
+                made = [parent for parent in (path, *path.parents) if not parent.exists()]
+                path = first_free(path) if numbered else path
+                if path.exists() and not path.is_dir():
+                    raise UserError(f"The run folder {str(path)!r} exists and is no folder; choose another run_dir.")
+                path.mkdir(parents=True, exist_ok=True)
+            folder = cls(path)
         try:
             folder.lock()
-            if any(path.iterdir()):
+            if any(folder.path.iterdir()) or (folder.mirror is not None and not folder.mirror.is_free()):
                 raise UserError(
-                    f"The run folder {str(path)!r} exists and is not empty; expected a new one: choose another "
-                    f"run_dir, or continue that run with resume={path}."
+                    f"The run folder {folder.place!r} exists and is not empty; expected a new one: choose another "
+                    f"run_dir, or continue that run with resume={folder.place}."
                 )
-            if numbered:
-                OmegaConf.update(config, "run_dir", str(path))
+            if numbered and folder.mirror is None:
+                OmegaConf.update(config, "run_dir", str(folder.path))
             folder.write_text(CONFIG, OmegaConf.to_yaml(config, resolve=True))
             folder.keep_hashes([CONFIG])
+            folder.publish()
         except BaseException:
             folder.close()
             for parent in made:
@@ -88,25 +100,72 @@ class RunFolder:
         return folder
 
     @classmethod
-    def open(cls, path: Path) -> RunFolder:
-        """Open the folder of an earlier run."""
-        if not (path / CONFIG).is_file():
+    def open(cls, where: str | Path) -> RunFolder:
+        """Open the folder of an earlier run; one at a URL is locked and fetched."""
+        folder = cls.at(where)
+        if not (folder / CONFIG).is_file():
+            folder.close()
             raise UserError(
-                f"{str(path)!r} is not a keepdrop run folder ({CONFIG} is missing); expected the folder of an earlier "
-                "run: look under runs/."
+                f"{folder.place!r} is not a keepdrop run folder ({CONFIG} is missing); expected the folder of an "
+                "earlier run: look under runs/."
             )
-        return cls(path)
+        return folder
+
+    @classmethod
+    def at(cls, where: str | Path) -> RunFolder:
+        """A folder, whatever it holds; one at a URL is locked and fetched, and kept up to date from `publish` on."""
+        if not is_url(where):
+            return cls(Path(where))
+        folder = cls._copied(str(where))
+        try:
+            assert folder.mirror is not None
+            folder.mirror.fetch()
+        except BaseException:
+            folder.close()
+            raise
+        return folder
+
+    @classmethod
+    def _copied(cls, url: str) -> RunFolder:
+        """An empty copy here of a folder at a URL, locked."""
+        mirror = Mirror(url)
+        with _disk_errors(mirror.folder):
+            mirror.folder.mkdir(parents=True, exist_ok=True)
+        folder = cls(mirror.folder, mirror=mirror)
+        with folder.naming():
+            folder.lock()
+        mirror.empty()
+        return folder
+
+    @property
+    def place(self) -> str:
+        """What a person calls the folder: its path, or its URL."""
+        return str(self.path) if self.mirror is None else self.mirror.url
+
+    def naming(self) -> AbstractContextManager[None]:
+        """Inside, what is said of the copy of a folder at a URL names the URL."""
+        return named(self.path, self.place)
+
+    def publish(self) -> None:
+        """Begin to keep the URL of a folder up to date; nothing where it has none."""
+        if self.mirror is not None:
+            self.mirror.claim()
+
+    def sync(self) -> None:
+        """Put what other processes wrote to the folder's URL, if it has one."""
+        if self.mirror is not None:
+            self.mirror.changed(self.path / CONFIG)
 
     def part(self, name: str) -> RunFolder:
         """A folder below, which belongs to the same run."""
-        return RunFolder(self.path / name, self.root)
+        return RunFolder(self.path / name, self.root, self.mirror)
 
     def lock(self) -> None:
         """Keep other processes from working in this folder until `close`, or until this process ends, however it does.
 
         A `UserError` where another one does. Reading (`report`, `apply`) needs no lock.
         """
-        if fcntl is None:
+        if fcntl is None or self._lock is not None:
             return
         handle = os.open(self.path, os.O_RDONLY)
         try:
@@ -121,10 +180,14 @@ class RunFolder:
         self._lock = handle
 
     def close(self) -> None:
-        """Give the lock back."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        """Give the lock back; the last files of a folder at a URL are put there first."""
+        try:
+            if self.mirror is not None:
+                self.mirror.close()
+        finally:
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -207,6 +270,7 @@ class RunFolder:
             # First the hashes: a run that is killed in between does the stage anew, and notes them anew.
             self.note_hashes({final / each.relative_to(working): each for each in files})
             working.replace(final)
+        self.sync()
 
 
 @contextmanager
