@@ -68,6 +68,7 @@ class LabelTrace(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator, then move the labels along."""
         kwargs = kwargs or {}
+        stays = func.overloadpacket.__name__ == "as_strided_" and _stays_in_place(*args, **kwargs)
         out = func(*args, **kwargs)
         if any(id(each) in self._data for each in tree_leaves((args, kwargs))):
             self.owners.reads_values |= not self._inside and func.overloadpacket.__name__ in READS_VALUES
@@ -75,7 +76,7 @@ class LabelTrace(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded in func.tags and not attends_plainly(func, args, kwargs):
             place = self._path[-1] if self._path else ""
             self.draws.append(f"{func.overloadpacket.__name__!r}" + (f" in {place!r}" if place else ""))
-        if not self._inside:
+        if not self._inside and not stays:
             labels = self._follow(func, args, kwargs, out)
             self._note(out, labels)
             self._blanks.follow(func, args, kwargs, out, labels)
@@ -207,6 +208,13 @@ class Blanks:
                     self._known[id(value)] = (value, part)
             elif out is source and isinstance(labels, Tensor):
                 own.copy_(labels)
+
+
+def _stays_in_place(value: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None = None) -> bool:
+    """Whether every number stays where it is: convolutions of one image in channels-last order set strides so."""
+    if tuple(value.shape) != tuple(size) or offset not in (None, value.storage_offset()):
+        return False
+    return all(a == b or n == 1 for n, a, b in zip(value.shape, value.stride(), stride, strict=True))
 
 
 def trace_labels(model: nn.Module, inputs: Inputs) -> Ownership:

@@ -143,6 +143,14 @@ class Constraints:
         """Whether a filter more may cost nothing."""
         return any(each.name in TIMED for each in self.each)
 
+    def takes_no_longer(self, kept: Sequence[int], than: Sequence[int]) -> bool:
+        """Whether a network with these widths is as fast as one with those."""
+        return all(
+            each.meter.cost(kept) <= each.meter.cost(than) + SLACK * each.meter.whole
+            for each in self.each
+            if each.name in TIMED
+        )
+
     def holds(self, kept: Sequence[int]) -> bool:
         """Whether all hold when the groups keep that many filters."""
         return all(each.holds(kept) for each in self.each)

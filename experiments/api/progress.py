@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -95,3 +95,8 @@ class Reporter:
         """A layer is cut."""
         facts = {"kept_fraction": record.n_kept / record.n_filters, "accuracy": record.recovered_accuracy}
         self.tell("layer", record.name, position + 1, total, facts)
+
+    def network_ends(self, records: Sequence[LayerRecord]) -> None:
+        """All layers are cut at once."""
+        for position, record in enumerate(records):
+            self.layer_ends(position, len(records), record)

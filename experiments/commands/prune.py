@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from ...envs.repair.reconstruction import ReconstructionSettings
 from ...envs.surgery.kept_channels import KeptChannels
 from ...envs.task import LayerTask, PruningTask
 from ...rewards.outcome import RewardFunction
-from ..config.build import build_augment, build_policy_factory, build_reward, build_target
+from ..config.build import build_augment, build_engine, build_policy_factory, build_reward, build_target
 from ..config.entry_point import plain, run_with_hydra, settings
 from ..config.ignored import (
     BASE_TRAINING,
@@ -32,12 +32,21 @@ from ..config.ignored import (
     refuse_ignored,
     training,
 )
-from ..config.prepare import UNTIMED, Inputs, check_controls, check_network_search, check_search, prepare
+from ..config.prepare import (
+    UNTIMED,
+    Inputs,
+    check_controls,
+    check_network_search,
+    check_search,
+    chosen_layers,
+    prepare,
+)
 from ..config.training import begin_task, build_recovery, finetune
 from ..deploy.export import check_exports, try_exports
 from ..deploy.runtimes import check_runtimes
 from ..pruning.decide import Decider, Decision, observation_tensors
 from ..pruning.halving import Trained, Training
+from ..pruning.input_checks import resolve_device
 from ..pruning.layer_agents import TrainLayerAgents
 from ..pruning.network_decide import AskPretrainedAgent, TrainNetworkAgent
 from ..pruning.network_schedule import NetworkSchedule, show_update
@@ -77,7 +86,13 @@ def has_target(config: DictConfig) -> bool:
 IGNORED = (
     TRAINED_ALREADY,
     *BASE_TRAINING,
-    Ignored("network_search", "agents brings one that is only asked.", lambda config: config.agents is not None),
+    Ignored("network_search engine", "agents brings one that is only asked.", lambda config: config.agents is not None),
+    Ignored(
+        "engine",
+        "without a target the agents of layers learn one after the other, each on what the last one left; give a "
+        "target, or train agents side by side (keepdrop train-agent -m hydra/launcher=ray_cluster).",
+        lambda config: not has_target(config) and not build_engine(config).is_here,
+    ),
     Ignored("order reward policy agent search warm_start", ONE_AGENT, has_target),
     Ignored(LAYER_EVALUATION, ONE_AGENT, has_target),
     Ignored("target.of network_search repair", AN_AGENT_A_LAYER, lambda config: not has_target(config)),
@@ -101,9 +116,9 @@ def check(config: DictConfig) -> Inputs:
     check_order(config.order)
     if config.agents is not None and not has_target(config):
         raise needs_target("target.removed=0.5")
-    inputs = prepare(config, plain(config.layers))
+    check_runtimes(config.latency.runtimes, resolve_device(config.device))
+    inputs = prepare(config, chosen_layers(config))
     check_controls(config.controls, inputs)
-    check_runtimes(config.latency.runtimes, inputs.device)
     try_exports(config.export, inputs.construct() if inputs.dense is None else inputs.dense, inputs.splits)
     if not has_target(config):
         check_search(config, inputs)
@@ -111,6 +126,7 @@ def check(config: DictConfig) -> Inputs:
         if config.agents is not None:
             load_pretrained(config.agents)
         check_network_search(config, inputs)
+        build_engine(config).check(device=str(inputs.device))
     return inputs
 
 
@@ -176,7 +192,7 @@ def train_network_agent(context: RunContext, search: NetworkSearchSettings) -> T
 
     training = Training(settings(config.finetune, TrainSettings), build_augment(config.augment), trained)
     facts = {"command": command_line(), "config": plain(config)}
-    return TrainNetworkAgent(search, target, report, facts, training)
+    return TrainNetworkAgent(search, target, report, facts, training, build_engine(config))
 
 
 def train_layer_agents(context: RunContext, reward: RewardFunction) -> Decider:
@@ -234,12 +250,24 @@ class ScheduleLog:
     def layer_ends(self, position: int, total: int, record: LayerRecord) -> None:
         """One line and the layer's scalars."""
         self.terminal.advance(position + 1)
+        self._say(f"[{position + 1}/{total}] {record.name}", [record])
+        self._track(position, record)
+
+    def network_ends(self, records: Sequence[LayerRecord]) -> None:
+        """One line for the one decision, and the scalars of every layer."""
+        self._say(f"{len(records)} layers at once" if len(records) > 1 else records[0].name, records)
+        for position, record in enumerate(records):
+            self._track(position, record)
+
+    def _say(self, what: str, records: Sequence[LayerRecord]) -> None:
+        one, seconds = records[0], sum(each.search_seconds + each.recovery_seconds for each in records)
+        kept, filters = sum(each.n_kept for each in records), sum(each.n_filters for each in records)
         self.terminal.say(
-            f"[{position + 1}/{total}] {record.name}: kept {record.n_kept} of {record.n_filters} "
-            f"({record.decided_by}), {self.metric} {100 * record.pruned_accuracy:.2f} %, "
-            f"recovered {100 * record.recovered_accuracy:.2f} %, "
-            f"{record.search_seconds + record.recovery_seconds:.0f} s"
+            f"{what}: kept {kept} of {filters} ({one.decided_by}), {self.metric} {100 * one.pruned_accuracy:.2f} %, "
+            f"recovered {100 * one.recovered_accuracy:.2f} %, {seconds:.0f} s"
         )
+
+    def _track(self, position: int, record: LayerRecord) -> None:
         self.tracker.scalars(
             "schedule",
             {

@@ -20,7 +20,7 @@ from ...envs.repair.reconstruction import Reconstruction, ReconstructionSettings
 from ...envs.repair.reconstruction_error import RECONSTRUCTION, check_readable
 from ...envs.surgery.filter_group import FilterGroup, select_groups
 from ...envs.surgery.limits import AUTO, Limits, check_limits
-from ...envs.surgery.targets import Target, constraints_of
+from ...envs.surgery.targets import TIMED, Target, constraints_of
 from ...envs.task import DenseBaseline, EvaluationSettings, PruningTask, measure_baseline
 from ...errors import Notice, UserError
 from ...rewards.try_and_learn import check_drop_bound
@@ -44,7 +44,7 @@ from .build import (
     build_target,
     load_network,
 )
-from .entry_point import is_decided, settings
+from .entry_point import is_decided, plain, settings, typed
 from .ignored import Ignored, refuse_ignored
 
 UNTIMED = Ignored(
@@ -120,19 +120,41 @@ def prepare(config: DictConfig, layers: Sequence[str] | None) -> Inputs:
     check_losses(config, splits)
     plan = find_groups(model, example)
     groups = select_groups(plan, layers)
-    clock = build_clock(config, model, example, limits)
-    if limits.round_to == AUTO:
-        limits = resolved(limits, clock, model, groups)
-        config.surgery.round_to = limits.round_to
-    check_limits(limits, model, plan, groups)
     try_training(model, splits, _trainings(config), groups)
     for note in plan.notes:
         warnings.warn(note, Notice, stacklevel=2)
     if "drop_bound" in config:
         check_fineness(config.drop_bound, len(splits.reward))
+    if limits.round_to != AUTO:
+        check_limits(limits, model, plan, groups)
+    clock = build_clock(config, model, example, limits)  # as late as can be: it may measure for minutes
+    if limits.round_to == AUTO:
+        limits = resolved(limits, clock, model, groups)
+        config.surgery.round_to = limits.round_to
+        check_limits(limits, model, plan, groups)
     return Inputs(
         splits, construct, device, groups, dense, base, layers, evaluation, limits, config.seed, plan.notes, clock
     )
+
+
+def chosen_layers(config: DictConfig) -> list[str] | None:
+    """Names or globs of the groups to decide on; a target of time that is typed beside an experiment asks for all.
+
+    The shipped experiments prune the first convolutions of blocks, as papers do, and most of the time is not there.
+    """
+    given = typed()
+    asked = [f"target.{name}" for name in TIMED if given.get(f"target.{name}") is not None]
+    layers: list[str] | None = plain(config.layers)
+    if layers is None or not asked or is_decided("layers"):
+        return layers
+    warnings.warn(
+        f"{asked[0]} decides on every layer that can be pruned, residual streams and depthwise layers among them; the "
+        f"experiment's own are kept to with layers=[{','.join(repr(each) for each in layers)}].",
+        Notice,
+        stacklevel=2,
+    )
+    config.layers = None
+    return None
 
 
 def build_clock(config: DictConfig, model: nn.Module, example: torch.Tensor, limits: Limits) -> ProfileClock | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import statistics
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,15 +14,16 @@ from torch import nn
 
 from ...envs.networks.module_kinds import Inputs
 from ...envs.surgery.filter_group import FilterGroup
-from ...envs.surgery.latency_meter import LatencyMeter
+from ...envs.surgery.latency_meter import LatencyFit, LatencyMeter
 from ...envs.surgery.latency_profile import LatencyProfile, load_profile, save_profile
 from ...envs.surgery.limits import AUTO, Limits
-from ...errors import UserError
+from ...errors import Notice, UserError
 from ...ranges import COUNT, check_numbers
 from .profiling import ProfileSettings, Watcher, conditions_of, profile_network
 from .runtimes import RUNTIMES, why_not
 
 PROFILE = "profile.json"  # in a run's folder
+POOR = 0.2  # median error of predictions from which on a person is told
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ def find_clock(
     if not timed and not by_width:
         return None
     if source is not None:
-        return read_clock(source, chosen, next(model.parameters()).device)
+        return _trusted(read_clock(source, chosen, next(model.parameters()).device))
     if not timed:
         raise UserError(
             f"surgery.round_to={AUTO} takes the multiple that a profile of this device shows, and there is none; make "
@@ -114,7 +117,22 @@ def find_clock(
             "give it as profile=FILE, or give a number of channels.",
             "give profile.file=FILE, or give a number of channels.",
         )
-    return measured_clock(model, example, chosen, watcher)
+    return _trusted(measured_clock(model, example, chosen, watcher))
+
+
+def _trusted(clock: ProfileClock) -> ProfileClock:
+    """The clock; a `Notice` where its profile foretells its own copies badly, as one made on a busy machine does."""
+    profile, table = clock.profile, clock.table
+    errors = [abs(each) for each in LatencyFit(profile, table.samples).errors(table.checks)]
+    if errors and statistics.median(errors) > POOR:
+        warnings.warn(
+            f"Times that the latency profile predicts are off by {statistics.median(errors):.0%} (median of "
+            f"{len(errors)} copies): the machine was busy, so that threads waited for each other; measure it again when "
+            "it is not.",
+            Notice,
+            stacklevel=3,
+        )
+    return clock
 
 
 def resolved(limits: Limits, clock: ProfileClock | None, model: nn.Module, groups: Sequence[FilterGroup]) -> Limits:

@@ -149,7 +149,7 @@ def profile_network(
     example = beside(model, as_called(model, example))
     device = tensors_of(example)[0].device
     runtimes = _checked_runtimes(settings.runtimes, device)
-    plan = find_groups(model, example)
+    plan = find_groups(model, example, whole_blocks=True)  # some copies are without some of them, whoever asks
     groups = select_groups(plan, layers)
     named = tuple((group.name, group.n_filters) for group in groups)
     known = LatencyProfile(conditions_of(device), named, layer_shapes(model, example, groups), ())
@@ -180,12 +180,17 @@ def _checked_runtimes(runtimes: Sequence[str], device: torch.device) -> list[str
 def _continued(old: LatencyProfile, new: LatencyProfile, path: str | Path) -> LatencyProfile:
     """A file that is there, if it is of the same network under the same conditions; UserError if not."""
     old.check_conditions(new.conditions)
-    if (old.groups, old.layers) != (new.groups, new.layers):
+    if (old.groups, _with_blocks(old.layers)) != (new.groups, _with_blocks(new.layers)):
         raise UserError(
             f"{str(path)!r} holds the latency profile of another network, or of other layers of this one; give another "
             "file: out=..."
         )
-    return old
+    return replace(old, layers=new.layers)
+
+
+def _with_blocks(layers: Sequence[LayerShape]) -> list[LayerShape]:
+    """Layers without saying which go with a block: profiles that knew no blocks are continued."""
+    return [replace(layer, gone_with=()) for layer in layers]
 
 
 def _wanted(groups: Sequence[FilterGroup], known: LatencyProfile, settings: ProfileSettings) -> list[Wanted]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,11 +24,19 @@ from ...errors import UserError
 from ..runs.folder import RunFolder, read_json
 from ..runs.seeds import derive_seed
 from .network_decide import NetworkDecider
-from .schedule import NETWORK, LayerRecord, Recovery, Watcher, stored_record
+from .schedule import NETWORK, LayerRecord, Recovery, stored_record
 
 STAGE = "network"
 STATE = "network-state.pt"
 DECISIONS = "decisions.json"
+
+
+class NetworkWatcher(Protocol):
+    """Told about the one decision."""
+
+    def network_ends(self, records: Sequence[LayerRecord]) -> None:
+        """The network is cut (or was, in an earlier part of this run); accuracies are the same in every record."""
+        ...
 
 
 class NetworkSchedule:
@@ -54,7 +63,7 @@ class NetworkSchedule:
         self.recover = recover
 
     def run(
-        self, task: PruningTask, folder: RunFolder, watcher: Watcher
+        self, task: PruningTask, folder: RunFolder, watcher: NetworkWatcher
     ) -> tuple[PruningTask, KeptChannels, list[LayerRecord]]:
         """Decide, cut, repair; a finished decision is taken from `folder`. Returns what `Schedule.run` does."""
         if not (folder / STAGE).is_dir():
@@ -62,8 +71,7 @@ class NetworkSchedule:
                 self._finish(task, working, folder / STATE)
             (folder / STATE).unlink(missing_ok=True)
         left, kept, records = finished(folder / STAGE, task)
-        for position, record in enumerate(records):
-            watcher.layer_ends(position, len(records), record)
+        watcher.network_ends(records)
         return left, kept, records
 
     def _finish(self, task: PruningTask, working: Path, state: Path) -> None:

@@ -22,7 +22,7 @@ from ...envs.one_shot import OneShotTask
 from ...envs.repair.reconstruction import ReconstructionSettings
 from ...envs.repair.reconstruction_error import RECONSTRUCTION
 from ...envs.surgery.cutoff import keep_best, spread_evenly
-from ...envs.surgery.targets import Target
+from ...envs.surgery.targets import Constraints, Target
 from ...errors import UserError
 from ...ranges import COUNT, IMAGES, MASKS, check_numbers
 from ...rewards.outcome import Outcome, Reward
@@ -241,7 +241,7 @@ def projection(one_shot: OneShotTask, target: Target) -> Project:
             allowed = {layer.group.name: layer.allowed(masks[layer.group.name][None])[0] for layer in one_shot.layers}
             kept = [int(allowed[group.name].sum()) for group in one_shot.groups]
             if goal.holds(kept):
-                return one_shot.joined(allowed)
+                return one_shot.joined(_with_free(goal, one_shot, allowed, by_name))
             aim = aim.tightened(kept, STEP)  # what the limits took back has to go elsewhere
         raise UserError(
             f"A target of {target} cannot be met under surgery.round_to, min_kept and protect; lower them or ask for "
@@ -249,6 +249,25 @@ def projection(one_shot: OneShotTask, target: Target) -> Project:
         )
 
     return project
+
+
+def _with_free(
+    goal: Constraints, one_shot: OneShotTask, masks: Mapping[str, Tensor], scores: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The masks with the widest allowed widths that take no more time: what rounding widths down took for nothing."""
+    limits, masks = one_shot.task.limits, dict(masks)
+    if limits.none or not goal.is_stepped:
+        return masks
+    kept = [int(masks[group.name].sum()) for group in one_shot.groups]
+    for place, group in enumerate(one_shot.groups):
+        for count in limits.counts(one_shot.task.model, group) if kept[place] else ():
+            more = [*kept[:place], count, *kept[place + 1 :]]
+            if count > kept[place] and goal.holds(more) and goal.takes_no_longer(more, kept):
+                keep = masks[group.name] = masks[group.name].clone()
+                best = scores[group.name].masked_fill(keep, -torch.inf).argsort(descending=True, stable=True)
+                keep[best[: count - kept[place]]] = True
+                kept = more
+    return masks
 
 
 def _keep(state: dict[str, Any], path: Path) -> None:

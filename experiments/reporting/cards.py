@@ -36,10 +36,12 @@ def change(before: float, after: float) -> str:
 
 
 def bound_sentence(metrics: Mapping[str, Any]) -> str | None:
-    """What became of the drop bound where it gave way: at which layers, or everywhere."""
+    """What became of the drop bound where it gave way: at which layers, or everywhere; a target does not go by it."""
     gave_way, bound = metrics.get("gave_way") or [], metrics.get("drop_bound")
     if not gave_way or bound is None:
         return None
+    if metrics.get("target"):
+        return f"Before fine-tuning more than the drop bound of {bound:g} was lost: the target said how much goes."
     # One decision for all layers has one accuracy, so a bound that gave way gave way at all of them.
     everywhere = len(gave_way) > 1 and len(gave_way) == len(metrics.get("groups") or [])
     where = "" if everywhere else f" at: {', '.join(gave_way)}"

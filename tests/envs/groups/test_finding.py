@@ -72,6 +72,27 @@ def test_first_convs_and_stream_of_resnet20():
     assert not plan.skipped
 
 
+class ChannelsLastInside(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x.to(memory_format=torch.channels_last))
+
+
+def test_the_memory_order_of_images_and_weights_hides_no_stream():
+    """Images of an array (n, height, width, channels) are channels-last, as `npz` and datasets give them."""
+    images = torch.rand(1, 8, 8, 3).permute(0, 3, 1, 2)
+    model = cifar_resnet(8)
+    expected = find_groups(model, images.contiguous()).names
+    assert expected[0] == "conv1" and len(expected) == 4
+    assert find_groups(model, images).names == expected
+    inside = find_groups(ChannelsLastInside(cifar_resnet(8)), images.contiguous()).names
+    assert inside == tuple(f"model.{name}" for name in expected)
+    assert find_groups(model.to(memory_format=torch.channels_last), images).names == expected
+
+
 def test_plain_networks_have_one_group_a_convolution():
     plan = find_groups(vgg16_bn(), torch.randn(1, 3, 32, 32), verify=False)
     assert [g.n_filters for g in plan.groups] == [64, 64, 128, 128, 256, 256, 256] + [512] * 6

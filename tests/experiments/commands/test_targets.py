@@ -43,6 +43,7 @@ def test_time_and_parameters_hold_at_once(keepdrop, checkpoint, tmp_path, device
     assert time["resource"] == "latency" and time["pruned"] <= 0.6 * time["dense"] * (1 + 1e-9)
     assert "eager, batch 1" in time["conditions"]
     assert params["pruned"] == pytest.approx(metrics["pruned_params"]) and params["pruned"] <= 0.5 * params["dense"]
+    assert result.out.count(" layers at once: kept ") == 1 and "[1/" not in result.out
     assert "Target latency=0.6:" in result.out and "Target params=0.5:" in (tmp_path / "run/report.md").read_text()
     # The widths are those of the device's steps.
     assert all(group["n_kept"] % 8 == 0 for group in metrics["groups"])
@@ -55,6 +56,21 @@ def test_time_and_parameters_hold_at_once(keepdrop, checkpoint, tmp_path, device
     assert keepdrop(*ask[:4], "profile.file=null", "surgery.round_to=1", "run_dir=applied").code == 0
     rows = read(tmp_path / "applied/metrics.json")["target"]
     assert [row["pruned"] <= row["asked"] * row["dense"] * (1 + 1e-9) for row in rows] == [True, True]
+
+
+def test_a_target_of_time_decides_on_all_layers_whatever_the_experiment_prunes(keepdrop, checkpoint, tmp_path, device):
+    (tmp_path / "own/experiment").mkdir(parents=True)
+    (tmp_path / "own/experiment/mine.yaml").write_text("# @package _global_\nlayers: [conv1, conv2]\n")
+    ask = ["prune", "--config-dir", "own", "experiment=mine", *QUICK, f"checkpoint={checkpoint}"]
+    timed = [*ask, "target.latency=0.95", "profile.file=device.json"]
+    all_layers = keepdrop(*timed, "run_dir=all")
+    assert all_layers.code == 0 and "target.latency decides on every layer that can be pruned" in all_layers.err
+    assert "layers=['conv1','conv2']" in all_layers.err and len(read(tmp_path / "all/metrics.json")["groups"]) == 5
+    some = keepdrop(*timed, "layers=['conv1','conv2']", "run_dir=some")
+    assert some.code == 0 and "every layer" not in some.err, some.err
+    assert len(read(tmp_path / "some/metrics.json")["groups"]) == 2
+    macs = keepdrop(*ask, "target.removed=0.2", "run_dir=macs")
+    assert macs.code == 0 and len(read(tmp_path / "macs/metrics.json")["groups"]) == 2
 
 
 @pytest.mark.parametrize(

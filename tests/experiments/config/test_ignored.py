@@ -35,7 +35,7 @@ REFUSED = [
     ((*TARGET, "agents=pretrained"), "network_search.images=60", "only asked"),
     (("prune", "target.params=0.5"), "target.of=groups", "whose MACs target.removed counts"),
     *((command, "profile.file=NOWHERE", "nothing goes by time here") for command in (
-        TARGET, LAYERS, ("train-agent", "layer=conv1"),
+        TARGET, LAYERS, ("train-agent", "layer=conv1"), APPLY, APPLY_NETWORK,
     )),
     (("train-agent", "layer=conv1"), "surgery.whole_blocks=true", "always keeps a filter of it"),
     (("iterate",), "surgery.whole_blocks=true", "the last one of a layer stays"),

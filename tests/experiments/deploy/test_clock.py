@@ -8,7 +8,7 @@ from keepdrop.envs.groups.finding import find_groups
 from keepdrop.envs.networks.built_in import cifar_resnet, small_cnn
 from keepdrop.envs.surgery.latency_profile import save_profile
 from keepdrop.envs.surgery.limits import Limits
-from keepdrop.errors import UserError
+from keepdrop.errors import Notice, UserError
 from keepdrop.experiments.deploy.clock import (
     PROFILE,
     ClockSettings,
@@ -81,6 +81,14 @@ def test_profiles_of_something_else_are_refused(network, profile):
     clock = read_clock(profile, ClockSettings(), CPU)
     with pytest.raises(UserError, match=r"belongs to another network"):
         clock(other, find_groups(other, torch.zeros(1, 3, 16, 16)).groups)
+
+
+def test_a_profile_that_foretells_badly_is_said_to(network, profile):
+    """Copies that are not fitted to took three times as long as the others foretell."""
+    table = profile.tables[0]
+    slow = tuple(replace(each, fraction=3 * each.fraction) for each in table.samples[:10])
+    with pytest.warns(Notice, match=r"off by 6\d% \(median of 10 copies\): the machine was busy"):
+        clock_for(network, replace(profile, tables=(replace(table, checks=slow),)), timed=True)
 
 
 def test_a_runtime_that_does_not_exist():

@@ -7,10 +7,12 @@ from keepdrop.agent.learning.natural_evolution import NetworkAgentSettings
 from keepdrop.envs.one_shot import OneShotTask
 from keepdrop.envs.repair.reconstruction import ReconstructionSettings
 from keepdrop.envs.surgery.cutoff import spread_evenly
+from keepdrop.envs.surgery.limits import Limits
 from keepdrop.envs.surgery.meters import removed
 from keepdrop.envs.surgery.targets import Target
 from keepdrop.errors import UserError
 from keepdrop.experiments.pruning.network_search import NetworkAgent, NetworkSearchSettings, best_of, projection
+from stepped_meter import clock
 
 REPAIR = ReconstructionSettings(images=100, places=8)
 TARGET = Target(0.5, "network")
@@ -70,6 +72,17 @@ def test_the_controls_are_what_they_are_called(one_shot):
     uniform = projection(one_shot, TARGET)(torch.cat([spread_evenly(each) for each in norms]))
     _, (accuracy,) = best_of(one_shot, [uniform])
     assert agent.facts["control_accuracy"]["uniform l2"] == accuracy
+
+
+def test_widths_are_rounded_up_where_that_takes_no_more_time():
+    """A device of steps of 4 channels and widths in twos: every layer keeps whole steps, as the rest is free."""
+    limits, sizes = Limits(round_to=2), [group.n_filters for group in make_task().groups]
+    one_shot = OneShotTask(make_task(clock=clock(step=4), limits=limits), None)
+    goal, project = one_shot.task.constraints(Target(latency=0.7)), projection(one_shot, Target(latency=0.7))
+    for seed in range(5):
+        keep = project(torch.rand(one_shot.n_filters, generator=torch.Generator().manual_seed(seed)))
+        kept = [int(part.sum()) for part in one_shot.named(keep).values()]
+        assert goal.holds(kept) and all(n % 4 == 0 or n == full for n, full in zip(kept, sizes, strict=True)), kept
 
 
 def test_another_start_is_refused():

@@ -227,7 +227,11 @@ def test_one_agent_for_the_whole_network(run):
     ],
 )
 def test_the_bound_in_one_sentence(gave_way, sentence):
-    assert bound_sentence({"drop_bound": 0.02, "gave_way": gave_way, "groups": [{}] * 3}) == sentence
+    metrics = {"drop_bound": 0.02, "gave_way": gave_way, "groups": [{}] * 3}
+    assert bound_sentence(metrics) == sentence
+    told = bound_sentence({**metrics, "target": [{"resource": "latency"}]})
+    expected = "Before fine-tuning more than the drop bound of 0.02 was lost: the target said how much goes."
+    assert told == (sentence and expected)
 
 
 def test_run_in_steps(run):
