@@ -127,8 +127,7 @@ def _trusted(clock: ProfileClock) -> ProfileClock:
     if errors and statistics.median(errors) > POOR:
         warnings.warn(
             f"Times that the latency profile predicts are off by {statistics.median(errors):.0%} (median of "
-            f"{len(errors)} copies): the machine was busy, so that threads waited for each other; measure it again when "
-            "it is not.",
+            f"{len(errors)} copies): the machine was busy; measure it again when it is not.",
             Notice,
             stacklevel=3,
         )

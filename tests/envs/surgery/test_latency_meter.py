@@ -35,16 +35,20 @@ def law(layers, groups, kept, multiple=1):
     """Seconds: a constant, and of every layer its products at widths rounded up, and its output."""
     total = 1e-4
     for layer in layers:
+        if any(kept[place] == 0 for place in layer.gone_with):
+            continue
         into, out = widths_of(layer, groups, kept)
         (into, out), full = ([-(-n // multiple) * multiple for n in each] for each in ((into, out), layer.widths))
         total += 1e-9 * layer.macs * into * out / (full[0] * full[1]) + 2e-9 * layer.elements * out / full[1]
     return total
 
 
-def made(model, shape, multiple=1, noise=0.0, count=40, chosen=lambda name: True):
+def made(model, shape, multiple=1, noise=0.0, count=40, chosen=lambda name: True, whole_blocks=False):
     """A profile as that law gives it, with its groups."""
     images = torch.randn(2, *shape)
-    groups = tuple(group for group in find_groups(model, images).groups if chosen(group.name))
+    groups = tuple(
+        group for group in find_groups(model, images, whole_blocks=whole_blocks).groups if chosen(group.name)
+    )
     layers = layer_shapes(model, images, groups)
     dense = law(layers, groups, [group.n_filters for group in groups], multiple)
     chance = random.Random(0)
@@ -85,6 +89,20 @@ def test_of_a_resnet_with_coupled_groups_too():
     profile, _ = made(model, (3, 16, 16), noise=0.02)
     errors = sorted(map(abs, LatencyFit(profile, profile.tables[0].samples).errors(profile.tables[0].checks)))
     assert errors[5] < 0.03 and errors[-1] < 0.1
+
+
+def test_blocks_that_vanish_take_nothing():
+    model, chance = cifar_resnet(14), random.Random(5)
+    profile, groups = made(model, (3, 16, 16), whole_blocks=True)
+    meter, full = LatencyMeter(model, groups, profile), [group.n_filters for group in groups]
+    can = [place for place, group in enumerate(groups) if group.least == 0]
+    assert any(0 in each.kept for each in profile.tables[0].samples) and len(can) > 3
+    dense = law(profile.layers, groups, full)
+    for n_gone in range(1, len(can)):
+        gone = chance.sample(can, n_gone)
+        kept = [0 if place in gone else n for place, n in enumerate(full)]
+        expected = law(profile.layers, groups, kept) / dense
+        assert meter.seconds(kept) == pytest.approx(expected * meter.whole, rel=0.05)
 
 
 def test_layers_of_one_shape_may_be_pruned_on_different_sides():

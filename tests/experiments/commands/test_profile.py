@@ -1,14 +1,16 @@
 """`keepdrop profile` and `keepdrop.profile`, with a clock that knows what a pass costs: nothing here is timed."""
 
+from dataclasses import replace
+
 import keepdrop as package
 import pytest
 import torch
 from keepdrop.envs.groups.finding import find_groups
-from keepdrop.envs.networks.built_in import small_cnn
+from keepdrop.envs.networks.built_in import cifar_resnet, small_cnn
 from keepdrop.envs.surgery.cutting import kept_rows
 from keepdrop.envs.surgery.cutting import prune as cut
 from keepdrop.envs.surgery.latency_meter import LatencyMeter
-from keepdrop.envs.surgery.latency_profile import load_profile
+from keepdrop.envs.surgery.latency_profile import load_profile, save_profile
 from keepdrop.errors import UserError
 from keepdrop.experiments.deploy import profiling
 
@@ -61,6 +63,26 @@ def test_fractions_are_those_of_the_clock(clock):
         left = sum(each.numel() for each in cut(model, masks).parameters())
         assert sample.fraction == sample.low == sample.high == pytest.approx(left / whole)
     assert LatencyMeter(model, groups, profile).whole == pytest.approx(1e-3 * whole)
+
+
+def test_some_copies_are_without_whole_blocks(clock):
+    """Of a profile that knew none (`gone_with`) what was measured counts, and copies without blocks are added."""
+    model, images = cifar_resnet(8), torch.randn(1, 3, 8, 8)
+    settings = {"batch_sizes": (1,), "progress": False, "out": "p.json"}
+    profile = package.profile(model, images, samples=16, **settings)
+    assert {name: len(layer.gone_with) for layer in profile.layers if (name := layer.module)}["layer1.0.conv2"] == 1
+    table = profile.tables[0]
+    without = [each for each in (*table.samples, *table.checks) if 0 in each.kept]
+    whole = sum(each.numel() for each in model.parameters())
+    groups = find_groups(model, images, whole_blocks=True).groups
+    assert len(without) >= 2
+    for sample in without:
+        masks = {group: torch.arange(group.n_filters) < n for group, n in zip(groups, sample.kept, strict=True)}
+        assert sample.fraction == pytest.approx(sum(each.numel() for each in cut(model, masks).parameters()) / whole)
+    old = replace(profile, layers=tuple(replace(layer, gone_with=()) for layer in profile.layers))
+    save_profile(replace(old, tables=(replace(table, samples=table.samples[:4]),)), "p.json")
+    before = len(clock)
+    assert package.profile(model, images, samples=16, **settings).layers == profile.layers and len(clock) > before
 
 
 def test_what_is_there_is_not_measured_again(keepdrop, clock):
