@@ -17,6 +17,7 @@ from ..rewards.outcome import Outcome
 from .evaluation.mask_evaluator import correct_flags
 from .networks.memory_layout import layout_of, order_weights
 from .observation import Observation
+from .repair.judging import Judge
 from .repair.reconstruction import Reconstruction, ReconstructionSettings
 from .surgery.cutting import checked_masks, prune
 from .surgery.filter_group import FilterGroup, coupled
@@ -94,6 +95,12 @@ class OneShotTask:
         images, _ = self.task.fit_images(self.repair.images)
         return Reconstruction(self.task.model, images, self.repair)
 
+    @cached_property
+    def judge(self) -> Judge:
+        """Counts what cut networks get right without building them, where this network lets it."""
+        images, targets = self.task.reward_images
+        return Judge(self.task.model, self.groups, images, targets, self.task.objective, self.reconstruction)
+
     def choices(self, keep: Tensor) -> dict[FilterGroup, Tensor]:
         """Masks (..., N) as masks for each group."""
         return dict(zip(self.groups, keep.split([group.n_filters for group in self.groups], dim=-1), strict=True))
@@ -125,15 +132,27 @@ class OneShotTask:
         base = self.task.base.correct
         if image_indices is not None:
             images, labels, base = images[image_indices], labels[image_indices], base[image_indices]
-        layout = layout_of(self.task.model, images)
+        judged = self._judged(masks_MN, image_indices)
         outcomes = []
-        for keep in masks_MN:
+        for keep, found in zip(masks_MN, judged, strict=True):
             if bool(keep.all()):
                 points = self.task.correct if image_indices is None else self.task.correct[image_indices]
+            elif found is not None:
+                points = found
             else:
-                model = self.cut(keep)
+                model, layout = self.cut(keep), layout_of(self.task.model, images)
                 order_weights(model, layout)
                 points = correct_flags(model, images, labels, objective=objective, layout=layout)
             counts = {group: int(each.sum()) for group, each in coupled(self.choices(keep)).items()}
             outcomes.append(self.task.outcome(objective.fraction(base), objective.fraction(points), counts))
         return outcomes
+
+    def _judged(self, masks_MN: Tensor, image_indices: Tensor | None) -> list[Tensor | None]:
+        """Points under each mask, found without cutting; None where the network has to be cut for real."""
+        some = [row for row, keep in enumerate(masks_MN) if not bool(keep.all())]
+        found: list[Tensor | None] = [None] * len(masks_MN)
+        if some and not self.judge.obstacle:
+            choices = [coupled(self.choices(masks_MN[row])) for row in some]
+            for row, points in zip(some, self.judge.points(choices, image_indices), strict=True):
+                found[row] = points
+        return found

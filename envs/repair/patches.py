@@ -5,7 +5,8 @@ Shapes: B images, S samples (images x places), C channels, O outputs, K weights 
 
 from __future__ import annotations
 
-from itertools import product
+import math
+from itertools import pairwise, product
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from ..data.metrics import as_float64
 
 ENOUGH = 8  # samples per weight, from which on a regression is left to its ridge
 RIDGES = (1.0, 10.0, 100.0, 1e4)  # multiples; the last one all but keeps the weights as cut
+WIDE = 96  # inputs per block of a Gram matrix on a CPU
 Places = tuple[Tensor, ...]
 """Image number and position along every spatial axis, each broadcastable to (B, places per image)."""
 
@@ -66,6 +68,141 @@ def patches_at(conv: _ConvNd, images: Tensor, count: int) -> Tensor:
 def inputs_at(module: nn.Module, value: Tensor, count: int) -> Tensor:
     """The regressors (S, K) of a convolution or of a linear layer."""
     return patches_at(module, value, count) if isinstance(module, _ConvNd) else outputs_at(value, count, last=True)
+
+
+class SampledPlaces:
+    """`inputs_at` and `outputs_at` for some of the images at a time; where to read is worked out once.
+
+    Args:
+        n_images: B, of all images together.
+        count: places per image and layer.
+    """
+
+    def __init__(self, n_images: int, count: int) -> None:
+        self.n_images, self.count = n_images, count
+        self._known: dict[tuple[object, ...], tuple[Tensor, ...]] = {}
+
+    def inputs(self, module: nn.Module, value: Tensor, images: slice) -> Tensor:
+        """The regressors (S, K) of a convolution or a linear layer whose input at these images is `value`."""
+        if not isinstance(module, _ConvNd):
+            return self.outputs(value, images, last=True)
+        pads = module._reversed_padding_repeated_twice
+        how = tuple(tuple(each) for each in (pads, module.kernel_size, module.stride, module.dilation))
+        key = ("in", how, tuple(value.shape[2:]), images.start, images.stop, value.device)
+        if key not in self._known:
+            found = self._taps(tuple(value.shape[2:]), *how, images)
+            self._known[key] = tuple(each.to(value.device) for each in found)
+        taken, outside = self._known[key]
+        rows = value.movedim(1, -1).reshape(-1, value.shape[1]).index_select(0, taken)
+        if len(outside):
+            rows.index_fill_(0, outside, 0.0)
+        return rows.view(-1, math.prod(module.kernel_size), value.shape[1]).transpose(1, 2).flatten(1)
+
+    def outputs(self, value: Tensor, images: slice, *, last: bool = False) -> Tensor:
+        """Rows (S, C) of what a layer puts out at these images."""
+        if value.dim() == 2:
+            return value
+        value = value if last else value.movedim(1, -1)
+        key = ("out", tuple(value.shape[1:-1]), images.start, images.stop, value.device)
+        if key not in self._known:
+            at = self._at(tuple(value.shape[1:-1]), images)
+            self._known[key] = (_flat(at, tuple(value.shape[1:-1])).flatten().to(value.device),)
+        return value.reshape(-1, value.shape[-1]).index_select(0, self._known[key][0])
+
+    def _at(self, spatial: tuple[int, ...], images: slice) -> Places:
+        """`places` of these images, which are numbered from 0."""
+        _, *at = places((self.n_images, *spatial), self.count)
+        return torch.arange(images.stop - images.start)[:, None], *(each[images] for each in at)
+
+    def _taps(
+        self,
+        spatial: tuple[int, ...],
+        pads: tuple[int, ...],
+        kernel: tuple[int, ...],
+        stride: tuple[int, ...],
+        dilation: tuple[int, ...],
+        images: slice,
+    ) -> tuple[Tensor, Tensor]:
+        """Rows of a flattened map that each tap of a kernel multiplies, and which of these lie in the padding."""
+        before, after = pads[::2][::-1], pads[1::2][::-1]
+        sides = zip(spatial, before, after, kernel, stride, dilation, strict=True)
+        sizes = tuple((size + a + b - step * (width - 1) - 1) // jump + 1 for size, a, b, width, jump, step in sides)
+        image, *at = self._at(sizes, images)
+        taps = torch.tensor(list(product(*map(range, kernel))))
+        found = [
+            p[..., None] * jump + taps[:, side] * step - pad
+            for side, (p, jump, step, pad) in enumerate(zip(at, stride, dilation, before, strict=True))
+        ]
+        inside = torch.ones_like(found[0], dtype=torch.bool)
+        for position, size in zip(found, spatial, strict=True):
+            inside &= (position >= 0) & (position < size)
+        taken = _flat((image[..., None], *(each.clamp_min(0) for each in found)), spatial)
+        taken = torch.where(inside, taken, torch.zeros_like(taken)).flatten()
+        return taken, (~inside).flatten().nonzero().flatten()
+
+
+def _flat(at: Places, spatial: tuple[int, ...]) -> Tensor:
+    """Image number and position as a row number of (B, *spatial, C) seen as (rows, C)."""
+    found = at[0]
+    for position, size in zip(at[1:], spatial, strict=True):
+        found = found * size + position
+    return found
+
+
+class Samples:
+    """The samples of a regression, put together from some images at a time.
+
+    The same bits as `regress` on all of them: blocks of a Gram matrix are those of the whole one. (Samples added up in
+    parts, or inputs in another order, are not.)
+
+    Args:
+        n_samples: S.
+        layer: the convolution or linear layer.
+        intercept: whether there is one.
+    """
+
+    def __init__(self, n_samples: int, layer: nn.Module, intercept: bool) -> None:
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        self.n_weights, self.intercept = weight[0].numel(), intercept
+        self.inputs = weight.new_empty(n_samples, self.n_weights + intercept)
+        self.inputs[:, self.n_weights :] = 1.0
+        self.wanted = weight.new_empty(n_samples, len(weight))
+
+    def put(self, rows: slice, inputs_SK: Tensor, wanted_SO: Tensor) -> None:
+        """The samples of some images."""
+        self.inputs[rows, : self.n_weights] = inputs_SK
+        self.wanted[rows] = wanted_SO
+
+    def solved(self, prior_KO: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+        """`regress`, with `chosen_ridge`, and torch's note whether that failed: 0 if not (a GPU is not waited for)."""
+        if len(self.inputs) < ENOUGH * self.n_weights:
+            inputs = self.inputs[:, : self.n_weights].contiguous()
+            ridge = chosen_ridge(inputs, self.wanted, prior_KO, ridge, self.intercept)
+        prior = as_float64(prior_KO)
+        prior = torch.cat([prior, prior.new_zeros(1, prior.shape[1])]) if self.intercept else prior
+        gram = as_float64(self._gram())
+        cross = as_float64(self.inputs.T @ self.wanted)
+        strength = ridge * gram.diagonal().mean().clamp_min(1e-12)
+        rest = cross - gram @ prior
+        gram.diagonal().add_(strength)
+        if gram.is_cuda:
+            factor, failed = torch.linalg.cholesky_ex(gram)
+            return prior + torch.cholesky_solve(rest, factor), failed
+        found, failed = torch.linalg.solve_ex(gram, rest)
+        return prior + found, failed
+
+    def _gram(self) -> Tensor:
+        """X^T X; on a CPU the blocks above the diagonal are copied from below it."""
+        size = self.inputs.shape[1]
+        count = max(1, min(4, size // WIDE)) if self.inputs.device.type == "cpu" else 1
+        if count == 1:
+            return self.inputs.T @ self.inputs
+        found = self.inputs.new_zeros(size, size)
+        edges = [size * index // count for index in range(count + 1)]
+        for start, end in pairwise(edges):
+            found[start:end, :end] = self.inputs[:, start:end].T @ self.inputs[:, :end]
+        return found.tril() + found.tril(-1).T
 
 
 def obstacle(module: nn.Module, max_inputs: int) -> str:

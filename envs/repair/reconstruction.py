@@ -104,9 +104,9 @@ class Reconstruction:
         self.settings = settings or ReconstructionSettings()
         self.model = model
         self.images = arranged(images, layout_of(model, images))
-        traced = _trace(copied(model).eval().requires_grad_(False), self.images[:2])
-        self.sites, self.skipped = find_sites(traced, self.settings.max_inputs)
-        recorder = _Recorder(traced, self.sites, self.settings.places)
+        self.traced = follow(copied(model).eval().requires_grad_(False), self.images[:2])
+        self.sites, self.skipped = find_sites(self.traced, self.settings.max_inputs)
+        recorder = _Recorder(self.traced, self.sites, self.settings.places)
         with torch.no_grad():
             recorder.run(self.images)
         self.wanted = recorder.wanted
@@ -117,14 +117,14 @@ class Reconstruction:
 
         Layers that see nothing of what was removed keep their weights, bit for bit. Raises UserError as `prune` does.
         """
-        kept, branches = _narrowed(self.model, kept_rows(self.model, choices)), vanished(choices)
+        kept, branches = narrowed(self.model, kept_rows(self.model, choices)), vanished(choices)
         pruned = cut_channels(self.model, kept, branches)
         if not kept and not branches:
             return pruned
         working = copied(pruned).eval().requires_grad_(False)
         with torch.no_grad():
             # The graph's modules are the working copy's own: what is solved in the graph is solved there.
-            _Repair(_trace(working, self.images[:2]), self, kept, branches).run(self.images)
+            _Repair(follow(working, self.images[:2]), self, kept, branches).run(self.images)
         pruned.load_state_dict(working.state_dict())
         return pruned
 
@@ -152,7 +152,7 @@ class Reconstruction:
         return hook
 
 
-def _narrowed(model: nn.Module, kept: KeptRows) -> KeptRows:
+def narrowed(model: nn.Module, kept: KeptRows) -> KeptRows:
     """Only the modules that lose channels: a group that is kept in full touches none of its own."""
     return {
         name: axes
@@ -236,7 +236,8 @@ def _move_before(node: fx.Node, wanted: fx.Node) -> None:
         node.prepend(each)
 
 
-def _trace(model: nn.Module, images: Tensor) -> fx.GraphModule:
+def follow(model: nn.Module, images: Tensor) -> fx.GraphModule:
+    """The graph of `model` in the order in which its layers are solved; UserError where `torch.fx` cannot trace it."""
     try:
         traced = trace(model, images)
         functionalise(traced)
@@ -341,7 +342,7 @@ class _Repair(fx.Interpreter):
         if now.shape != outputs.shape:
             return outputs
         lost = wanted.partner[:, keep] - now
-        return outputs + (lost if norm is None else lost / _norm_scale(norm))
+        return outputs + (lost if norm is None else lost / norm_scale(norm))
 
 
 def _rows(module: nn.Module, value: Tensor, places: int) -> Tensor:
@@ -349,7 +350,7 @@ def _rows(module: nn.Module, value: Tensor, places: int) -> Tensor:
     return outputs_at(value, places, last=isinstance(module, nn.Linear))
 
 
-def _norm_scale(norm: nn.Module) -> Tensor:
+def norm_scale(norm: nn.Module) -> Tensor:
     """What a batch norm multiplies its input with, kept away from 0."""
     variance, gain = _tensor(norm, "running_var"), norm.weight
     scale = torch.rsqrt(variance + float(norm.eps))  # type: ignore[arg-type]
