@@ -10,7 +10,7 @@ from markupsafe import Markup, escape
 
 __all__ = ["Markup", "copyable", "fold", "join", "page", "section", "table", "tag"]
 
-SELF_CLOSING = {"path", "rect", "line", "circle", "polyline"}
+SELF_CLOSING = {"path", "rect", "line", "circle", "polyline", "img"}
 # report.html.j2 takes report.css and report.js along: a page is one file.
 _TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent),

@@ -12,6 +12,7 @@ from ..runs.folder import CONFIG, FACTS, METRICS, RunFolder, read_config
 from ..runs.folder import read_json as stored_json
 
 CURVES = "curves.json"
+PREDICTIONS = "predictions.json"  # of a segmentation network
 STEPS = "curve.json"  # of `keepdrop iterate`
 JOINT = "network/decisions.json"  # of one agent for the whole network
 SEARCHES = "choices/agent/*.json"  # of `keepdrop compare`
@@ -47,7 +48,8 @@ class Run:
 
     `metrics` is None while the run is unfinished; `methods` are the layers by decider. `one_shot` says that one agent
     decided all layers at once, `network_curve` how its reward rose; `steps` is the curve of `keepdrop iterate`,
-    `searches` how the reward of each agent of `keepdrop compare` rose, by target and seed.
+    `searches` how the reward of each agent of `keepdrop compare` rose, by target and seed; `predictions` are pictures
+    of what a segmentation network answers.
     """
 
     path: Path
@@ -64,6 +66,7 @@ class Run:
     network_curve: tuple[float, ...] = ()
     steps: Mapping[str, Any] = field(default_factory=dict)
     searches: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    predictions: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def metric(self) -> str | None:
@@ -120,6 +123,7 @@ def read_run(path: Path) -> Run:
         network_curve=tuple(map(float, agent.get("reward_curve") or ())),
         steps=read_json(path / STEPS) or {},
         searches={file.stem: _curve(read_json(file) or {}) for file in sorted(path.glob(SEARCHES))},
+        predictions=read_json(path / PREDICTIONS) or {},
     )
 
 

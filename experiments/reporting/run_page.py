@@ -23,6 +23,7 @@ from .cards import (
 from .markup import Markup, copyable, page, section, table, tag
 from .methods_page import methods_page
 from .oracle_page import oracle_page
+from .predictions import predictions
 from .run_data import Run
 from .sections import filter_map, kept_bars, label, learning_curves, origin, trade_off
 
@@ -43,6 +44,7 @@ def _pruning_page(run: Run) -> str:
         cards(run),
         what_runs_where(run),
         trade_off(run),
+        predictions(run),
         _methods(run),
         kept_bars(run),
         learning_curves(run),

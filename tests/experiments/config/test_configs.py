@@ -20,9 +20,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ValidationError
 
 OPTIONS = [(group, option) for group, options in groups().items() for option in options]
-PRESETS = ("cifar10", "compare", "iterate", "oracle")
-# What a user has to give, where an option leaves it open.
-REQUIRED = {name: ["data.path=a.npz"] for name in ("npz", *(f"resnet20_{each}" for each in PRESETS))}
+EXPERIMENTS = {path.stem: path for path in resources.files("keepdrop.conf").joinpath("experiment").iterdir()}
+# What a user has to give, where an option leaves it open: an experiment's launch command says so.
+OPEN = [name for name, path in EXPERIMENTS.items() if "data.path=" in path.read_text().splitlines()[1]]
+REQUIRED = {name: ["data.path=a.npz"] for name in ("npz", *OPEN)}
 OWN_FUNCTION = {"custom"}
 PRESETS = {"experiment", "recipe"}  # settings of several sections, no object of their own
 
@@ -111,6 +112,23 @@ def test_every_argument_has_its_key(group, option):
     assert parameters - offered == {str(key) for key in node} - {"_target_", "_partial_"}
 
 
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name.endswith("_base")])
+def test_a_base_network_is_trained_for_the_experiments_of_its_name(name):
+    """Their reward images are held out of it, and the network is the same: its checkpoint loads, and nothing leaks."""
+    base = composed("train_cnn", [f"experiment={name}", *REQUIRED.get(name, [])])
+    stem, found = name.removesuffix("_base"), 0
+    for other, path in EXPERIMENTS.items():
+        if other == name or other.rpartition("_")[0] != stem:
+            continue
+        (root,) = roots_with("experiment", other)
+        config = composed(root, [f"experiment={other}", *REQUIRED.get(other, [])])
+        for part in ("network", "data", "split", "metric"):
+            assert config[part] == base[part], (other, part)
+        assert config.split.reward_from == "train" and f"checkpoint={name}/model.safetensors" in path.read_text()
+        found += 1
+    assert found
+
+
 @pytest.mark.parametrize("root", roots_with("recipe"))
 def test_a_recipe_is_of_fine_tuning_alone_and_goes_over_an_experiment(root):
     """Every method gets the same, whatever chose its filters; what is typed beside it still wins."""
@@ -171,7 +189,7 @@ def test_help_has_options_groups_and_three_examples(keepdrop, command):
     assert result.code == 0 and result.err == ""
     assert f"usage: keepdrop {command} " in result.out
     if "network" in composed(command.replace("-", "_")):
-        assert "network: custom, resnet110" in result.out
+        assert "network: custom, fcn, resnet110" in result.out
     examples = [line for line in result.out.split("Examples:")[1].splitlines() if "keepdrop" in line]
     assert len(examples) == 3 and all(f"keepdrop {command}" in line for line in examples)
     assert "Hydra" not in result.out and max(map(len, result.out.splitlines())) <= 120
