@@ -12,6 +12,7 @@ from torch import nn
 from ...errors import UserError
 from ..networks.cost import Cost
 from .filter_group import FilterGroup
+from .latency_meter import LatencyMeter
 from .meters import Clock, MacsMeter, Meter, WeightsMeter, removed
 
 SCOPES = ("groups", "network")
@@ -108,6 +109,14 @@ class Constraint:
         """Whether enough is gone when the groups keep that many filters."""
         return removed(self.meter, kept) >= self.removed - SLACK
 
+    def exactly(self, kept: Sequence[int]) -> float:
+        """The cost of exactly these widths; a time may be above `meter.cost`, which takes the fastest wider ones."""
+        return self.meter.seconds(kept) if isinstance(self.meter, LatencyMeter) else self.meter.cost(kept)
+
+    def missing(self, kept: Sequence[int]) -> float:
+        """What exactly these widths are short of, a fraction of the whole; 0 or less where the target is met."""
+        return self.removed - SLACK - (1.0 - self.exactly(kept) / self.meter.whole)
+
     def reached(self, kept: Sequence[int]) -> dict[str, Any]:
         """Dense and pruned cost in the meter's unit, JSON-able, beside what was asked for."""
         return {
@@ -115,7 +124,7 @@ class Constraint:
             "asked": self.asked,
             "unit": UNITS[self.name],
             "dense": self.meter.whole,
-            "pruned": self.meter.cost(kept),
+            "pruned": self.exactly(kept),
         }
 
 
@@ -143,13 +152,13 @@ class Constraints:
         """Whether a filter more may cost nothing."""
         return any(each.name in TIMED for each in self.each)
 
-    def takes_no_longer(self, kept: Sequence[int], than: Sequence[int]) -> bool:
-        """Whether a network with these widths is as fast as one with those."""
-        return all(
-            each.meter.cost(kept) <= each.meter.cost(than) + SLACK * each.meter.whole
-            for each in self.each
-            if each.name in TIMED
-        )
+    def seconds(self, kept: Sequence[int]) -> float:
+        """Time of exactly these widths; 0 where no target is one of time."""
+        return max((each.exactly(kept) for each in self.each if each.name in TIMED), default=0.0)
+
+    def missing(self, kept: Sequence[int]) -> float:
+        """The most that is missing of a target (`Constraint.missing`)."""
+        return max(each.missing(kept) for each in self.each)
 
     def holds(self, kept: Sequence[int]) -> bool:
         """Whether all hold when the groups keep that many filters."""
@@ -161,7 +170,7 @@ class Constraints:
 
     def tightened(self, kept: Sequence[int], step: float) -> Constraints:
         """Those that these counts miss ask for `step` more."""
-        return self._with(lambda each: each.removed + (0.0 if each.holds(kept) else step))
+        return self._with(lambda each: each.removed + (0.0 if each.missing(kept) <= 0 else step))
 
     def _with(self, removed_of: Callable[[Constraint], float]) -> Constraints:
         return Constraints(tuple(replace(each, removed=removed_of(each)) for each in self.each))

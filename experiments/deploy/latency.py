@@ -22,6 +22,7 @@ from ...errors import UserError
 from .export import RUNTIME
 from .runtimes import Runner, chosen_runtimes, from_file, runner
 
+SCATTERED = 2.0  # upper quartile, of the median: other programs had the processor
 OVERHEAD = 1e-3  # seconds: of a pass shorter than this, calling the layers takes a good part
 
 
@@ -167,7 +168,13 @@ def speed_advice(macs_fraction: float, latency: Sequence[Mapping[str, Any]], rou
 
 def _reason(latency: Sequence[Mapping[str, Any]], runtime: str, batch: int, round_to: int) -> tuple[str, str]:
     """Why fewer MACs did not make this pass shorter: the kind of reason, and a sentence."""
-    base, _ = paired(latency)[runtime, batch]
+    base, pruned = paired(latency)[runtime, batch]
+    late, typical = max((_quartiles(each)[1], each["median_seconds"]) for each in (base, pruned))
+    if late > SCATTERED * typical:
+        return "busy", (
+            f"At batch {batch} a quarter of the passes took {1e3 * late:.2f} ms or more and half of them at most "
+            f"{1e3 * typical:.2f} ms ({runtime}): the machine was busy, and these times say little."
+        )
     share = fixed_share(latency, runtime, batch)
     if share is None and base["median_seconds"] < OVERHEAD:
         return "short", "Passes of less than a millisecond are mostly overhead, which pruning does not remove."

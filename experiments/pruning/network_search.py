@@ -33,6 +33,8 @@ from .halving import Candidate, Halving, HalvingSettings, Result, Training
 from .pretrained import described, load_pretrained, pretrained_scores
 
 STEP = 0.01  # of what has to go
+NEARER = 0.7  # of what is missing, where that is more
+WIDER = 16  # channels that a width is looked for above
 UNIFORM = "uniform"
 STARTS = (RECONSTRUCTION, UNIFORM, PRETRAINED)
 Report = Callable[[NetworkTrainer, Mapping[str, float]], None]
@@ -235,14 +237,21 @@ def projection(one_shot: OneShotTask, target: Target) -> Project:
 
     def project(scores_N: Tensor) -> Tensor:
         by_name = {group.name: each for group, each in zip(one_shot.groups, scores_N.split(sizes), strict=True)}
-        aim = goal
+        aim, nearly = goal, None
         while aim.removed < 1:
             masks = keep_best(aim, by_name)
             allowed = {layer.group.name: layer.allowed(masks[layer.group.name][None])[0] for layer in one_shot.layers}
+            allowed = _widened(goal, one_shot, allowed, by_name)
             kept = [int(allowed[group.name].sum()) for group in one_shot.groups]
-            if goal.holds(kept):
-                return one_shot.joined(_with_free(goal, one_shot, allowed, by_name))
-            aim = aim.tightened(kept, STEP)  # what the limits took back has to go elsewhere
+            missing = goal.missing(kept)
+            if missing <= 0:
+                return one_shot.joined(allowed)
+            if nearly is None and goal.holds(kept):
+                nearly = allowed
+            # What the limits took back, or slow widths take, has to go elsewhere.
+            aim = aim.tightened(kept, max(STEP, NEARER * missing))
+        if nearly is not None:
+            return one_shot.joined(nearly)
         raise UserError(
             f"A target of {target} cannot be met under surgery.round_to, min_kept and protect; lower them or ask for "
             "less."
@@ -251,22 +260,29 @@ def projection(one_shot: OneShotTask, target: Target) -> Project:
     return project
 
 
-def _with_free(
+def _widened(
     goal: Constraints, one_shot: OneShotTask, masks: Mapping[str, Tensor], scores: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The masks with the widest allowed widths that take no more time: what rounding widths down took for nothing."""
-    limits, masks = one_shot.task.limits, dict(masks)
-    if limits.none or not goal.is_stepped:
+    """The masks with wider layers where these take no more time; as they are without a target of time.
+
+    A ranking is cut off by what the fastest widths take that are no smaller, and limits round widths down.
+    """
+    masks = dict(masks)
+    if not goal.is_stepped:
         return masks
+    limits, model = one_shot.task.limits, one_shot.task.model
     kept = [int(masks[group.name].sum()) for group in one_shot.groups]
     for place, group in enumerate(one_shot.groups):
-        for count in limits.counts(one_shot.task.model, group) if kept[place] else ():
-            more = [*kept[:place], count, *kept[place + 1 :]]
-            if count > kept[place] and goal.holds(more) and goal.takes_no_longer(more, kept):
-                keep = masks[group.name] = masks[group.name].clone()
-                best = scores[group.name].masked_fill(keep, -torch.inf).argsort(descending=True, stable=True)
-                keep[best[: count - kept[place]]] = True
-                kept = more
+        wider = range(kept[place] + 1, kept[place] + 1 + WIDER if kept[place] else 0)
+        counts = [n for n in limits.counts(model, group) if n in wider and (n % 2 == 0 or n == group.n_filters)]
+        choices = [[*kept[:place], n, *kept[place + 1 :]] for n in counts]
+        choices = [more for more in choices if all(each.holds(more) for each in goal.each if each.holds(kept))]
+        best = min(choices, key=lambda more: (goal.seconds(more), -more[place]), default=kept)
+        if best is not kept and goal.seconds(best) <= goal.seconds(kept):
+            keep = masks[group.name] = masks[group.name].clone()
+            order = scores[group.name].masked_fill(keep, -torch.inf).argsort(descending=True, stable=True)
+            keep[order[: best[place] - kept[place]]] = True
+            kept = best
     return masks
 
 
