@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from .experiments.api.settings import Settings
     from .experiments.deploy.export import export_int8, export_onnx
     from .experiments.deploy.profiling import profile
+    from .experiments.engines.local_processes import LocalEngine
+    from .experiments.engines.ray_actors import RayEngine
     from .experiments.pruning.agent_places import fetch_agent, share_agent
     from .experiments.training.train_settings import TrainSettings
     from .rewards.budget import Budget
@@ -59,6 +61,7 @@ _HOME = {
     "LatencyMeter": "envs.surgery.latency_meter",
     "LatencyProfile": "envs.surgery.latency_profile",
     "Limits": "envs.surgery.limits",
+    "LocalEngine": "experiments.engines.local_processes",
     "MeanAveragePrecision": "envs.data.average_precision",
     "MeanIoU": "envs.data.metrics",
     "Outcome": "rewards.outcome",
@@ -66,6 +69,7 @@ _HOME = {
     "Priced": "rewards.priced",
     "Progress": "experiments.api.progress",
     "PruningResult": "experiments.api.result",
+    "RayEngine": "experiments.engines.ray_actors",
     "Reward": "rewards.outcome",
     "Settings": "experiments.api.settings",
     "Top1": "envs.data.metrics",
@@ -101,6 +105,7 @@ __all__ = [
     "LatencyMeter",
     "LatencyProfile",
     "Limits",
+    "LocalEngine",
     "MeanAveragePrecision",
     "MeanIoU",
     "Outcome",
@@ -108,6 +113,7 @@ __all__ = [
     "Priced",
     "Progress",
     "PruningResult",
+    "RayEngine",
     "Reward",
     "Settings",
     "Top1",

@@ -12,7 +12,9 @@ from ...envs.groups.finding import find_groups
 from ...envs.surgery.filter_group import select_groups
 from ...envs.task import measure_baseline
 from ...errors import UserError
-from ..config.entry_point import allowed_modules, plain, run_with_hydra, settings
+from ..config.build import build_engine
+from ..config.entry_point import allowed_modules, plain, run_path, run_with_hydra, settings
+from ..config.ignored import PROCESSES, refuse_ignored
 from ..config.schema import PretrainingConfig, SplitConfig
 from ..pretraining.rounds import AGENTS, Pretraining, gains_of
 from ..pretraining.zoo import ZooNetwork, read_zoo
@@ -35,6 +37,7 @@ def run(config: DictConfig) -> dict[str, Any]:
 
 def check(config: DictConfig) -> list[ZooNetwork]:
     """The networks to train on; everything that is wrong with them is found before anything is written."""
+    refuse_ignored(config, [PROCESSES])
     networks = read_zoo(config.zoo, allowed_modules(config))
     families = {each.family for each in networks}
     if odd := sorted(set(plain(config.leave_out)) - families):
@@ -52,6 +55,7 @@ def check(config: DictConfig) -> list[ZooNetwork]:
             select_groups(find_groups(model, splits.example), None)
         except UserError as error:
             raise UserError(f"The network {network.name!r} of the zoo cannot be used: {error}") from error
+    build_engine(config).check(run_path(config))
     return left
 
 
@@ -60,7 +64,7 @@ def pretrain(networks: list[ZooNetwork], context: RunContext) -> dict[str, Any]:
     config, folder, terminal = context.config, context.folder, context.terminal
     chosen = settings(config.training, PretrainingConfig)
     training = Pretraining(
-        networks, settings(config.split, SplitConfig), chosen, folder.path, config.seed, config.workers
+        networks, settings(config.split, SplitConfig), chosen, folder.path, config.seed, build_engine(config)
     )
     with terminal.progress("trying", chosen.rounds * len(networks)) as bar:
         finished = 0

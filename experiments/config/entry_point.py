@@ -25,7 +25,10 @@ from ...errors import UserError
 from ...ranges import check_number
 from ...remote import is_url
 from ..deploy.clock import PROFILE
+from ..pruning.input_checks import resolve_device
 from ..runs.folder import CONFIG, FACTS, RunFolder, first_free
+from ..training.devices import check_devices, help_the_first, is_helper, meet, part
+from ..training.train_settings import TrainSettings
 from .cli_errors import expected
 from .schema import INHERITED, RANGES, ROOTS, register_schemas, structured
 from .stored import check_targets, is_offered, targets_in
@@ -33,6 +36,7 @@ from .stored import check_targets, is_offered, targets_in
 SettingsT = TypeVar("SettingsT")
 
 FREE = ("resume", "quiet", "engine")  # what a resumed run may be given anew: no result depends on it
+DEVICES = ("base.devices", "finetune.devices", "recovery.train.devices", "train.devices")
 MODULES = "modules"  # the setting that allows code, by name
 CONF = "pkg://keepdrop.conf"
 
@@ -49,7 +53,9 @@ def run_with_hydra(name: str, run: Callable[[DictConfig], Any]) -> None:
     def job(config: DictConfig) -> Any:
         try:
             check_settings(config, ROOTS[name])
-            return run(config)
+            if is_helper(devices := most_devices(config)):
+                return help_the_first(resolve_device(config.device).type)
+            return run(config) if devices == 1 else run_together(run, config, devices)
         except Exception as error:
             if os.getpid() != process:  # a launcher's worker: this list is a copy, and only Hydra tells the parent
                 raise
@@ -64,6 +70,21 @@ def run_with_hydra(name: str, run: Callable[[DictConfig], Any]) -> None:
             SweepFolder.current.tidy()
     if failures:
         raise failures[0]
+
+
+def most_devices(config: DictConfig) -> int:
+    """Devices of the training that takes the most, what was typed beside `resume` included."""
+    return max(OmegaConf.select(config, name, default=1) for name in DEVICES)
+
+
+def run_together(run: Callable[[DictConfig], Any], config: DictConfig, devices: int) -> Any:
+    """A command some of whose trainings run on several devices; processes of torchrun and Slurm end with it."""
+    check_devices([TrainSettings(batch_size=2 * devices, devices=devices)], resolve_device(config.device))
+    meet(devices, resolve_device(config.device).type)
+    try:
+        return run(config)
+    finally:
+        part()
 
 
 class SweepFolder(Callback):
@@ -146,6 +167,9 @@ def _stored(config: DictConfig, folder: RunFolder) -> DictConfig:
             stored[key] = config[key]
     check_settings(stored, ROOTS[command_name().replace("-", "_")])
     stored.quiet = config.quiet
+    for name in DEVICES:  # another machine may have more or fewer
+        if name in typed():
+            OmegaConf.update(stored, name, OmegaConf.select(config, name))
     if any(key.partition(".")[0] == "engine" for key in typed()):
         stored.engine = config.engine
     if "profile" in stored and (folder / PROFILE).is_file():

@@ -83,6 +83,16 @@ PATIENCE = Ignored(
 )
 
 
+def _has_engine_workers(config: DictConfig) -> bool:
+    engine = config.engine
+    return "Local" not in str(engine.get("_target_")) or engine.get("workers") is not None
+
+
+PROCESSES = Ignored(
+    "workers", "engine has workers of its own: engine.workers says how many of them there are.", _has_engine_workers
+)
+
+
 def _lr(config: DictConfig, key: str) -> float | None:
     return OmegaConf.select(config, f"{key}.lr")
 

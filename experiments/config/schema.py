@@ -174,6 +174,7 @@ class PruneConfig(PruningConfig):
     layers: list[str] | None = None
     target: TargetConfig = field(default_factory=TargetConfig)
     profile: ClockSettings = field(default_factory=ClockSettings)
+    engine: Any = None
     network_search: NetworkSearchSettings = field(default_factory=NetworkSearchSettings)
     repair: ReconstructionSettings = field(default_factory=ReconstructionSettings)
     order: str = "forward"
@@ -246,6 +247,7 @@ class CompareConfig(CheckpointConfig):
     random_best: RandomBestConfig = field(default_factory=RandomBestConfig)
     network_search: NetworkSearchSettings = field(default_factory=_comparison_search)
     repair: ReconstructionSettings = field(default_factory=lambda: ReconstructionSettings(images=256))
+    engine: Any = None
     workers: int = 2
     resume: str | None = None
 
@@ -351,6 +353,7 @@ class PretrainConfig:
     run_dir: str = "???"
     quiet: bool = False
     resume: str | None = None
+    engine: Any = None
     workers: int = 2
     split: SplitConfig = field(default_factory=lambda: SplitConfig("test", 2000))
     training: PretrainingConfig = field(default_factory=PretrainingConfig)

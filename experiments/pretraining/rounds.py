@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from ...envs.observation import STATISTIC_NAMES
 from ...envs.surgery.targets import Target
 from ...errors import UserError
 from ..config.schema import PretrainingConfig, SplitConfig
+from ..engines.engine import Engine, Workers
+from ..engines.local_processes import LocalEngine
 from ..pruning.agent_card import ANY_NETWORK, write_card
-from ..runs.processes import processes
 from ..runs.seeds import derive_seed
 from .worlds import (
     CONTROLS,
@@ -48,7 +49,7 @@ class Pretraining:
         settings: how.
         folder: `worlds/NETWORK/` holds what was seen and tried, `agents/ROUND/` the policy after each round.
         seed: of everything.
-        workers: processes; they share networks.
+        engine: its workers share the networks.
     """
 
     networks: Sequence[ZooNetwork]
@@ -56,7 +57,7 @@ class Pretraining:
     settings: PretrainingConfig
     folder: Path
     seed: int = 0
-    workers: int = 1
+    engine: Engine = field(default_factory=LocalEngine)
 
     @property
     def aims(self) -> list[Target]:
@@ -66,11 +67,18 @@ class Pretraining:
     def run(self, show: Show) -> GroupPolicy:
         """All rounds that are missing; returns the last policy."""
         policy = self.policy(0)
-        for number in range(self.settings.rounds):
-            self.sample(number, policy, show)
-            if not (self.folder / AGENTS / str(number + 1) / WEIGHTS).is_file():
-                self.learn(number, policy)
-            policy = self.policy(number + 1)
+        lost = (
+            "A process was killed, perhaps because memory ran out; what is finished is kept: continue with "
+            f"resume={self.folder}."
+        )
+        # Elsewhere this process's folder may have another relative path.
+        there = replace(self, folder=self.folder.absolute(), engine=LocalEngine())
+        with self.engine.open(_itself, there, lost=lost, here=self) as workers:
+            for number in range(self.settings.rounds):
+                self.sample(number, policy, show, workers)
+                if not (self.folder / AGENTS / str(number + 1) / WEIGHTS).is_file():
+                    self.learn(number, policy)
+                policy = self.policy(number + 1)
         return policy
 
     def policy(self, number: int) -> GroupPolicy:
@@ -82,17 +90,13 @@ class Pretraining:
         assert isinstance(policy, GroupPolicy)
         return policy
 
-    def sample(self, number: int, policy: GroupPolicy, show: Show) -> None:
+    def sample(self, number: int, policy: GroupPolicy, show: Show, workers: Workers) -> None:
         """Try actions in every world where this round did not yet."""
         missing = [network for network in self.networks if self._missing(network, number)]
         show("", len(self.networks) - len(missing), len(self.networks))
-        killed = (
-            "A process was killed, perhaps because memory ran out; what is finished is kept: continue with "
-            f"resume={self.folder}."
-        )
-        with processes(self.workers, killed) as spread:
-            for done, name in enumerate(spread(self._sample_one, [(each, number, policy) for each in missing]), 1):
-                show(name, len(self.networks) - len(missing) + done, len(self.networks))
+        tried = workers.as_done(_sample, [(each, number, policy) for each in missing])
+        for done, name in enumerate(tried, len(self.networks) - len(missing) + 1):
+            show(name, done, len(self.networks))
 
     def learn(self, number: int, policy: GroupPolicy) -> None:
         """Move the policy along the gradient of this round and save it."""
@@ -151,7 +155,8 @@ class Pretraining:
             if not file.is_file() and not (skipped / f"{target_name(aim)}.{SKIPPED}").is_file()
         ]
 
-    def _sample_one(self, network: ZooNetwork, number: int, policy: GroupPolicy) -> str:
+    def sample_one(self, network: ZooNetwork, number: int, policy: GroupPolicy) -> str:
+        """Try actions on one network at every target that is missing; returns its name."""
         own = self.folder / WORLDS / network.name
         subject = Subject(network, self.splits, self.settings.fit_images, self.settings.sampling, own)
         for aim in self._missing(network, number):
@@ -167,6 +172,14 @@ class Pretraining:
                 continue
             write_record(own / f"{name}.round-{number}.json", record)
         return network.name
+
+
+def _itself(training: Pretraining) -> Pretraining:
+    return training
+
+
+def _sample(training: Pretraining, item: tuple[ZooNetwork, int, GroupPolicy]) -> str:
+    return training.sample_one(*item)
 
 
 def gains_of(records: Mapping[Any, Mapping[str, Any]]) -> dict[str, Any]:

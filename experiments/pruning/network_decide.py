@@ -17,6 +17,9 @@ from ...envs.observation import STATISTIC_NAMES
 from ...envs.one_shot import GROUP_NAME, OneShotTask
 from ...envs.surgery.targets import Target
 from ...envs.task import PruningTask
+from ..engines.engine import Engine
+from ..engines.local_processes import LocalEngine
+from ..engines.spread_task import spread_over
 from ..runs.seeds import derive_seed
 from .decide import AGENT, AskCriterion, observation_tensors
 from .halving import Training
@@ -50,6 +53,7 @@ class TrainNetworkAgent:
         report: told about every update.
         facts: saved with the agent (command, configuration).
         training: of the search's best masks, where `settings.halving` wants that.
+        engine: judges the masks.
     """
 
     def __init__(
@@ -59,15 +63,18 @@ class TrainNetworkAgent:
         report: Report | None = None,
         facts: Mapping[str, Any] | None = None,
         training: Training | None = None,
+        engine: Engine | None = None,
     ) -> None:
         self.settings, self.target, self.training = settings, target, training
+        self.engine = engine or LocalEngine()
         self.report, self.facts = report, dict(facts or {})
 
     def __call__(self, one_shot: OneShotTask, working: Path, state: Path, seed: int) -> NetworkDecision:
         """Train, save, decide."""
         task = one_shot.task
-        agent = NetworkAgent(self.settings, one_shot, self.report, state, self.training)
-        masks = agent.choose(self.target, seed)
+        with spread_over(self.engine, one_shot) as judged:
+            agent = NetworkAgent(self.settings, judged, self.report, state, self.training)
+            masks = agent.choose(self.target, seed)
         assert agent.policy is not None
         facts = {**fit_facts(task), "target": self.target.facts(), "seed": seed, **agent.facts}
         known = {
