@@ -101,6 +101,6 @@ def test_times_of_a_busy_machine_are_not_explained_by_widths():
     latency = [_record("base", 1.0), _record("pruned", 1.0) | {"high_seconds": 13.6e-3}]
     said = speed_advice(0.4, latency)
     assert said is not None and said.endswith(
-        "At batch 1 a quarter of the passes took 13.60 ms or more and half of them at most 1.00 ms (eager): the machine "
-        "was busy, and these times say little."
+        "At batch 1 a quarter of the passes took 13.60 ms or more and half of them at most 1.00 ms (eager): the "
+        "machine was busy, and these times say little."
     )
