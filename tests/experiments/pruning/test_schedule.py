@@ -20,6 +20,9 @@ class Unwatched:
     def layer_begins(self, *_arguments):
         pass
 
+    def network_ends(self, *_arguments):
+        pass
+
     def layer_ends(self, *_arguments):
         pass
 
