@@ -28,7 +28,7 @@ from ...errors import UserError
 from ...remote import local, named, writing
 from ...strict_json import parse_json
 from ..data.packing import packed_batch
-from ..networks import built_in as networks
+from ..networks import built_in, segmentation
 from ..networks.answers import as_called, as_given
 from ..networks.checkpoint import PROFILED
 from ..networks.inputs import mapped
@@ -49,8 +49,11 @@ BRANCHES = "branches"
 LARGEST = 10**6  # no width or number of classes of keepdrop's own networks comes near
 WEIGHTS, ARCHITECTURE = "model.safetensors", "architecture.json"
 BUILT_IN = {
-    f"keepdrop.envs.networks.built_in.{name}": getattr(networks, name)
-    for name in ("small_cnn", "vgg16_bn", "cifar_resnet")
+    f"keepdrop.envs.networks.{made.__module__.rpartition('.')[2]}.{made.__name__}": made
+    for made in (
+        *(built_in.small_cnn, built_in.vgg16_bn, built_in.cifar_resnet, built_in.cifar_resnet18),
+        *(segmentation.fcn, segmentation.segnet),
+    )
 }
 
 

@@ -11,6 +11,7 @@ from importlib.metadata import version
 import pytest
 from hydra import compose, initialize_config_module
 from hydra.utils import get_object
+from keepdrop.envs.files.pruned_network import BUILT_IN
 from keepdrop.experiments.commands.cli import COMMANDS
 from keepdrop.experiments.commands.help import command_help, offered
 from keepdrop.experiments.config.cli_errors import groups, known_keys
@@ -110,6 +111,11 @@ def test_every_argument_has_its_key(group, option):
     parameters = set(inspect.signature(get_object(node["_target_"])).parameters)
     offered = {"n_filters", "n_weights", "n_statistics", "statistic_names", "seed"} if group == "policy" else set()
     assert parameters - offered == {str(key) for key in node} - {"_target_", "_partial_"}
+
+
+def test_a_pruned_network_of_every_option_loads_without_its_constructor():
+    options = [option for option in groups()["network"] if option not in OWN_FUNCTION]
+    assert {composed("prune", [f"network={option}"]).network._target_ for option in options} == set(BUILT_IN)
 
 
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name.endswith("_base")])
