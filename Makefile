@@ -10,7 +10,7 @@ INSTALL := $(PIP) install --quiet --constraint constraints.txt
 # torch alone: its index has other packages too, and asking it for each of them would be slow.
 TORCH_FIRST := $(PIP) install --quiet --constraint constraints.txt --no-deps --retries 0 --timeout 15 \
     --index-url $(TORCH_INDEX) torch 2> $(VENV)/torch.log || echo "No torch from $(TORCH_INDEX): taking pip's own."
-EXTRAS := detection,dev,docs,hub,lightning,onnx,peers,plots,s3,s3-tests,sb3,stats,sweeps,transformers
+EXTRAS := detection,dev,docs,hub,lightning,onnx,peers,plots,ray,s3,s3-tests,sb3,stats,sweeps,transformers
 
 .PHONY: demo test test-all test-extras coverage lint typecheck docs docs-serve build-package install extras clean
 
@@ -24,10 +24,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 extras: $(VENV)/.extras
 
-# torchvision and timm come alone: as extras they would exchange the CPU build of torch for another one.
+# torchvision and timm come alone: as extras they would exchange the CPU build of torch for another one. So does the
+# launcher of Ray, which would ask for an older joblib and works with this one.
 $(VENV)/.extras: $(VENV)/.installed
 	$(INSTALL) --editable ".[$(EXTRAS)]"
-	$(INSTALL) --no-deps torchvision timm
+	$(INSTALL) --no-deps torchvision timm hydra-ray-launcher
 	touch $@
 
 demo: install

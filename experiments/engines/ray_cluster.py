@@ -49,12 +49,10 @@ class ClusterSettings:
         check_numbers(self, workers=COUNT, cpus=POSITIVE, gpus=NOT_NEGATIVE, retries=COUNT_OR_NONE, wait=POSITIVE)
 
 
-def import_ray() -> Any:
-    """The module; UserError where Ray is not installed."""
+def import_ray(what: str = "engine=ray") -> Any:
+    """The module; UserError, about what needs it, where Ray is not installed."""
     if importlib.util.find_spec("ray") is None:
-        raise UserError(
-            "engine=ray needs Ray, which is not installed: pip install 'keepdrop[ray]', or leave engine at local."
-        )
+        raise UserError(f"{what} needs Ray, which is not installed; run pip install 'keepdrop[ray]'.")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent to anybody
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray warns of its own default otherwise
     import ray

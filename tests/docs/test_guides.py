@@ -33,7 +33,7 @@ SMALL = {
         "quiet=true",
     ],
 }
-LAUNCHERS = ("joblib", "submitit")
+LAUNCHERS = {"processes": "joblib", "slurm_here": "submitit", "ray_here": "ray"}  # of the presets their plugins
 BASE = ["base.epochs=2", "base.lr=0.05", "layers=[conv1,conv2]"]
 torch.set_num_threads(1)
 
@@ -239,8 +239,8 @@ def test_own_policy(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", [None, *LAUNCHERS])
 def test_sweeps(launcher, folder):
-    if launcher and importlib.util.find_spec(f"hydra_plugins.hydra_{launcher}_launcher") is None:
-        pytest.skip(f"hydra-{launcher}-launcher is not installed (extra 'sweeps')")
+    if launcher and importlib.util.find_spec(f"hydra_plugins.hydra_{LAUNCHERS[launcher]}_launcher") is None:
+        pytest.skip(f"hydra-{LAUNCHERS[launcher]}-launcher is not installed (extra 'sweeps' or 'ray-sweeps')")
     lines = {next((name for name in LAUNCHERS if name in text), None): text for _, text in blocks("sweeps.md", "sh")}
     line = lines[launcher]
     program = str(Path(sys.executable).with_name("keepdrop"))

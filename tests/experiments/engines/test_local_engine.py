@@ -78,6 +78,6 @@ def test_a_search_over_processes_decides_the_same(one_shot):
         there = decided(spread)
         with pytest.raises(ValueError, match="masks of the network have shape"):
             spread.outcomes(torch.ones(one_shot.n_filters))
-        with pytest.raises(ValueError, match="keeps nothing"):
+        with pytest.raises(ValueError, match="keeps no filter at all"):
             spread.outcomes(torch.zeros(2, one_shot.n_filters))
     assert there == decided(one_shot)
