@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
@@ -35,6 +36,7 @@ from ..pruning.recover import Recover, RecoverySettings
 from ..pruning.schedule import LayerRecord, Recovery, Schedule
 from ..runs.seeds import derive_seed
 from ..training.augment import Augment
+from ..training.devices import check_devices, help_the_first, is_helper, meet
 from ..training.guarded import Judgement, fine_tune, keep_better
 from ..training.loop import check_augment
 from ..training.train_settings import TrainSettings
@@ -112,9 +114,18 @@ class Job:
     def check_training(self, *chosen: TrainSettings | OwnLoop | None) -> None:
         """Try one step of keepdrop's own training, if there is to be one; UserError where it fails.
 
+        Where torchrun or Slurm started several processes for it, the first one goes on, and the others only do their
+        share of the training and exit.
+
         What makes the network's accuracies uncertain is said here, as well: nothing was searched yet.
         """
         own = [each for each in chosen if isinstance(each, TrainSettings)]
+        devices, where = max((each.devices for each in own), default=1), self.task.device
+        check_devices(own, where)
+        if is_helper(devices):
+            help_the_first(where.type)
+            sys.exit(0)
+        meet(devices, where.type)
         try_training(self.dense, self.splits, own, self.task.groups)
         for note in self.task.plan.notes:
             warnings.warn(note, Notice, stacklevel=3)

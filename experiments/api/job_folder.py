@@ -81,6 +81,8 @@ def described(value: Any, before: Any = None) -> Any:
         if isinstance(value, TrainSettings) and known and "top_lr" not in known:
             value = dataclasses.replace(value, lr=value.rate)
         fields = [each for each in dataclasses.fields(value) if not known or each.name in known or _is_set(value, each)]
+        # Of a training, how many devices share it is nobody's business: another machine may have more or fewer.
+        fields = [each for each in fields if not (isinstance(value, TrainSettings) and each.name == "devices")]
         called = {each.name: described(getattr(value, each.name), known.get(each.name)) for each in fields}
         return {"": type(value).__qualname__} | called
     if isinstance(value, functools.partial):

@@ -36,7 +36,7 @@ from .stored import check_targets, is_offered, targets_in
 SettingsT = TypeVar("SettingsT")
 
 FREE = ("resume", "quiet", "engine")  # what a resumed run may be given anew: no result depends on it
-DEVICES = ("base.devices", "finetune.devices", "recovery.train.devices", "train.devices")
+DEVICES = ("base.devices", "finetune.devices", "recovery.train.devices", "train.devices")  # likewise, but for rounding
 MODULES = "modules"  # the setting that allows code, by name
 CONF = "pkg://keepdrop.conf"
 
@@ -185,7 +185,7 @@ def _check_repeated(resume: str, stored: DictConfig) -> None:
     others = [
         f"{key}={value}"
         for key, value in typed().items()
-        if key.partition(".")[0] not in FREE and (key not in known or known[key] != value)
+        if key not in DEVICES and key.partition(".")[0] not in FREE and (key not in known or known[key] != value)
     ]
     if others:
         raise UserError(

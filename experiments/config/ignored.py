@@ -102,6 +102,7 @@ def training(key: str) -> tuple[Ignored, ...]:
     return (
         Ignored(f"{key}.temperature", f"{key}.distill_weight=0 has no teacher.", _is(f"{key}.distill_weight", 0)),
         Ignored(f"{key}.top_lr", f"{key}.lr gives the rate itself.", lambda config: _lr(config, key) is not None),
+        Ignored(f"{key}.sync_batch_norm", f"{key}.devices=1 has all images.", _is(f"{key}.devices", 1)),
         Ignored(f"{key}.final_lr", f"{key}.schedule=constant never falls.", _is(f"{key}.schedule", "constant")),
     )
 

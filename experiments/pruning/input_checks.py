@@ -17,6 +17,7 @@ from ...envs.networks.modes import evaluating
 from ...envs.surgery.cutting import prune
 from ...envs.surgery.filter_group import FilterGroup
 from ...errors import Notice, UserError, first_line, summarised
+from ..training.devices import check_devices
 from ..training.loop import DivergedError, fit_network
 from ..training.train_settings import TrainSettings
 
@@ -93,6 +94,8 @@ def try_training(
 
     Only where one of the trainings that are to follow is longer than 0 epochs; hours of search come before them.
     """
+    settings = list(settings)
+    check_devices(settings, next(iter(model.parameters())).device)
     chosen = next((each for each in settings if each.epochs > 0), None)
     if chosen is None:
         return
@@ -105,7 +108,7 @@ def try_training(
 def _try_step(model: nn.Module, splits: Splits, chosen: TrainSettings, which: str) -> None:
     """One step on two images, which changes nothing but the copy."""
     pair = splits.fit.select(torch.arange(2)) if len(splits.fit) > 1 else splits.fit
-    step = replace(chosen, epochs=1, batch_size=2, lr=0.0, distill_weight=0.0, bf16=False)
+    step = replace(chosen, epochs=1, batch_size=2, lr=0.0, distill_weight=0.0, bf16=False, devices=1)
     try:
         fit_network(copied(model), pair, step, seed=0)
         return

@@ -8,21 +8,24 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Required, TypedDict
+from typing import Any, Required, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from ...envs.data.images import LabelledImages
 from ...envs.data.objective import TOP1, Objective, objective_of
+from ...envs.networks.copying import copied
 from ...envs.networks.memory_layout import CONTIGUOUS, common_layout, layout_of
 from ...envs.networks.modes import modes_restored
 from ...errors import UserError
 from .augment import Augment, RandomCropFlip
 from .averaging import Average
+from .devices import Team, quiet, stepping, synchronised, working_together
 from .heads import Heads
 from .snapshot import TrainingState, load_snapshot, save_snapshot
 from .train_settings import TrainSettings
@@ -96,20 +99,18 @@ def fit_network(
         if snapshot is not None and snapshot.exists():
             state.step = load_snapshot(state, snapshot)
         history = []
-        model.train()
-        if teacher is not None:
-            teacher.eval()
-        while state.step < run.n_steps:
-            record = run.epoch(state.step)
-            state.step = record.step
-            history.append(record)
-            if epoch_ends is not None:
-                with run.averaged():
-                    epoch_ends(record)
-            if snapshot is not None:
-                save_snapshot(state, snapshot)
-            if progress is not None:
-                progress(record)
+        with run.started(state.step):
+            while state.step < run.n_steps:
+                record = run.epoch(state.step)
+                state.step = record.step
+                history.append(record)
+                if epoch_ends is not None:
+                    with run.averaged():
+                        epoch_ends(record)
+                if snapshot is not None:
+                    save_snapshot(state, snapshot)
+                if progress is not None:
+                    progress(record)
         if run.average is not None:
             run.average.swap()
     return TrainResult(run.n_steps, tuple(history))
@@ -136,6 +137,57 @@ class _Run:
     def __post_init__(self) -> None:
         self.heads = Heads(self.model)
         self.average = None if self.settings.ema is None else Average(self.model, self.settings.ema)
+        self.team: Team | None = None
+        self.called: nn.Module = self.model
+
+    @contextmanager
+    def started(self, step: int) -> Iterator[None]:
+        """Everything is in training mode inside, and the helpers of a training on several devices do their share."""
+        if self.settings.devices == 1 or step >= self.n_steps:
+            with self._ready():
+                yield
+            return
+        with working_together(self.settings.devices, self.device) as team:
+            facts = (self.model, self.data, self.settings, self.seed, self.augment, self.teacher)
+            unused = self._leaves_some()
+            team.send(partial(_help, facts, self.optimizer.state_dict(), step, unused))
+            try:
+                with self._ready(team, unused):
+                    yield
+            except DivergedError as error:  # in every process alike, so that none of them waits
+                diverged = error
+            else:
+                return
+        raise diverged
+
+    @contextmanager
+    def _ready(self, team: Team | None = None, unused: bool = False) -> Iterator[None]:
+        self.model.train()
+        if self.teacher is not None:
+            self.teacher.eval()
+        if team is None:
+            yield
+            return
+        with synchronised(self.model, self.settings.sync_batch_norm), quiet():
+            self.team, self.called = team, team.wrapped(self.model, unused)
+            try:
+                yield
+            finally:
+                self.team, self.called = None, self.model
+
+    def _leaves_some(self) -> bool:
+        """Whether a step gives some parameters no gradient, tried on a copy and two images."""
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            trial = replace(self, model=copied(self.model).train())
+            images, labels = self.data.batch(torch.arange(2))
+            trial._loss(images.to(self.device), labels.to(self.device))[0].backward()
+        return any(each.requires_grad and each.grad is None for each in trial.model.parameters())
+
+    def help(self, team: Team, step: int, unused: bool) -> None:
+        """This process's share of the steps that are left."""
+        with self._ready(team, unused), suppress(DivergedError):
+            while step < self.n_steps:
+                step = self.epoch(step).step
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -190,7 +242,7 @@ class _Run:
         epoch = first_step // self.steps_per_epoch
         last_step = min(self.n_steps, (epoch + 1) * self.steps_per_epoch)
         self.losses, self.points = [], []
-        with _global_rng_seeded(_mix(self.seed, 2 * epoch), self.device):
+        with _global_rng_seeded(self._stream(2 * epoch), self.device):
             # One generator per epoch: an epoch is the same whether or not the ones before ran in this process.
             generator = torch.Generator().manual_seed(_mix(self.seed, 2 * epoch + 1))
             order = torch.randperm(len(self.data), generator=generator).split(self.settings.batch_size)
@@ -202,6 +254,10 @@ class _Run:
         accuracy = self.objective.fraction(points)
         return TrainProgress(last_step, self.n_steps, epoch + 1, lr, loss / len(points), accuracy)
 
+    def _stream(self, stream: int) -> int:
+        """The seed of what a process draws for its share of an epoch: one of its own, the first one's as if alone."""
+        return _mix(self.seed, stream + (0 if self.team is None else self.team.rank << 40))
+
     def _refuse_divergence(self, epoch: int, loss: float) -> None:
         finite = all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters())
         if not (math.isfinite(loss) and finite):
@@ -209,24 +265,36 @@ class _Run:
             raise DivergedError(f"Training diverged in epoch {epoch + 1}: {what}; lower lr (it is {self.settings.lr}).")
 
     def _step(self, step: int, indices: Tensor, generator: torch.Generator) -> None:
-        images, labels = self.data.batch(indices)
-        if self.augment is not None:
-            images = self.augment(images, generator)
+        images, labels = self._batch(indices, generator)
         # Channels-last inputs alone make the convolutions a quarter faster on a CPU; the weights keep their layout.
         images, labels = images.to(self.device), labels.to(self.device)
         images = images.to(memory_format=self._layout(images))
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr_at(step, self.n_steps)
         self.optimizer.zero_grad()
-        loss, outputs = self._loss(images, labels)
-        loss.backward()
+        divided = self.team is not None and self.team.divides(len(indices))
+        with stepping(self.team, divided):
+            loss, outputs = self._loss(images, labels)
+            loss.backward() if self.team is None else self.team.backward(loss)
         self.optimizer.step()
         if self.average is not None:
             self.average.update(step)
-        self.losses.append(float(loss.detach() * len(labels)))
+        total = loss.detach() * len(labels)
+        if self.team is not None and divided:
+            total = self.team.gathered(total[None]).sum()
+        self.losses.append(float(total))
         if not math.isfinite(self.losses[-1]):  # before the metric meets what is no number
             self._refuse_divergence(step // self.steps_per_epoch, self.losses[-1])
-        self.points.append(self.objective.points(outputs, labels).cpu())
+        points = self.objective.points(outputs, labels)
+        self.points.append((self.team.gathered(points) if self.team is not None and divided else points).cpu())
+
+    def _batch(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Images and labels of a step, augmented; with several devices this one's share of the same images."""
+        if self.augment is None:
+            return self.data.batch(indices if self.team is None else self.team.share(indices))
+        images, labels = self.data.batch(indices)
+        images = self.augment(images, generator)
+        return (images, labels) if self.team is None else (self.team.share(images), self.team.share(labels))
 
     def _layout(self, images: Tensor) -> torch.memory_format:
         """Channels-last if the network trains so, backward pass included, and the teacher answers."""
@@ -237,7 +305,7 @@ class _Run:
     def _loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         weight, objective = self.settings.distill_weight, self.objective
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.bf16):
-            answers = self.heads(self.model(images), images)
+            answers = self.heads(self.called(images), images)
             with torch.no_grad():
                 dense = self.teacher(images) if self.teacher is not None and weight > 0 else None
         outputs = answers.main.float()
@@ -247,6 +315,16 @@ class _Run:
         if dense is not None:
             loss = objective.distilled(loss, outputs, dense, labels, weight, self.settings.temperature)
         return loss, outputs.detach()
+
+
+def _help(facts: tuple[Any, ...], optimizer: dict[str, Any], step: int, unused: bool, team: Team) -> None:
+    """What a helper does of one training: the same steps on its share of the images; nothing is written."""
+    model, data, settings, seed, augment, teacher = facts
+    device = team.fabric.device
+    with _thawed(model):
+        run = _Run.build(model, data, settings, seed, augment, None if teacher is None else teacher.to(device), device)
+        run.optimizer.load_state_dict(optimizer)
+        run.help(team, step, unused)
 
 
 def steps_of(data: LabelledImages, settings: TrainSettings) -> int:

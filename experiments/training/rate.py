@@ -51,7 +51,7 @@ def bearable_rate(
     if settings.lr is not None or min(n_images, len(data)) < FEWEST or rate == 0:
         return rate
     rates = [rate, *(lowered(rate, tenth) for tenth in range(1, TENTHS + 1))]
-    one = replace(settings, lr=rate, momentum=0.0, schedule="constant", warmup=0.0, ema=None)
+    one = replace(settings, lr=rate, momentum=0.0, schedule="constant", warmup=0.0, ema=None, devices=1)
     one = replace(one, epochs=settings.epochs / steps_of(data, settings))
     stepped = copied(model)
     try:

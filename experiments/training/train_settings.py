@@ -40,6 +40,10 @@ class TrainSettings:
             (GoogLeNet, Inception, deep supervision).
         ema: decay of a moving average of the weights, such as 0.999: the average is what is judged and kept. It rises
             with the steps (`Average`), so a short training needs no other one. None: the weights themselves.
+        devices: processes that share each step, one per GPU or, on a CPU, with a share of its cores each; more than one
+            takes Lightning (`keepdrop[lightning]`). `batch_size` is still that of a step.
+        sync_batch_norm: with several devices, whether batch normalisation takes the images of all of them together, as
+            one device does; false: each its own share.
     """
 
     epochs: float = 5.0
@@ -58,6 +62,8 @@ class TrainSettings:
     top_lr: float = field(default=0.05, repr=False)
     auxiliary: float = field(default=0.3, repr=False)
     ema: float | None = field(default=None, repr=False)
+    devices: int = field(default=1, repr=False)
+    sync_batch_norm: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.schedule not in ("cosine", "linear", "constant"):
@@ -73,6 +79,12 @@ class TrainSettings:
         if self.ema is not None and not 0 <= self.ema < 1:
             raise UserError(f"ema must lie in [0, 1), such as 0.999, or be left out, got {self.ema}.")
         check_numbers(self, epochs=(0, 1e6), batch_size=(2, 10**7), lr=NOT_NEGATIVE, top_lr=NOT_NEGATIVE)
+        check_numbers(self, devices=(1, 4096))
+        if self.batch_size % self.devices:
+            raise UserError(
+                f"batch_size is {self.batch_size}, which {self.devices} devices cannot share; expected a multiple of "
+                f"{self.devices}."
+            )
         check_numbers(self, weight_decay=NOT_NEGATIVE, temperature=POSITIVE, auxiliary=NOT_NEGATIVE)
 
     @property

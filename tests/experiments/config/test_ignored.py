@@ -75,6 +75,10 @@ REFUSED = [
     (("iterate",), "drop_bound=0.1", "target.hold_bound=true"),
     (("iterate", "target.removed=null"), "target.resource=params", "drop_bound alone"),
     (("iterate", "target.removed=null"), "target.hold_bound=true", "drop_bound alone"),
+    *((command, f"{key}.sync_batch_norm=true", "has all images") for command, key in (
+        (("train-cnn",), "base"), (("prune",), "finetune"), (("prune",), "recovery.train"), (("iterate",), "train"),
+        (("iterate",), "finetune"), (("compare",), "finetune"), (APPLY, "finetune"), (APPLY, "recovery.train"),
+    )),
     *(((*command, f"{key}.lr=0.01"), f"{key}.top_lr=0.02", "gives the rate itself") for command, key in (
         (("train-cnn",), "base"), (("prune",), "recovery.train"), (("prune",), "finetune"), (APPLY, "recovery.train"),
         (APPLY, "finetune"), (("compare",), "finetune"), (("iterate",), "finetune"), (("iterate",), "train"),
