@@ -135,6 +135,12 @@ def test_a_base_network_is_trained_for_the_experiments_of_its_name(name):
     assert found
 
 
+def test_an_experiment_of_another_command_is_named_as_such(refused):
+    asked = ["experiment=resnet18_quarter_cifar10", "data.path=x.npz"]
+    expected = "experiment=resnet18_quarter_cifar10 is one of keepdrop prune; expected one of keepdrop train-cnn"
+    assert refused("train-cnn", *asked).startswith(expected)
+
+
 @pytest.mark.parametrize("root", roots_with("recipe"))
 def test_a_recipe_is_of_fine_tuning_alone_and_goes_over_an_experiment(root):
     """Every method gets the same, whatever chose its filters; what is typed beside it still wins."""
