@@ -122,7 +122,7 @@ def line_of(row: Row, options: argparse.Namespace) -> list[str]:
         based = next((each for each in rows_of(options.name, options.seeds) if each.name == row.needs), None)
         checkpoint = folder_of(based, options.runs) / "model.safetensors" if based else options.checkpoint
         arguments.append(f"checkpoint={checkpoint}")
-    known = known_keys(row.command.replace("-", "_"))
+    known = known_keys(row.command.replace("-", "_"), arguments)
     if row.command != "train-cnn":  # a checkpoint brings a network that is trained already
         known = [key for key in known if not key.startswith("base.")]
     return [*start, *arguments, *(each for each in options.also if each.partition("=")[0] in known)]

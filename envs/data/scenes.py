@@ -46,7 +46,7 @@ def composed_scenes(
     if size < 32 or size % 8:
         raise UserError(f"composed_scenes needs a size of 32 or more that is a multiple of 8, got size={size}.")
     source, grounds = digits(), {"train": None, "test": None} if photos is None else _photos(Path(photos))
-    parts = {}
+    parts: dict[str, tuple[Tensor, Tensor]] = {}
     for number, (part, n_scenes) in enumerate((("train", n_train), ("test", n_test))):
         generator = torch.Generator().manual_seed(2 * seed + number)
         images = getattr(source, part)
@@ -56,9 +56,10 @@ def composed_scenes(
             _scenes(shapes, labels, grounds[part], min(AT_ONCE, n_scenes - start), size, generator)
             for start in range(0, n_scenes, AT_ONCE)
         ]
-        parts[part] = [torch.cat(each) for each in zip(*pieces, strict=True)]
+        scenes, maps = zip(*pieces, strict=True)
+        parts[part] = torch.cat(scenes), torch.cat(maps)
     mean, std = (0.35, 0.35, 0.35), (0.25, 0.25, 0.25)
-    train, test = (ArrayImages(*parts[part], mean, std, n_classes=0) for part in ("train", "test"))
+    train, test = (ArrayImages(images, maps, mean, std, n_classes=0) for images, maps in parts.values())
     return LabelledData(train, test)
 
 

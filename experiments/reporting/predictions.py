@@ -39,15 +39,16 @@ def write_predictions(networks: Mapping[str, nn.Module], data: LabelledImages, f
     images, targets = data.batch(places)
     if images.dim() != 4 or targets.dim() < 3 or targets.shape[-2:] != images.shape[-2:] or objective.is_of_set:
         return
-    truth, answers = None, {}
+    truth: Tensor | None = None
+    answers: dict[str, list[dict[str, Any]]] = {}
     for name, network in networks.items():
         found = _answers(network, images, targets, objective.metric)
         if found is None:
             return
-        outputs, answers[name], truth = found
+        outputs, classes, truth = found
         scores = [objective.fraction(objective.points(outputs[i : i + 1], targets[i : i + 1])) for i in range(n)]
         answers[name] = [
-            {"score": score, "map": png(_coloured(each))} for score, each in zip(scores, answers[name], strict=True)
+            {"score": score, "map": png(_coloured(each))} for score, each in zip(scores, classes, strict=True)
         ]
     assert truth is not None
     rows = [
