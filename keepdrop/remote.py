@@ -42,7 +42,8 @@ class Store:
         UserError: the protocol is unknown, its package is missing, or it cannot be set up.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, where: str | os.PathLike[str]) -> None:
+        url = os.fspath(where)
         protocol, _, rest = url.partition(":")
         self.protocol = protocol.lower()
         # Hydra, the shell and pathlib make one slash of two.
@@ -161,7 +162,7 @@ def local(where: str | os.PathLike[str], wanted: Wanted | None = None) -> Path:
     """
     if not is_url(where):
         return Path(where)
-    store = Store(os.fspath(where))
+    store = Store(where)
     listing = store.listing()
     names = [name for name in listing if is_inside(name) and (wanted is None or name == "" or wanted(name))]
     if not names:
@@ -193,7 +194,7 @@ def writing(where: str | os.PathLike[str]) -> Iterator[Path]:
     if not is_url(where):
         yield Path(where)
         return
-    store = Store(os.fspath(where))
+    store = Store(where)
     with tempfile.TemporaryDirectory(prefix="keepdrop-") as folder, named(Path(folder), store.url):
         yield Path(folder)
         for path in sorted(each for each in Path(folder).rglob("*") if each.is_file()):
