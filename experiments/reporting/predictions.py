@@ -10,6 +10,7 @@ import colorsys
 import struct
 import zlib
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
