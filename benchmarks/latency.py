@@ -131,6 +131,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="of what is timed; searches have one")
     parser.add_argument("--agent", choices=("trained", PRETRAINED), default="trained", help="or asked, not trained")
     parser.add_argument("--reward-size", type=int, default=5000, help="of the test images; the others judge")
+    parser.add_argument("--judged", type=int, help="images that accuracies are of; all others if left out")
     parser.add_argument("--updates", type=int, default=12)
     parser.add_argument("--images", type=int, default=300, help="reward images per mask")
     parser.add_argument("--repair-images", type=int, default=1000)
@@ -240,13 +241,17 @@ class Bench:
         if self._task is None:
             clock = ProfileClock(load_profile(self._profile), RUNTIME, BATCH)
             self._task = PruningTask(self.model, self._splits(), clock=clock)
-            dense = accuracy_on(self.model, self._task.splits.report)
+            dense = accuracy_on(self.model, self._report(self._task))
             self.row |= {"accuracy": dense, "dense_macs": self._task.cost.macs, "groups": len(self._task.groups)}
         task = self._task
         if kind.count("-"):
             limits = Limits(whole_blocks=True) if kind.endswith("blocks") else Limits(round_to=int(kind.split("-")[1]))
             task = PruningTask(task.model, task.splits, base=task.base, clock=task.clock, limits=limits)
         return OneShotTask(task, ReconstructionSettings(images=self.options.repair_images))
+
+    def _report(self, task: PruningTask) -> Any:
+        images = task.splits.report
+        return images if self.options.judged is None else images.select(torch.arange(self.options.judged))
 
     def search(self) -> None:
         """The network of every kind: that of a time first, those of MACs at its accuracy."""
@@ -289,7 +294,7 @@ class Bench:
         found = {
             "target": str(target),
             "removed": round(1 - count_cost(network, IMAGES).macs / one_shot.task.cost.macs, 4),
-            "accuracy": accuracy_on(network, one_shot.task.splits.report),
+            "accuracy": accuracy_on(network, self._report(one_shot.task)),
             "decided_by": decided_by,
             "predicted": round(self._predicted(one_shot, kept), 4),
             "seconds": round(time.perf_counter() - started),

@@ -33,7 +33,7 @@ from .halving import Candidate, Halving, HalvingSettings, Result, Training
 from .pretrained import described, load_pretrained, pretrained_scores
 
 STEP = 0.01  # of what has to go
-NEARER = 0.7  # of what is missing, where that is more
+NEARER = 0.4  # of what is missing, where that is more
 WIDER = 16  # channels that a width is looked for above
 UNIFORM = "uniform"
 STARTS = (RECONSTRUCTION, UNIFORM, PRETRAINED)
