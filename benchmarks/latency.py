@@ -103,9 +103,12 @@ def _normalised(n_in: int, n_out: int, kernel: int, stride: int = 1, groups: int
 def main() -> None:
     """Measure what is missing, then print the tables."""
     options = parsed()
+    if options.show:
+        print(tables(json.loads(options.json.read_text())))
+        return
     about = {"latency": LATENCY, "runtime": RUNTIME, "batch_size": BATCH, "threads": options.threads}
     found = opened(options.json, about, "rows")
-    for name in () if options.show else options.only:
+    for name in options.only:
         row = found["rows"].setdefault(name + f", {PRETRAINED}" * (options.agent == PRETRAINED), {})
         bench = Bench(name, options, row, lambda: _write(options, found))
         for stage in options.stages:
