@@ -28,7 +28,7 @@ def trainable(model: nn.Module, train: Any, test: Any, *, every: int = 10, batch
     ...), and settings by dotted name: "finetune.epochs", "settings.network.masks". Reported at the end are accuracy,
     base_accuracy, macs, macs_fraction, params_fraction, milliseconds and base_milliseconds (of a pass on the trial's
     machine; trials that share one disturb it). A trial that fails, or is restored, goes on from its last checkpoint;
-    until it has pruned it reports `accuracy` and all other figures as nan, and `done`, the steps so far.
+    until it has pruned it reports `accuracy` and all other figures as nan, and `steps`, how many were made.
 
     Args:
         model, train, test: as for `prune`; sent once to each node.
@@ -114,13 +114,13 @@ class _Reporter:
     """Reports a checkpoint, the folder of the run so far, every few steps."""
 
     def __init__(self, folder: Path, every: int, also: Callable[[Progress], None] | None) -> None:
-        self.folder, self.every, self.also, self.done = folder, every, also, 0
+        self.folder, self.every, self.also, self.steps = folder, every, also, 0
 
     def __call__(self, step: Progress) -> None:
-        self.done += 1
+        self.steps += 1
         if self.also is not None:
             self.also(step)
-        if self.done % self.every == 0:
+        if self.steps % self.every == 0:
             self.report({"accuracy": float("nan")})
 
     def report(self, figures: Mapping[str, float]) -> None:
@@ -128,4 +128,4 @@ class _Reporter:
 
         unknown = ("accuracy", "macs_fraction", "milliseconds")
         known = {name: float("nan") for name in unknown} | dict(figures)
-        tune.report(known | {"done": self.done}, checkpoint=tune.Checkpoint.from_directory(str(self.folder)))
+        tune.report(known | {"steps": self.steps}, checkpoint=tune.Checkpoint.from_directory(str(self.folder)))

@@ -16,7 +16,7 @@ _GROUPS = "$APP_CONFIG_GROUPS"
 WIDTH = 120
 FLAGS = ("--help", "-h")
 INHERITED = "inherited"  # as in config/schema.py, which needs torch
-OF_TRAINING = ("experiment", "policy", "recipe", "reward")  # groups that say how an agent is trained
+OF_TRAINING = ("engine", "experiment", "policy", "recipe", "reward")  # groups that say how an agent is trained
 
 
 def command_help(root: str) -> str:

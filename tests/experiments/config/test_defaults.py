@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 from hydra import compose, initialize_config_module
-from keepdrop import Settings, apply_agents, prune
+from keepdrop import LocalEngine, Settings, apply_agents, prune
 from keepdrop.envs.repair.reconstruction import ReconstructionSettings
 from keepdrop.experiments.api.settings import FINETUNE
 from keepdrop.experiments.config.build import build
@@ -109,7 +109,7 @@ def test_python_has_the_defaults_of_the_command():
         assert default(function, "finetune") is FINETUNE and default(function, "drop_bound") == config.drop_bound
 
 
-def test_policy_reward_and_metric_are_those_of_the_command():
+def test_policy_reward_metric_and_engine_are_those_of_the_command():
     config, ours = composed("prune"), Settings()
     for key, made in (("policy", build(config.policy, "policy")), ("metric", build(config.metric, "metric"))):
         if key == "metric":
@@ -119,6 +119,7 @@ def test_policy_reward_and_metric_are_those_of_the_command():
         defaults = {name: each.default for name, each in given.items()} | ours.policy.keywords
         assert made.func is ours.policy.func
         assert all(tuple_of(defaults[name]) == tuple_of(value) for name, value in made.keywords.items())
+    assert build(config.engine, "engine") == LocalEngine() and default(prune, "engine") is None
     reward = build(config.reward, "reward")
     assert reward == type(reward)(config.drop_bound)  # what `prune` makes where `Settings.reward` is None
 
@@ -128,7 +129,7 @@ def tuple_of(value):
 
 
 def test_every_setting_of_the_command_is_compared_or_left_out_on_purpose():
-    compared = {*PYTHON, "policy", "reward", "metric", *COMMAND_ALONE}
+    compared = {*PYTHON, "policy", "reward", "metric", "engine", *COMMAND_ALONE}
     split = [key for key, _ in leaves(OmegaConf.to_container(composed("prune")))]
     for key in split:
         parts = key.split(".")

@@ -33,6 +33,11 @@ REFUSED = [
     )),
     (LAYERS, "surgery.whole_blocks=true", "always keeps a filter of it"),
     ((*TARGET, "agents=pretrained"), "network_search.images=60", "only asked"),
+    ((*TARGET, "agents=pretrained"), "engine.workers=2", "only asked"),
+    (LAYERS, "engine.workers=2", "learn one after the other"),
+    (LAYERS, "engine=ray", "learn one after the other"),
+    (("compare", "engine.workers=2"), "workers=3", "has workers of its own"),
+    (("pretrain", "zoo=NOWHERE", "engine=ray"), "workers=3", "has workers of its own"),
     (("prune", "target.params=0.5"), "target.of=groups", "whose MACs target.removed counts"),
     *((command, "profile.file=NOWHERE", "nothing goes by time here") for command in (
         TARGET, LAYERS, ("train-agent", "layer=conv1"), APPLY, APPLY_NETWORK,

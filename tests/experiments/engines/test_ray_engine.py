@@ -163,7 +163,8 @@ def test_a_run_whose_driver_died_is_resumed(cluster, spawn, tmp_path, checkpoint
     begun.kill()
     begun.communicate()
     assert not (tmp_path / "run/network").exists()
-    assert keepdrop("prune", "resume=run", "quiet=true", f"engine.address={cluster.address}").code == 0
+    again = ["resume=run", "quiet=true", "engine=ray", f"engine.address={cluster.address}"]
+    assert keepdrop("prune", *again).code == 0
     assert keepdrop("prune", *asked, "run_dir=alone").code == 0
     assert kept(tmp_path / "run") == kept(tmp_path / "alone")
 
