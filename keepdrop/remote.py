@@ -24,6 +24,8 @@ URL = re.compile(r"(?!hf:)[a-z][a-z0-9+.-]+:/{1,2}\S", re.IGNORECASE)
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}  # the extra of keepdrop that brings a protocol
 # One object is put in one step by these; elsewhere a file is written under another name first.
 OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss", "memory")
+# Of what such a URL names, a file says where the bytes lie, by templates that are run as code.
+REFUSED = ("reference",)
 Wanted = Callable[[str], bool]
 
 

@@ -97,3 +97,9 @@ def test_s3(s3, tmp_path):
     (tmp_path / "x").write_text("x")
     with pytest.raises(UserError, match=r"'s3://nosuchbucket/x' cannot be written: it, or its bucket, is not there"):
         Store("s3://nosuchbucket/x").put(tmp_path / "x", "x")
+
+
+@pytest.mark.parametrize("url", ["reference://key::https://host/refs.json", "zip://a::memory://b.zip", "reference://a"])
+def test_no_url_leads_through_another(url):
+    with pytest.raises(UserError, match="expected a single one"):
+        Store(url)
