@@ -41,13 +41,19 @@ class Store:
     """A folder or file behind a URL.
 
     Raises:
-        UserError: the protocol is unknown, its package is missing, or it cannot be set up.
+        UserError: the protocol is unknown, its package is missing, it cannot be set up, or one file system would be
+            read through another (`zip://a::s3://b`).
     """
 
     def __init__(self, where: str | os.PathLike[str]) -> None:
         url = os.fspath(where)
         protocol, _, rest = url.partition(":")
         self.protocol = protocol.lower()
+        if "::" in url or self.protocol in REFUSED:
+            raise UserError(
+                f"{url!r} leads through one file system to another; expected a single one, such as s3://BUCKET/NAME: "
+                "unpack or copy what lies there first."
+            )
         # Hydra, the shell and pathlib make one slash of two.
         self.url = f"{self.protocol}://{rest.lstrip('/') if self.protocol != 'file' else '/' + rest.lstrip('/')}"
         self.url = self.url.rstrip("/")
