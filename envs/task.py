@@ -27,7 +27,7 @@ from .repair.compensation import Compensation
 from .surgery.cutting import checked_keep, checked_masks, prune
 from .surgery.filter_group import FilterGroup, GroupPlan, select_groups
 from .surgery.group_cost import pruned_cost
-from .surgery.group_matching import dense_rows, named_as, restricted
+from .surgery.group_matching import dense_rows, left_of, named_as, restricted
 from .surgery.kept_channels import KeptChannels
 from .surgery.limits import Limits
 from .surgery.masking import MixKey
@@ -118,7 +118,15 @@ class PruningTask:
 
     @cached_property
     def plan(self) -> GroupPlan:
-        """Every filter group under its name in the dense network, and every skipped one with its reason."""
+        """Every filter group under its name in the dense network, and every skipped one with its reason.
+
+        Those of a network that was cut are followed from the dense one's where that is sure (`left_of`); every cut is
+        measured against its mask anyway.
+        """
+        if self.origin is not self and self.kept is not None:
+            followed = left_of(self.origin.plan, self.origin.model, self.kept)
+            if followed is not None:
+                return followed
         found = find_groups(self.model, self.example, whole_blocks=self.origin._limits.whole_blocks)
         return found if self.origin is self or self.kept is None else named_as(found, self.origin.plan, self.kept)
 

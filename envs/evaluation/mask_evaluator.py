@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ...errors import UserError
 from ..data.images import LabelledImages
 from ..data.objective import TOP1, Objective, objective_of, output_of
-from ..networks.batch_size import chunks, default_batch, fastest_batch
+from ..networks.batch_size import cached_batch, chunks, default_batch, fastest_batch
 from ..networks.memory_layout import CHANNELS_LAST, arranged, layout_of
 from ..networks.modes import evaluating
 from ..surgery.filter_group import FilterGroup
@@ -296,13 +296,14 @@ def correct_flags(
     model: nn.Module,
     images: Tensor,
     labels: Tensor,
-    batch: int = 256,
+    batch: int | None = None,
     objective: Objective = TOP1,
     layout: torch.memory_format | None = None,
 ) -> Tensor:
     """Points of the images (B, C, H, W) in evaluation mode, (B,) on the CPU: bool, right or wrong, for top-1.
 
-    `layout` is the network's (`layout_of`); None tries it out.
+    `batch` is the number of images per pass; None takes what stays in a processor's cache. `layout` is the network's
+    (`layout_of`); None tries it out.
     """
     return points_against(model, images, [labels], batch, objective, layout)[0]
 
@@ -312,7 +313,7 @@ def points_against(
     model: nn.Module,
     images: Tensor,
     targets: Sequence[Tensor],
-    batch: int = 256,
+    batch: int | None = None,
     objective: Objective = TOP1,
     layout: torch.memory_format | None = None,
 ) -> list[Tensor]:
@@ -320,12 +321,12 @@ def points_against(
     layout = layout_of(model, images) if layout is None else layout
     found: list[list[Tensor]] = [[] for _ in targets]
     with evaluating(model):
-        for start in range(0, len(images), batch):
-            outputs = output_of(model(arranged(images[start : start + batch], layout)))
+        for rows in chunks(len(images), batch or cached_batch(images)):
+            outputs = output_of(model(arranged(images[rows], layout)))
             for points, each in zip(found, targets, strict=True):
                 # Metrics of a user's own may write into the outputs.
                 given = outputs if len(targets) == 1 else outputs.clone()
-                points.append(objective.points(given, each[start : start + batch]))
+                points.append(objective.points(given, each[rows]))
     return [torch.cat(points).cpu().clone() for points in found]
 
 
@@ -342,7 +343,7 @@ def _points_by_batch(model: nn.Module, data: LabelledImages, batch: int) -> Iter
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     for start in range(0, len(data), batch):
         images, labels = data.batch(torch.arange(start, min(start + batch, len(data))))
-        yield correct_flags(model, images.to(device), labels.to(device), batch, objective_of(data))
+        yield correct_flags(model, images.to(device), labels.to(device), objective=objective_of(data))
 
 
 def accuracy_on(model: nn.Module, data: LabelledImages) -> float:

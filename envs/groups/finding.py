@@ -20,7 +20,7 @@ from ..networks.answers import as_called, as_given, without_say
 from ..networks.copying import copied
 from ..networks.module_kinds import Inputs, is_conv, is_depthwise, is_leaf, is_transposed
 from ..networks.unwrapping import is_lazy, is_wrapped, plain_network
-from ..surgery.filter_group import Axis, Cut, FilterGroup, GroupPlan, Skipped
+from ..surgery.filter_group import SINGLE, Axis, Cut, FilterGroup, GroupPlan, Skipped
 from ..surgery.shared_weights import shared_parameters
 from ..surgery.slicing import axes_of_parameter, tensor_axis
 from .branches import find_branches
@@ -90,7 +90,7 @@ def find_groups(
         notes += [BATCH_MATTERS] if verifier.batch_matters else []
     for group in found:
         if group.n_filters == 1:
-            refused.setdefault(group.name, "it has a single filter to decide on, which must stay")
+            refused.setdefault(group.name, SINGLE)
         if group.cuts[0].module in silent:
             refused.setdefault(group.name, SILENT)
     groups = tuple(group for group in found if group.name not in refused)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UserError
+from ..networks.batch_size import cached_batch, chunks
 from ..networks.copying import copied
 from ..networks.modes import evaluating
 from ..surgery.cutting import checked_keep
@@ -204,7 +205,15 @@ def _moments(
 
 
 def _inputs(model: nn.Module, cuts: list[Cut], images: Tensor) -> dict[str, list[Tensor]]:
-    """What the consumers read of the group in one pass: (S, N) for every call."""
+    """What the consumers read of the group: (S, N) for every call."""
+    parts = [_seen(model, cuts, images[rows]) for rows in chunks(len(images), cached_batch(images))]
+    if any(len(part[name]) != len(calls) for part in parts for name, calls in parts[0].items()):
+        return _seen(model, cuts, images)  # it calls its layers as images tell it to
+    return {name: [torch.cat(each) for each in zip(*(part[name] for part in parts), strict=True)] for name in parts[0]}
+
+
+def _seen(model: nn.Module, cuts: list[Cut], images: Tensor) -> dict[str, list[Tensor]]:
+    """`_inputs`, of images that go through the network together."""
     seen: dict[str, list[Tensor]] = {cut.module: [] for cut in cuts}
 
     def reader(cut: Cut) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:

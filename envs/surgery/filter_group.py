@@ -20,6 +20,7 @@ from ...errors import UserError
 Axis = str
 """`out`, `in`, or `NAME:DIM`, a dimension of a tensor that the module holds (`slicing.tensor_axis`)."""
 Kind = Literal["producer", "consumer", "pass"]
+SINGLE = "it has a single filter to decide on, which must stay"
 
 
 @dataclass(frozen=True, eq=False)

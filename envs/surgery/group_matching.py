@@ -13,12 +13,14 @@ from dataclasses import replace
 
 import numpy as np
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
+from ..networks.module_kinds import is_depthwise
 from .cutting import KeptRows, kept_rows
-from .filter_group import Branch, Cut, FilterGroup, GroupPlan, vanished
+from .filter_group import SINGLE, Branch, Cut, FilterGroup, GroupPlan, Skipped, vanished
 from .kept_channels import KeptChannels
 from .slicing import Rows, tensor_axis
-from .whole_blocks import VALUE, is_within
+from .whole_blocks import VALUE, find_module, is_within
 
 
 def named_as(found: GroupPlan, dense: GroupPlan, kept: KeptChannels) -> GroupPlan:
@@ -37,6 +39,39 @@ def named_as(found: GroupPlan, dense: GroupPlan, kept: KeptChannels) -> GroupPla
         if twin is not None:
             groups.append(replace(group, name=twin[0].name))
     return GroupPlan(tuple(groups), found.skipped, found.notes)
+
+
+def left_of(dense: GroupPlan, model: nn.Module, kept: KeptChannels) -> GroupPlan | None:
+    """The groups of a pruned network as `named_as` has them, followed through the cuts instead of found again.
+
+    Args:
+        dense: the dense network's groups.
+        model: the dense network.
+        kept: the channels that are left.
+
+    None where the cuts may have made other groups: where blocks have vanished, or a grouped convolution became a
+    depthwise one.
+    """
+    cuts = {cut for group in dense.groups for cut in group.cuts}
+    if kept.branches or any(_is_grouped(find_module(model, cut.module)) for cut in cuts):
+        return None
+    groups, single = [], []
+    for group in dense.groups:
+        root = group.cuts[0]
+        left = kept.rows.get(root.module, {}).get(root.axis)
+        rows = np.arange(group.n_filters) if left is None else np.flatnonzero(np.isin(root.channels, left).all(1))
+        if len(rows) > 1:
+            groups.append(_renumbered(restricted(group, rows), kept.rows))
+        else:
+            single.extend(cut.module for cut in group.producers)
+    covered = {cut.module for group in groups for cut in group.producers}
+    makers = [name for name in dict.fromkeys(single) if isinstance(find_module(model, name), _ConvNd)]
+    skipped = tuple(Skipped(name, SINGLE) for name in makers if name not in covered)
+    return GroupPlan(tuple(groups), dense.skipped + skipped, dense.notes)
+
+
+def _is_grouped(module: nn.Module) -> bool:
+    return isinstance(module, _ConvNd) and module.groups > 1 and not is_depthwise(module)
 
 
 def dense_rows(group: FilterGroup, dense: GroupPlan, kept: KeptChannels) -> tuple[FilterGroup, Rows] | None:
@@ -99,10 +134,15 @@ def _without(group: FilterGroup, gone: Sequence[Branch]) -> FilterGroup:
 
 def _shrunk(group: FilterGroup, keep: Tensor | None, kept: KeptRows) -> FilterGroup:
     rows = np.arange(group.n_filters) if keep is None else np.flatnonzero(keep.cpu().numpy())
+    return _renumbered(restricted(group, rows), kept)
+
+
+def _renumbered(group: FilterGroup, kept: KeptRows) -> FilterGroup:
+    """The group with its channels numbered as they are among those that are kept."""
     cuts = []
     for cut in group.cuts:
-        channels, left = cut.channels[rows], kept.get(cut.module, {}).get(cut.axis)
+        channels, left = cut.channels, kept.get(cut.module, {}).get(cut.axis)
         if left is not None:
             channels = np.searchsorted(left, channels).astype(np.int64)
         cuts.append(Cut(cut.module, cut.axis, channels, cut.kind))
-    return replace(group, n_filters=len(rows), cuts=tuple(cuts))
+    return replace(group, cuts=tuple(cuts))

@@ -13,12 +13,12 @@ from torch import nn
 from ...agent.saved_agent import check_agent
 from ...envs.data.packing import packing_of
 from ...envs.data.splits import Splits
-from ...envs.groups.finding import find_groups
+from ...envs.groups.finding import LOOKS_AT_DATA, find_groups
 from ...envs.networks.cost import count_cost
 from ...envs.observation import STATISTIC_NAMES
 from ...envs.repair.reconstruction import Reconstruction, ReconstructionSettings
 from ...envs.repair.reconstruction_error import RECONSTRUCTION, check_readable
-from ...envs.surgery.filter_group import FilterGroup, select_groups
+from ...envs.surgery.filter_group import FilterGroup, GroupPlan, select_groups
 from ...envs.surgery.limits import AUTO, Limits, check_limits
 from ...envs.surgery.targets import TIMED, Target, constraints_of
 from ...envs.task import DenseBaseline, EvaluationSettings, PruningTask, measure_baseline
@@ -60,7 +60,7 @@ class Inputs:
     """The checked inputs of a pruning command; `dense` and `base` are None where the base is yet to be trained.
 
     `notes` is what makes accuracies of this network less than certain (`GroupPlan.notes`), `clock` the measured times
-    of its device, where they are asked for.
+    of its device, where they are asked for, `plan` all groups of the network, whose blocks cannot vanish in it.
     """
 
     splits: Splits
@@ -75,11 +75,12 @@ class Inputs:
     seed: int
     notes: tuple[str, ...] = ()
     clock: ProfileClock | None = None
+    plan: GroupPlan | None = None
 
     def task(self, dense: nn.Module) -> PruningTask:
         """The pruning task on the dense network."""
         self.base = self.base or measure_baseline(dense, self.splits, self.device)
-        return PruningTask(
+        task = PruningTask(
             dense,
             self.splits,
             base=self.base,
@@ -90,6 +91,14 @@ class Inputs:
             limits=self.limits,
             clock=self.clock,
         )
+        if dense is self.dense and self._holds_for_all_images and self.plan is not None:
+            task.plan = self.plan
+        return task
+
+    @property
+    def _holds_for_all_images(self) -> bool:
+        """Whether the task would find the groups of `plan` again on another image."""
+        return self.plan is not None and not self.limits.whole_blocks and LOOKS_AT_DATA not in self.plan.notes
 
 
 def prepare(config: DictConfig, layers: Sequence[str] | None) -> Inputs:
@@ -133,7 +142,19 @@ def prepare(config: DictConfig, layers: Sequence[str] | None) -> Inputs:
         config.surgery.round_to = limits.round_to
         check_limits(limits, model, plan, groups)
     return Inputs(
-        splits, construct, device, groups, dense, base, layers, evaluation, limits, config.seed, plan.notes, clock
+        splits,
+        construct,
+        device,
+        groups,
+        dense,
+        base,
+        layers,
+        evaluation,
+        limits,
+        config.seed,
+        plan.notes,
+        clock,
+        plan,
     )
 
 
@@ -244,7 +265,7 @@ def check_targets(inputs: Inputs, targets: Sequence[Target], repair: Reconstruct
     """Refuse targets that cannot be met, and a network that cannot be repaired, with a `UserError`."""
     dense = inputs.construct().eval().to(inputs.device) if inputs.dense is None else inputs.dense
     example = inputs.splits.fit.batch(torch.arange(1))[0].to(inputs.device)
-    cost, limits = count_cost(dense, example), inputs.limits.resolved(find_groups(dense, example))
+    cost, limits = count_cost(dense, example), inputs.limits.resolved(inputs.plan or find_groups(dense, example))
     for target in targets:
         goal = constraints_of(target, dense, cost, inputs.groups, inputs.clock)
         goal.check()
