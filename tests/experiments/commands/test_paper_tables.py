@@ -23,7 +23,6 @@ ALSO = [
     "finetune.batch_size=32",
     "minibatches=1",
     "step=12",
-    "evaluation.compensation_images=60",
     "evaluation.statistics_images=60",
     "latency.repeats=1",
     "latency.warmup=0",
@@ -81,5 +80,6 @@ def test_the_narrow_table_row_by_row_and_again(images):
         assert results[name]["seconds"] > 0
     assert "not run" not in done.stdout and results["resnet18 oracle"]["correlations"]
     stamps = {path: path.stat().st_mtime_ns for path in (images / "runs").rglob("*")}
-    assert run(images, *call).stdout == done.stdout
+    again = run(images, *call).stdout
+    assert again.startswith("| row |") and done.stdout.endswith(again)
     assert {path: path.stat().st_mtime_ns for path in (images / "runs").rglob("*")} == stamps
