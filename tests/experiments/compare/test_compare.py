@@ -23,6 +23,7 @@ from keepdrop.experiments.compare.methods import (
     method_names,
 )
 from keepdrop.experiments.compare.plan import Job
+from keepdrop.experiments.compare.plot import lowest_shown
 from keepdrop.experiments.compare.tables import grids, paired_p, versus_agent
 from keepdrop.experiments.runs.folder import RunFolder
 from page import Checker
@@ -350,3 +351,13 @@ def test_a_criterion_that_cannot_judge_a_layer_is_left_out(keepdrop, tmp_path, m
     monkeypatch.setattr("keepdrop.experiments.config.prepare.check_readable", refused)
     alone = keepdrop("compare", *asked, "methods=[reconstruction]", "compensate=[true]", "run_dir=alone")
     assert alone.code == 2 and "cannot judge 'conv2'" in alone.err and not (tmp_path / "alone").exists()
+
+
+def test_networks_that_a_cut_broke_do_not_squeeze_the_figure():
+    def metrics(*values):
+        rows = [{"stages": {"zero": {"report": {"values": [value]}}}} for value in values]
+        return {"base_accuracy": 0.9, "rows": rows}
+
+    assert lowest_shown(metrics(0.88, 0.86, 0.84), "zero") == pytest.approx(84 - 0.08 * 6 - 0.1)
+    assert lowest_shown(metrics(0.88, 0.86, 0.10), "zero") == pytest.approx(86 - 3 * 4)
+    assert lowest_shown(metrics(0.91, 0.92), "zero") == pytest.approx(89.9)
