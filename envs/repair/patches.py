@@ -90,7 +90,7 @@ class SampledPlaces:
         how = tuple(tuple(each) for each in (pads, module.kernel_size, module.stride, module.dilation))
         key = ("in", how, tuple(value.shape[2:]), images.start, images.stop, value.device)
         if key not in self._known:
-            found = self._taps(tuple(value.shape[2:]), *how, images)
+            found = self._taps(tuple(value.shape[2:]), how, images)
             self._known[key] = tuple(each.to(value.device) for each in found)
         taken, outside = self._known[key]
         rows = value.movedim(1, -1).reshape(-1, value.shape[1]).index_select(0, taken)
@@ -114,16 +114,9 @@ class SampledPlaces:
         _, *at = places((self.n_images, *spatial), self.count)
         return torch.arange(images.stop - images.start)[:, None], *(each[images] for each in at)
 
-    def _taps(
-        self,
-        spatial: tuple[int, ...],
-        pads: tuple[int, ...],
-        kernel: tuple[int, ...],
-        stride: tuple[int, ...],
-        dilation: tuple[int, ...],
-        images: slice,
-    ) -> tuple[Tensor, Tensor]:
+    def _taps(self, spatial: tuple[int, ...], how: tuple[tuple[int, ...], ...], images: slice) -> tuple[Tensor, Tensor]:
         """Rows of a flattened map that each tap of a kernel multiplies, and which of these lie in the padding."""
+        pads, kernel, stride, dilation = how
         before, after = pads[::2][::-1], pads[1::2][::-1]
         sides = zip(spatial, before, after, kernel, stride, dilation, strict=True)
         sizes = tuple((size + a + b - step * (width - 1) - 1) // jump + 1 for size, a, b, width, jump, step in sides)

@@ -55,7 +55,8 @@ def left_of(dense: GroupPlan, model: nn.Module, kept: KeptChannels) -> GroupPlan
     cuts = {cut for group in dense.groups for cut in group.cuts}
     if kept.branches or any(_is_grouped(find_module(model, cut.module)) for cut in cuts):
         return None
-    groups, single = [], []
+    groups: list[FilterGroup] = []
+    single: list[str] = []
     for group in dense.groups:
         root = group.cuts[0]
         left = kept.rows.get(root.module, {}).get(root.axis)
