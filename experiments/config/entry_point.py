@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import sys
 import tempfile
 import uuid
@@ -48,10 +49,12 @@ def run_with_hydra(name: str, run: Callable[[DictConfig], Any]) -> None:
     """
     register_schemas()
     failures: list[Exception] = []
-    process = os.getpid()
+    process, here = os.getpid(), Path.cwd()
 
     def job(config: DictConfig) -> Any:
         try:
+            if os.getpid() != process:
+                _enter(here)
             check_settings(config, ROOTS[name])
             if is_helper(devices := most_devices(config)):
                 return help_the_first(resolve_device(config.device).type)
@@ -85,6 +88,17 @@ def run_together(run: Callable[[DictConfig], Any], config: DictConfig, devices: 
         return run(config)
     finally:
         part()
+
+
+def _enter(folder: Path) -> None:
+    """Work where the sweep was started: a launcher's worker, above all on another machine, may begin elsewhere."""
+    try:
+        os.chdir(folder)
+    except OSError:
+        raise UserError(
+            f"A job of the sweep cannot enter {str(folder)!r} on {platform.node()}, where it began; start "
+            "the sweep in one that all machines share."
+        ) from None
 
 
 class SweepFolder(Callback):

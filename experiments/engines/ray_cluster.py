@@ -198,18 +198,24 @@ def check_nodes(ray: Any, folder: str | Path | None, wait: float) -> None:
     """Refuse nodes with other versions than this process, and nodes that do not see the working folder."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    ours = _versions(PACKAGES)
+    def asked(node: Mapping[str, Any]) -> Any:
+        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        probe = ray.remote(_probe()).options(num_cpus=0, max_retries=1, scheduling_strategy=there)
+        return probe.remote(PACKAGES, marker)
+
+    ours, deadline = _versions(PACKAGES), time.monotonic() + wait
     with _marker(folder) as marker:
-        asked = {}
-        for node in nodes(ray):
-            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            probe = ray.remote(_probe()).options(num_cpus=0, max_retries=1, scheduling_strategy=there)
-            asked[probe.remote(PACKAGES, marker)] = node["NodeManagerAddress"]
-        deadline = time.monotonic() + wait
-        for reference, where in asked.items():
+        waiting = [(node, asked(node)) for node in nodes(ray)]
+        while waiting:
+            node, reference = waiting.pop(0)
+            where = node["NodeManagerAddress"]
             try:
                 theirs, sees = ray.get(reference, timeout=max(0.0, deadline - time.monotonic()))
             except Exception as error:  # Ray's own: a timeout, a node that died
+                if time.monotonic() < deadline:  # Ray takes a while to see that a node is dead
+                    time.sleep(1)
+                    waiting += [(each, asked(each)) for each in nodes(ray) if each["NodeID"] == node["NodeID"]]
+                    continue
                 raise UserError(
                     f"The node {where} of the Ray cluster does not start a worker within engine.wait={wait:g} s "
                     f"({summarised(error)}); look at it, or take it out of the cluster."
