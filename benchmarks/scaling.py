@@ -192,7 +192,8 @@ def show(runs: dict[str, list[dict[str, Any]]]) -> None:
                 print(
                     f"{kind:10} by processor time {least[0]:.2f} and {least[1]:.2f} s: {least[0] / least[1]:.2f} times"
                 )
-            print(f"{part:8} {kind:10} 1 worker {one:.1f} s, 2 workers {two:.1f} s: {one / two:.2f} times as fast")
+            if one == one:  # not nan
+                print(f"{part:8} {kind:10} 1 worker {one:.1f} s, 2 workers {two:.1f} s: {one / two:.2f} times as fast")
     name = "search ray 2"
     print(
         f"ray: {middle(runs, name, 'item_ms'):.2f} ms and {middle(runs, name, 'item_bytes'):.0f} bytes an item, "
