@@ -24,19 +24,26 @@ def check_numbers(settings: Any, **ranges: tuple[float, float]) -> None:
 
     Args:
         settings: an object with the attributes named, each a number, a list of them or None.
-        ranges: lowest and highest value by attribute.
+        ranges: lowest and highest value by attribute; two ints for what has to be whole.
     """
     for name, bounds in ranges.items():
         check_number(name, getattr(settings, name), bounds)
 
 
 def check_number(name: str, value: Any, bounds: tuple[float, float]) -> None:
-    """The same for one value."""
+    """The same for one value; where both ends are ints, it counts something and has to be whole."""
     low, high = bounds
+    is_count = isinstance(low, int) and isinstance(high, int)
     for each in value if isinstance(value, Iterable) and not isinstance(value, str) else [value]:
-        if each is not None and not (math.isfinite(each) and low <= each <= high):
+        if each is None:
+            continue
+        is_number = hasattr(each, "__float__")
+        if not is_number or not (math.isfinite(each) and low <= each <= high):
             wanted = "above 0 and up" if 0 < low < 1e-9 else f"from {_shown(low)}"
-            raise UserError(f"{name} is {_shown(each)}; expected a number {wanted} to {_shown(high)}.")
+            came = _shown(each) if is_number else repr(each)
+            raise UserError(f"{name} is {came}; expected a number {wanted} to {_shown(high)}.")
+        if is_count and not hasattr(each, "__index__"):
+            raise UserError(f"{name} is {each!r}; expected a whole number from {_shown(low)} to {_shown(high)}.")
 
 
 def _shown(value: float) -> str:

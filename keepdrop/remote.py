@@ -20,7 +20,7 @@ import fsspec
 
 from .errors import UserError, first_line, summarised
 
-URL = re.compile(r"(?!hf:)[a-z][a-z0-9+.-]+:/{1,2}\S", re.IGNORECASE)
+URL = re.compile(r"(?!hf:)[a-z][a-z0-9+.-]+:(?:/{1,2}\S|/*$)", re.IGNORECASE)
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}  # the extra of keepdrop that brings a protocol
 # One object is put in one step by these; elsewhere a file is written under another name first.
 OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss", "memory")
@@ -54,6 +54,10 @@ class Store:
                 f"{url!r} leads through one file system to another; expected a single one, such as s3://BUCKET/NAME: "
                 "unpack or copy what lies there first."
             )
+        if not rest.strip("/"):
+            raise UserError(f"{url!r} names no place; expected one, such as {protocol}://BUCKET/NAME.")
+        if ".." in rest.split("/"):  # an object store takes it for a name like any other, a disk does not
+            raise UserError(f"{url!r} goes up by '..'; write the URL of the place itself.")
         # Hydra, the shell and pathlib make one slash of two.
         self.url = f"{self.protocol}://{rest.lstrip('/') if self.protocol != 'file' else '/' + rest.lstrip('/')}"
         self.url = self.url.rstrip("/")

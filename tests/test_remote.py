@@ -103,3 +103,16 @@ def test_s3(s3, tmp_path):
 def test_no_url_leads_through_another(url):
     with pytest.raises(UserError, match="expected a single one"):
         Store(url)
+
+
+@pytest.mark.parametrize("url", ["s3:", "s3:/", "s3://", "file:///"])
+def test_a_protocol_alone_is_no_place(url):
+    assert is_url(url)
+    with pytest.raises(UserError, match=r"names no place; expected one, such as (s3|file)://BUCKET/NAME\."):
+        Store(url)
+
+
+@pytest.mark.parametrize("url", ["memory://a/../b", "file:///a/.."])
+def test_no_url_goes_up(url):
+    with pytest.raises(UserError, match=r"goes up by '\.\.'; write the URL of the place itself"):
+        local(url)

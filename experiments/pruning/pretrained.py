@@ -38,6 +38,8 @@ def load_pretrained(where: str | Path | SavedAgent) -> SavedAgent:
     else:
         with naming(where):
             agent = load_agent(agent_folders(where)[0])
+            check_reads_networks(agent)
+        return agent
     check_reads_networks(agent)
     return agent
 

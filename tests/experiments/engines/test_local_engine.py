@@ -42,6 +42,12 @@ def test_results_are_in_order_and_every_worker_makes_one_state(workers):
     assert sum(calls) == 6  # states last over items
 
 
+@pytest.mark.parametrize("workers", [1.5, 2.0, "two", 0, float("nan")])
+def test_workers_are_a_whole_number(workers):
+    with pytest.raises(UserError, match=r"workers is \S+; expected a (whole )?number from 1 to 1,024\."):
+        LocalEngine(workers)
+
+
 def test_this_process_takes_the_state_that_it_has():
     own = make(1)
     with LocalEngine().open(make, 5, lost="gone", here=own) as spread:

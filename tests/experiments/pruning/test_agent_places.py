@@ -171,6 +171,8 @@ def test_folders_of_agents(tmp_path):
 def test_agents_that_read_no_networks_are_refused(tmp_path):
     with pytest.raises(UserError, match="was trained for one architecture"):
         load_pretrained(one_architecture(tmp_path / "run/network/agent").parents[1])
+    with pytest.raises(UserError, match=rf"the agent in file://{tmp_path}/run/network/agent was trained"):
+        load_pretrained(f"file://{tmp_path}/run")
     with pytest.raises(UserError, match=r"agents is 'nowhere'; expected 'pretrained', or the folder"):
         load_pretrained("nowhere")
     other = reader(tmp_path / "other", description_names=["planned"])
