@@ -175,15 +175,18 @@ class Constraints:
     def _with(self, removed_of: Callable[[Constraint], float]) -> Constraints:
         return Constraints(tuple(replace(each, removed=removed_of(each)) for each in self.each))
 
-    def saved(self, kept: Sequence[int], position: int) -> float:
-        """What a filter less of one group saves: in the meter's unit, or as a share of what has to go of several.
+    def saved(self, kept: Sequence[int], position: int) -> list[float]:
+        """What giving up 1, 2, ... of the filters that a group still has saves, as far as it may go.
 
-        Where costs have steps, the best average over the filters that would have to go together.
+        In the meter's unit, or as a share of what has to go of several. Costs without steps are taken as linear.
         """
+        fewest = self.groups[position].least
         if len(self.each) == 1:
-            return _saved(self.each[0], kept, position)
+            return _saved(self.each[0], kept, position, fewest)
         asking = [each for each in self.each if each.removed > 0]
-        return sum(_saved(each, kept, position) / (each.meter.whole * each.removed) for each in asking)
+        scales = [each.meter.whole * each.removed for each in asking]
+        saved = [_saved(each, kept, position, fewest) for each in asking]
+        return [sum(one / scale for one, scale in zip(row, scales, strict=True)) for row in zip(*saved, strict=True)]
 
     def reached(self, kept: Sequence[int]) -> list[dict[str, Any]]:
         """For every resource what was asked for, and its cost before and after."""
@@ -234,16 +237,16 @@ def amount(value: float, unit: str) -> str:
     return f"{1e3 * value:.3g} ms" if unit == "seconds" else f"{value:,.0f} {unit}"
 
 
-def _saved(each: Constraint, kept: Sequence[int], position: int) -> float:
+def _saved(each: Constraint, kept: Sequence[int], position: int, fewest: int) -> list[float]:
     now = each.meter.cost(kept)
 
-    def per_filter(fewer: int) -> float:
-        left = [n - fewer * (i == position) for i, n in enumerate(kept)]
-        return (now - each.meter.cost(left)) / fewer
+    def left(fewer: int) -> float:
+        return each.meter.cost([n - fewer * (i == position) for i, n in enumerate(kept)])
 
-    if each.name not in TIMED:
-        return per_filter(1)
-    return max((per_filter(fewer) for fewer in range(1, kept[position])), default=0.0)
+    steps = range(1, kept[position] - fewest + 1)
+    if each.name in TIMED:
+        return [now - left(fewer) for fewer in steps]
+    return [(now - left(1)) * fewer for fewer in steps]
 
 
 def constraints_of(

@@ -8,7 +8,7 @@ from keepdrop.envs.groups.finding import find_groups
 from keepdrop.envs.networks.built_in import small_cnn
 from keepdrop.envs.networks.checkpoint import hash_state
 from keepdrop.envs.networks.cost import count_cost
-from keepdrop.envs.repair.reconstruction_error import error_curves, reconstruction_scores
+from keepdrop.envs.repair.reconstruction_error import ErrorCurve, error_curves, reconstruction_scores
 from keepdrop.envs.surgery.cutoff import keep_best
 from keepdrop.envs.surgery.targets import Target, constraints_of
 from keepdrop.errors import UserError
@@ -77,6 +77,16 @@ def test_errors_only_grow_and_every_filter_has_its_place(network, images, labels
         assert sorted(curve.order.tolist()) == list(range(len(curve.errors)))
         scores = curve.scores(100.0)
         assert bool((scores[curve.order].diff() >= 0).all()) and bool((scores >= 0).all())
+
+
+def test_filters_between_two_steps_of_a_cost_go_together():
+    curve = ErrorCurve(torch.tensor([3, 0, 4, 1, 2]), torch.tensor([1.0, 2.0, 3.0, 8.0, 50.0], dtype=torch.float64))
+    first, second, third, fourth, last = curve.scores([0.0, 2.0, 2.0, 4.0])[curve.order].tolist()
+    assert (first, second, third, fourth) == pytest.approx((1.0, 1.0, 3.0, 3.0)) and last > 1e20
+    assert first < second and third < fourth  # the one that is given up first goes first
+    # A width that pays worse than the one behind it is left out.
+    assert curve.scores([0.0, 0.5, 1.0, 4.0])[curve.order].tolist()[:4] == pytest.approx([2.0] * 4)
+    assert float(curve.scores([0.0, 0.0, 0.0, 0.0]).min()) > 1e20  # nothing is saved
 
 
 @pytest.mark.parametrize("removed", [0.15, 0.3, 0.6])

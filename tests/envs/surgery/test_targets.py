@@ -66,10 +66,13 @@ def test_what_a_filter_saves_where_time_has_steps(network):
     model, cost, groups = network
     goal = constraints_of(Target(latency=0.5), model, cost, groups, clock(step=8))
     kept = [group.n_filters for group in groups]
-    assert kept[0] == 16 and goal.saved(kept, 0) == pytest.approx(1e-3 / 8)
+    saved = goal.saved(kept, 0)
+    assert kept[0] == 16 and len(saved) == 15
+    assert saved[:7] == pytest.approx([0.0] * 7, abs=1e-12) and saved[7:] == pytest.approx([1e-3] * 8)
     alone = constraints_of(Target(0.5, "network"), model, cost, groups)
     meter = alone.each[0].meter
-    assert alone.saved(kept, 0) == meter.cost(kept) - meter.cost([15, *kept[1:]])
+    one = meter.cost(kept) - meter.cost([15, *kept[1:]])
+    assert alone.saved(kept, 0) == [one * fewer for fewer in range(1, 16)]
 
 
 @pytest.mark.parametrize(
