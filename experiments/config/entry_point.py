@@ -40,6 +40,7 @@ FREE = ("resume", "quiet", "engine")  # what a resumed run may be given anew: no
 DEVICES = ("base.devices", "finetune.devices", "recovery.train.devices", "train.devices")  # likewise, but for rounding
 MODULES = "modules"  # the setting that allows code, by name
 CONF = "pkg://keepdrop.conf"
+IN_A_JOB = ("hydra.sweep.dir=.", "hydra.sweep.subdir=.")
 
 
 def run_with_hydra(name: str, run: Callable[[DictConfig], Any]) -> None:
@@ -102,7 +103,7 @@ def _enter(folder: Path) -> None:
 
 
 class SweepFolder(Callback):
-    """Takes away what Hydra itself writes for a sweep in which nothing ran: empty job folders, `multirun.yaml`.
+    """Keeps Hydra from making folders of its own for jobs, and takes `multirun.yaml` away where nothing ran.
 
     `conf/common.yaml` names it as a callback, because the folder is known only once Hydra has composed.
     """
@@ -112,6 +113,9 @@ class SweepFolder(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Remember what was there before; without `run_dir` the folder is one that no other sweep has."""
         given, path = list(config.hydra.overrides.task), Path(str(config.hydra.sweep.dir))
+        with read_write(config), open_dict(config):
+            # Hydra would make the folder of a job before `_enter`, so in whatever folder a launcher's worker begins.
+            config.hydra.overrides.hydra = [*config.hydra.overrides.hydra, *IN_A_JOB]
         if elsewhere := is_url(path):  # where Hydra cannot write, and only the runs themselves do
             path = Path(tempfile.gettempdir()) / f"keepdrop-sweep-{uuid.uuid4().hex}"
             with read_write(config), open_dict(config):

@@ -19,6 +19,7 @@ from ...ranges import COUNT, COUNT_OR_NONE, NOT_NEGATIVE, POSITIVE, check_number
 from ...remote import is_url
 
 CLIENT = "ray://"
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 CONNECT_SECONDS = 10.0  # for an address to answer
 PACKAGES = ("keepdrop", "torch", "numpy")  # versions that change what a mask is worth
 
@@ -125,25 +126,29 @@ def _check_answers(address: str) -> None:
             f"engine.address is {address!r}; expected auto, HOST:PORT (usually port 6379) or ray://HOST:PORT (usually "
             "port 10001)."
         )
+    host, loopback = host.strip("[]"), ""
+    if not address.startswith(CLIENT) and host in LOOPBACK:  # Ray itself asks this machine's own address instead
+        host = str(import_ray().util.get_node_ip_address())
+        loopback = f" as {host}:{port}, which Ray takes for it"
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS):
+        with socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS):
             pass
     except OSError as error:
         raise UserError(
-            f"Nobody answers at engine.address={address} ({summarised(error)}); check that the cluster runs (ray "
-            "status on its head node) and that this machine reaches the port."
+            f"Nobody answers at engine.address={address}{loopback} ({summarised(error)}); check that the cluster runs "
+            "(ray status on its head node) and that this machine reaches the port."
         ) from error
-    if not _speaks_grpc(address):
+    if not _speaks_grpc(f"[{host}]:{port}" if ":" in host else f"{host}:{port}"):
         raise UserError(f"What answers at engine.address={address} is no Ray cluster; check host and port.")
 
 
-def _speaks_grpc(address: str) -> bool:
+def _speaks_grpc(place: str) -> bool:
     """Whether what takes connections there is a server of the kind that Ray's are; Ray would wait for any other."""
     if importlib.util.find_spec("grpc") is None or os.environ.get("RAY_USE_TLS", "0") == "1":
         return True
     import grpc
 
-    with grpc.insecure_channel(address.removeprefix(CLIENT)) as channel:
+    with grpc.insecure_channel(place) as channel:
         try:
             grpc.channel_ready_future(channel).result(timeout=CONNECT_SECONDS / 2)
         except grpc.FutureTimeoutError:

@@ -15,9 +15,11 @@ import torch
 
 pytest.importorskip("ray", reason="ray is not installed (extra 'ray')")
 import ray
-from digits_task import make_task
-from keepdrop import RayEngine
+from digits_task import make_task, trained
+from keepdrop import RayEngine, Settings, TrainSettings, prune
 from keepdrop.agent.learning.natural_evolution import NetworkAgentSettings
+from keepdrop.agent.saved_agent import load_agent
+from keepdrop.envs.data.sources import digits
 from keepdrop.envs.one_shot import OneShotTask
 from keepdrop.envs.repair.reconstruction import ReconstructionSettings
 from keepdrop.envs.surgery.targets import Target
@@ -26,6 +28,7 @@ from keepdrop.experiments.engines import ray_actors, ray_cluster
 from keepdrop.experiments.engines.spread_task import spread_over
 from keepdrop.experiments.pruning.network_search import NetworkAgent, NetworkSearchSettings
 from ray.cluster_utils import Cluster
+from tiny_zoo import SMALL, write_zoo
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes are found in /proc"),
@@ -39,11 +42,15 @@ SEARCH = NetworkSearchSettings(masks=4, images=60, agent=NetworkAgentSettings(up
 
 
 @pytest.fixture(scope="module")
-def cluster():
-    """A head node, and another one that tests may kill; each has one CPU."""
+def cluster(ray_folder):
+    """A head node, with a server for clients, and another one that tests may kill; each has one CPU."""
     os.environ[START_SECONDS] = "120"  # a busy machine
     ray_cluster.import_ray()
-    found = Cluster(initialize_head=True, head_node_args=NODE | {"include_dashboard": False})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    found = Cluster(True, head_node_args=NODE | {"include_dashboard": False, "ray_client_server_port": port})
+    found.client = f"ray://{found.address.rpartition(':')[0]}:{port}"
     found.add_node(**NODE)
     yield found
     ray.shutdown()
@@ -95,6 +102,33 @@ def test_any_number_of_workers_decides_the_same(engine, one_shot, here, workers)
     with spread_over(RayEngine(address=engine.address, workers=workers), one_shot) as spread:
         assert decided(spread) == here
         assert 1 <= len(actors()) <= spread.spread.count == workers
+    assert not ray.is_initialized()
+
+
+@pytest.fixture(scope="module")
+def pruned_here():
+    return pruned(None)
+
+
+def pruned(engine):
+    """The network that `keepdrop.prune` leaves."""
+    settings = Settings(reward_size=100, network=SEARCH)
+    model, finetune = trained()[0], TrainSettings(epochs=0)
+    found = prune(
+        model, digits().train, digits().test, macs_removed=0.5, settings=settings, finetune=finetune, engine=engine
+    )
+    return {name: value.tolist() for name, value in found.model.state_dict().items()}
+
+
+def test_pruning_from_python(cluster, pruned_here):
+    """`auto` is the cluster that `ray start`, and Ray's own Cluster, name in a file."""
+    assert pruned(RayEngine(address="auto", workers=2)) == pruned_here
+    assert not ray.is_initialized()
+
+
+def test_from_outside_the_cluster(cluster, pruned_here):
+    """Through Ray's client."""
+    assert pruned(RayEngine(address=cluster.client)) == pruned_here
     assert not ray.is_initialized()
 
 
@@ -180,15 +214,24 @@ def test_ray_is_not_installed(monkeypatch):
     assert refusal(RayEngine()) == ("engine=ray needs Ray, which is not installed; run pip install 'keepdrop[ray]'.")
 
 
-def test_nobody_answers_there():
+def test_nobody_answers_there(monkeypatch):
     with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+        free.bind(("", 0))
         port = free.getsockname()[1]
         started = time.monotonic()
-        for place in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}"):
+        here = f"{ray.util.get_node_ip_address()}:{port}"
+        for place in (here, f"ray://127.0.0.1:{port}"):
             assert refusal(RayEngine(address=place)).startswith(f"Nobody answers at engine.address={place} (")
         free.listen()  # takes connections, and says nothing
-        assert "is no Ray cluster" in refusal(RayEngine(address=f"127.0.0.1:{port}"))
+        assert "is no Ray cluster" in refusal(RayEngine(address=here))
+        assert "is no Ray cluster" in refusal(RayEngine(address=f"localhost:{port}"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        free.listen()
+        place = f"127.0.0.1:{free.getsockname()[1]}"
+        monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.2")
+        said = refusal(RayEngine(address=place))
+        assert said.startswith(f"Nobody answers at engine.address={place} as {place.replace('.1:', '.2:')}, which Ray")
     assert time.monotonic() - started < 20
     assert refusal(RayEngine(address="head")).startswith("engine.address is 'head'; expected auto, HOST:PORT")
 
@@ -243,6 +286,15 @@ def test_a_comparison_on_the_cluster_finds_the_same(cluster, keepdrop, tmp_path,
     for row in (*found[0], *found[1]):
         row.pop("choice_seconds")
     assert found[0] == found[1] and len(found[0]) == 2
+
+
+def test_a_pretraining_on_the_cluster_learns_the_same(cluster, keepdrop, tmp_path):
+    small = [f"zoo={write_zoo(tmp_path)}", *(each for each in SMALL if not each.startswith("workers")), "quiet=true"]
+    there = keepdrop("pretrain", *small, "engine=ray", f"engine.address={cluster.address}", "run_dir=there")
+    assert there.code == 0, there.err
+    assert keepdrop("pretrain", *small, "workers=1", "run_dir=alone").code == 0
+    policies = [load_agent(tmp_path / name / "agent").policy.state_dict() for name in ("there", "alone")]
+    assert all(torch.equal(policies[0][name], policies[1][name]) for name in policies[1])
 
 
 def test_a_sweep_on_the_cluster(cluster, spawn, tmp_path, monkeypatch):
