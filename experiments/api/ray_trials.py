@@ -43,9 +43,9 @@ def trainable(model: nn.Module, train: Any, test: Any, *, every: int = 10, batch
     from ray import tune
 
     arguments_of({}, fixed)
-    return tune.with_parameters(
-        partial(_trial, every=every, batch_size=batch_size, fixed=fixed), model=model, train=train, test=test
-    )
+    one = partial(_trial, every=every, batch_size=batch_size, fixed=fixed)
+    one.__name__ = "prune"  # type: ignore[attr-defined]  # of the trials' folders
+    return tune.with_parameters(one, model=model, train=train, test=test)
 
 
 def arguments_of(config: Mapping[str, Any], fixed: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ EXAMPLE = Path(__file__).parents[3] / "examples" / "ray_tune_front.py"
 
 
 @pytest.fixture(scope="module")
-def started():
+def started(ray_folder):
     from keepdrop.experiments.engines.ray_cluster import import_ray
 
     ray = import_ray()
@@ -85,7 +85,9 @@ def test_settings_arrive_and_a_trial_that_failed_goes_on(started, tmp_path):
     assert {each.metrics["macs_fraction"] for each in again} == set(left.values())
 
 
-def test_the_example_finds_the_front(started, tmp_path, monkeypatch):
+def test_the_example_finds_the_front(started, tmp_path, monkeypatch, capsys):
+    from ray import tune
+
     pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra 'plots')")
     monkeypatch.syspath_prepend(str(EXAMPLE.parent))
     spec = importlib.util.spec_from_file_location("ray_tune_front", EXAMPLE)
@@ -94,5 +96,11 @@ def test_the_example_finds_the_front(started, tmp_path, monkeypatch):
     trials = [{"macs_fraction": macs, "accuracy": score} for macs, score in ((0.5, 0.9), (0.3, 0.8), (0.6, 0.85))]
     assert module.front(trials) == [trials[1], trials[0]]
     module.draw(trials, tmp_path / "front.png")
-    assert (tmp_path / "front.png").stat().st_size > 1000
+    space = {"macs_removed": tune.grid_search([0.3, 0.6]), "settings.network.agent.updates": 1, "finetune.epochs": 0}
+    found = module.main(space, storage=str(tmp_path / "tuned"), epochs=2)
+    assert found and found[-1]["accuracy"] > 0.8
+    assert all(each["macs_fraction"] <= 1 - each["config"]["macs_removed"] for each in found)
+    assert "of the MACs" in capsys.readouterr().out
+    assert (tmp_path / "tuned/front.png").read_bytes() != (tmp_path / "front.png").read_bytes()
+    assert list((tmp_path / "tuned/front").glob("prune_*"))
     sys.modules.pop("quickstart", None)
