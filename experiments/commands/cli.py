@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from ...errors import Notice, UserError
-from ..config.cli_errors import DISK_ERRORS, check_flags, explain, groups, nearest
+from ..config.cli_errors import DISK_ERRORS, check_experiment, check_flags, explain, groups, nearest
 from . import completion
 from . import help as command_help
 
@@ -126,6 +126,7 @@ def run(arguments: list[str]) -> int:
     if command == "inspect":
         arguments = ["json=true" if argument == "--json" else argument for argument in arguments]
     check_flags(command.replace("-", "_"), arguments[1:])
+    check_experiment(command.replace("-", "_"), arguments[1:])
     _enter([command, *_settings(command, arguments[1:])])
     return 0
 

@@ -42,8 +42,6 @@ def explain(error: BaseException, root: str, arguments: Sequence[str]) -> str:
     if isinstance(error, OSError):
         return f"The disk does not take any more ({error.strerror}); what was there before is intact: free some space."
     text = str(error)
-    if text.startswith("In 'experiment/") and (sentence := _of_another_command(root, arguments)):
-        return sentence
     if found := re.search(r"Could not override '(?:.*/)?([^'@]+)'", text):
         return _unknown_key(found[1], root, arguments)
     if found := re.search(r"Error merging override ([^=]+)=(.*)", text):
@@ -51,15 +49,14 @@ def explain(error: BaseException, root: str, arguments: Sequence[str]) -> str:
     return _bare(error)
 
 
-def _of_another_command(root: str, arguments: Sequence[str]) -> str | None:
-    """That an experiment belongs to the command that its launch line names, if that is not `root`."""
+def check_experiment(root: str, arguments: Sequence[str]) -> None:
+    """Refuse an experiment whose launch line names another command than `root`, be it that its settings exist here."""
     name = next((each.partition("=")[2] for each in arguments if each.startswith("experiment=")), "")
     file = resources.files(CONF) / "experiment" / f"{name}.yaml"
     text, own = file.read_text(encoding="utf-8") if file.is_file() else "", root.replace("_", "-")
     found = re.search(r"^# keepdrop (\S+) experiment=", text, re.MULTILINE)
-    if found is None or found[1] == own:
-        return None
-    return f"experiment={name} is one of keepdrop {found[1]}; expected one of keepdrop {own}: see --help."
+    if found is not None and found[1] != own:
+        raise UserError(f"experiment={name} is one of keepdrop {found[1]}; expected one of keepdrop {own}: see --help.")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -139,6 +139,8 @@ def test_an_experiment_of_another_command_is_named_as_such(refused):
     asked = ["experiment=resnet18_quarter_cifar10", "data.path=x.npz"]
     expected = "experiment=resnet18_quarter_cifar10 is one of keepdrop prune; expected one of keepdrop train-cnn"
     assert refused("train-cnn", *asked).startswith(expected)
+    base = refused("prune", "experiment=segnet_base", "run_dir=new")  # every setting of it is one of prune as well
+    assert base.startswith("experiment=segnet_base is one of keepdrop train-cnn; expected one of keepdrop prune")
 
 
 @pytest.mark.parametrize("root", roots_with("recipe"))
