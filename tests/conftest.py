@@ -1,5 +1,6 @@
 import importlib.util
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,14 @@ def s3(s3_address, monkeypatch, tmp_path):
     bucket = f"keepdrop-{abs(hash(tmp_path)):x}"
     system.mkdir(bucket)
     return f"s3://{bucket}"
+
+
+@pytest.fixture(scope="module")
+def ray_folder():
+    """Where Ray keeps its sessions, of child processes too; short, as sockets lie in it, and gone afterwards."""
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        patch.setenv("RAY_TMPDIR", folder)
+        yield folder
 
 
 @pytest.fixture(scope="session")

@@ -236,21 +236,49 @@ def test_own_policy(folder):
     assert agent.policy.kwargs["bias"] == 1.5
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("launcher", [None, *LAUNCHERS])
-def test_sweeps(launcher, folder):
-    if launcher and importlib.util.find_spec(f"hydra_plugins.hydra_{LAUNCHERS[launcher]}_launcher") is None:
-        pytest.skip(f"hydra-{LAUNCHERS[launcher]}-launcher is not installed (extra 'sweeps' or 'ray-sweeps')")
-    lines = {next((name for name in LAUNCHERS if name in text), None): text for _, text in blocks("sweeps.md", "sh")}
-    line = lines[launcher]
-    program = str(Path(sys.executable).with_name("keepdrop"))
+def run_program(line, *more):
+    """Run one `keepdrop ...` line as a process of its own."""
     done = subprocess.run(
-        [program, *line.split()[1:], "quiet=true"],
+        [str(Path(sys.executable).with_name("keepdrop")), *line.split()[1:], *more, "quiet=true"],
         capture_output=True,
         text=True,
         timeout=300,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_many_machines(folder, ray_folder):
+    """The lines that need no second machine: processes, and clusters that runs start for themselves."""
+    pytest.importorskip("ray", reason="ray is not installed (extra 'ray')")
+    ((_, text),) = blocks("many-machines.md", "sh")
+    processes, ray, compare = text.splitlines()
+    quick = ["base.epochs=2", "base.lr=0.05", "network_search.masks=4", "network_search.images=60"]
+    quick += ["network_search.agent.updates=2", "repair.images=60", "recovery.train.epochs=0", "finetune.epochs=0"]
+    quick += ["latency.repeats=1", "latency.warmup=0", "controls=[]"]
+    for name, line in (("processes", processes), ("ray", ray)):
+        run_program(line, *quick, f"run_dir={name}")
+    decisions = [(folder / name / "network/decisions.json").read_text() for name in ("ray", "processes")]
+    assert decisions[0] == decisions[1]
+    few = [
+        "layers=[conv2]",
+        "targets.removed=[0.1]",
+        "seeds=[0]",
+        "compensate=[false]",
+        "methods=[l1-uniform,fpgm-uniform]",
+    ]
+    run_program(compare, "base.epochs=2", "base.lr=0.05", *few, "run_dir=compare")
+    assert json.loads((folder / "compare/metrics.json").read_text())["rows"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [None, *LAUNCHERS])
+def test_sweeps(launcher, folder, ray_folder):
+    if launcher and importlib.util.find_spec(f"hydra_plugins.hydra_{LAUNCHERS[launcher]}_launcher") is None:
+        pytest.skip(f"hydra-{LAUNCHERS[launcher]}-launcher is not installed (extra 'sweeps' or 'ray-sweeps')")
+    lines = {next((name for name in LAUNCHERS if name in text), None): text for _, text in blocks("sweeps.md", "sh")}
+    line = lines[launcher]
+    run_program(line)
     where = line.split("run_dir=")[1].split()[0]
     assert sorted(path.parent.name for path in Path(where).glob("*/model.safetensors")) == ["0", "1"]

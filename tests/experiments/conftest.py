@@ -2,7 +2,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -112,14 +111,6 @@ def spawn():
         )
 
     return start
-
-
-@pytest.fixture(scope="module")
-def ray_folder():
-    """Where Ray keeps its sessions, of child processes too; short, as sockets lie in it, and gone afterwards."""
-    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        patch.setenv("RAY_TMPDIR", folder)
-        yield folder
 
 
 @pytest.fixture

@@ -310,6 +310,7 @@ def test_a_sweep_on_the_cluster(cluster, spawn, tmp_path, monkeypatch):
     for seed in (0, 1):
         assert f"seed: {seed}" in (tmp_path / f"sweep/{seed}/config.yaml").read_text()
         assert (tmp_path / f"sweep/{seed}/model.safetensors").is_file()
+    assert not Path("sweep").exists()  # where the cluster was started, and its workers begin
 
 
 def test_a_lost_cluster_is_one_sentence(cluster, engine, one_shot, monkeypatch):
