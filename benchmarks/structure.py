@@ -129,9 +129,12 @@ def named_twice() -> dict[str, list[str]]:
 
 
 def settings() -> dict[str, str]:
-    """Every setting -> where it stands: the keys of conf/, and the fields of the schema and of the classes in it."""
+    """Every setting -> where it stands: the keys of conf/, and the fields of the schema and of the classes in it.
+
+    Presets of Hydra's own plugins (conf/hydra) are read by those.
+    """
     found: dict[str, str] = {}
-    for path in sorted((ROOT / "conf").rglob("*.yaml")):
+    for path in sorted(set((ROOT / "conf").rglob("*.yaml")) - set((ROOT / "conf" / "hydra").rglob("*.yaml"))):
         for key in _keys(yaml.safe_load(path.read_text(encoding="utf-8")) or {}):
             found.setdefault(key, str(path.relative_to(ROOT)))
     classes = {
