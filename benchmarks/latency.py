@@ -176,7 +176,7 @@ NETWORKS: dict[str, Callable[[argparse.Namespace], nn.Module]] = {
     "separable": separable,
     "mobilenetv2": mobilenetv2,
 }
-NORMALISED = {"separable": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.201))}
+NORMALISED = {"separable": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))}
 KINDS = ("latency", "macs", "latency-blocks", "macs-8")
 """Who decides: `-blocks` may let whole blocks vanish, `-8` keeps multiples of eight channels."""
 

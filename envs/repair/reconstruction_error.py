@@ -205,11 +205,12 @@ def _scores_per_cost(
         if counts[position] == 0:
             scores[group.name] = torch.full((group.n_filters,), -1.0, dtype=torch.float64)
             continue
-        saved: float | list[float] = constraints.saved(counts, position)
-        if not constraints.is_stepped:
-            saved = max(saved[0] if saved else 0.0, 1e-12)
+        saved = constraints.saved(counts, position)
+        per_filter = max(saved[0] if saved else 0.0, 1e-12)
         scores[group.name] = torch.full((group.n_filters,), -1.0, dtype=torch.float64)
-        scores[group.name][masks[group.name]] = curves[group.name].scores(saved)
+        scores[group.name][masks[group.name]] = curves[group.name].scores(
+            saved if constraints.is_stepped else per_filter
+        )
     return scores
 
 
