@@ -52,7 +52,7 @@ MASKS, IMAGES, UPDATES, ITEMS = 16, 200, 3, 200
 KINDS: dict[str, type[LocalEngine] | type[RayEngine]] = {"processes": LocalEngine, "ray": RayEngine}
 WORKERS = (1, 2, 4, 8, 16, 32, 64)
 COMPARE = ["layers=[conv2,conv3]", "targets.removed=[0.3,0.5]", "methods=[l1-uniform,l2-uniform,fpgm-uniform]"]
-COMPARE += ["stages=[zero,one]", "seeds=[0,1]", "compensate=[true]", "finetune.epochs=2", "quiet=true"]
+COMPARE += ["stages=[zero,full]", "seeds=[0,1,2,3]", "compensate=[true]", "finetune.epochs=60", "quiet=true"]
 
 
 def main() -> None:
