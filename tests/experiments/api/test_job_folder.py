@@ -45,7 +45,7 @@ def test_what_a_run_of_this_version_was_asked_is_compared_in_full(tmp_path):
     asked = {"recover": TrainSettings(epochs=1)}
     _check_asked(RunFolder(tmp_path), asked)
     written = json.loads((tmp_path / ASKED).read_text())
-    compared = {each.name for each in dataclasses.fields(TrainSettings)} - {"devices"}  # another machine may have others
+    compared = {each.name for each in dataclasses.fields(TrainSettings)} - {"devices"}  # others have more
     assert set(written["recover"]) == {"", *compared}
     _check_asked(RunFolder(tmp_path), {"recover": TrainSettings(epochs=1, devices=2)})
     with pytest.raises(UserError, match=r"its recover\.lr differs"):
