@@ -111,6 +111,8 @@ class _Team(Workers):
         self.idle: list[Any] = []
         self.beginning: dict[Any, Any] = {}  # actors, by the reference that says they are there
         self.running: dict[Any, tuple[Any, int]] = {}  # actors and their item, by the reference of the result
+        self.begun: dict[Any, float] = {}  # when, by the same reference
+        self.late: set[Any] = set()  # references of items whose worker was given up
         self.failures = 0
         self.answered = time.monotonic()
         self.gone = False
@@ -124,17 +126,19 @@ class _Team(Workers):
         try:
             while waiting or self.running:
                 self._assign(waiting, packed)
+                self._give_up_late()
                 for reference in self._ready():
                     if reference in self.beginning:
                         self._came_up(reference)
                         continue
                     actor, position = self.running.pop(reference)
+                    del self.begun[reference]
                     answer = self._answer(reference)
                     if answer is None:
                         self._kill(actor)
                         tries[position] += 1
                         if tries[position] > self.settings.retries:
-                            raise UserError(self.lost)
+                            raise self._too_late() if reference in self.late else UserError(self.lost)
                         waiting.appendleft(position)
                         continue
                     self.idle.append(actor)
@@ -146,6 +150,7 @@ class _Team(Workers):
             for actor, _ in self.running.values():  # left by an exception: nobody waits for these
                 self._kill(actor)
             self.running.clear()
+            self.begun.clear()
 
     def end(self) -> None:
         """End the actors."""
@@ -156,12 +161,27 @@ class _Team(Workers):
         """Give items to idle actors, and begin others for the rest."""
         while waiting and self.idle:
             actor, position = self.idle.pop(), waiting.popleft()
-            self.running[actor.do.remote(packed[position])] = (actor, position)
+            reference = actor.do.remote(packed[position])
+            self.running[reference], self.begun[reference] = (actor, position), time.monotonic()
         room_left = self.count - len(self.running) - len(self.beginning)
         for _ in range(min(room_left, len(waiting) - len(self.beginning))):
             threads = max(1, int(self.settings.cpus))
             actor = self.kind.remote(threads, str(Path.cwd()), sys.path, self.shared)
             self.beginning[actor.begin.remote()] = actor
+
+    def _give_up_late(self) -> None:
+        """Kill workers that take longer over an item than they may: they may hang."""
+        oldest = time.monotonic() - self.settings.limit
+        for reference, begun in self.begun.items():
+            if begun < oldest and reference not in self.late:
+                self.late.add(reference)
+                self._kill(self.running[reference][0])
+
+    def _too_late(self) -> UserError:
+        return UserError(
+            f"Workers of the Ray cluster take longer over an item than engine.limit={self.settings.limit:g} s, again "
+            "and again; raise engine.limit, or look what they wait for (ray stack on their node)."
+        )
 
     def _ready(self) -> list[Any]:
         """References that have something to say; none after a few seconds without."""

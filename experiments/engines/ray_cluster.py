@@ -37,6 +37,7 @@ class ClusterSettings:
         cpus, gpus: of the cluster that each worker takes.
         retries: how often an item is done again whose worker died.
         wait: seconds after which a worker that does not come up is given up.
+        limit: seconds that an item may take; a worker that takes longer is given up like one that died.
     """
 
     address: str | None = None
@@ -45,9 +46,11 @@ class ClusterSettings:
     gpus: float = 0.0
     retries: int = 3
     wait: float = 120.0
+    limit: float = 86400.0
 
     def __post_init__(self) -> None:
-        check_numbers(self, workers=COUNT, cpus=POSITIVE, gpus=NOT_NEGATIVE, retries=COUNT_OR_NONE, wait=POSITIVE)
+        counts = {"workers": COUNT, "retries": COUNT_OR_NONE}
+        check_numbers(self, cpus=POSITIVE, gpus=NOT_NEGATIVE, wait=POSITIVE, limit=POSITIVE, **counts)
 
 
 def import_ray(what: str = "engine=ray") -> Any:

@@ -179,6 +179,25 @@ def test_what_dies_again_and_again_is_given_up(engine):
             spread.in_order(fail, [3])
 
 
+def test_what_hangs_is_replaced(engine, tmp_path):
+    seen = str(tmp_path / "seen")
+
+    def hang_once(state, item):
+        if not os.path.exists(seen):  # noqa: PTH110
+            open(seen, "w").close()  # noqa: PTH123
+            time.sleep(600)
+        return state + item
+
+    def hang(state, item):
+        time.sleep(600)
+
+    chosen = RayEngine(address=engine.address, workers=1, retries=1, limit=2)
+    with chosen.open(int, 5, lost="They died.") as spread:
+        assert spread.in_order(hang_once, [1, 2]) == [6, 7]
+        with pytest.raises(UserError, match=r"longer over an item than engine\.limit=2 s"):
+            spread.in_order(hang, [0])
+
+
 def test_what_cannot_travel_is_refused(engine):
     with pytest.raises(UserError, match="cannot be sent to workers"), engine.open(str, threading.Lock(), lost=""):
         pass
