@@ -153,7 +153,9 @@ def test_report_rebuilds_the_same_page(run, keepdrop):
     assert result.code == 0 and result.out == "Report: a-run/report.html\n"
 
     def without_counters(text):
-        return re.sub(r"[td]\d+", "", Checker(text).words().split("Load the network")[0].replace("a-run", "run"))
+        words = Checker(text).words().split("Load the network")[0].replace("a-run", "run")
+        # Where the pruned network is the fastest, which the machine decides, its folder is named.
+        return re.sub(r'[td]\d+|load_pruned\("[^"]*"', "", words)
 
     assert without_counters((run / "report.html").read_text()) == without_counters(before)
 
@@ -283,9 +285,11 @@ def test_unknown_control(refused):
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on the path")
 @pytest.mark.parametrize("dark", [False, True])
 def test_browser_shows_it_on_every_screen(run, tmp_path, dark):
+    # One more where the fastest way differs between two batch sizes.
+    n_codes = (run / "report.html").read_text().count('<div class="copy">')
     for frame in looked_at(run / "report.html", tmp_path, dark):
         assert len(frame["charts"]) == 1 and 0.6 * min(frame["size"], 900) < frame["charts"][0] <= frame["size"], frame
-        assert frame["buttons"] == 3
+        assert frame["buttons"] == n_codes >= 3
 
 
 def test_title_and_text_of_a_page_are_escaped():
