@@ -6,7 +6,7 @@ All are traceable by `torch.fx` and use no in-place activation, so a value cache
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -81,12 +81,13 @@ def vgg16_bn(n_classes: int = 10, in_channels: int = 3, width: int = 64) -> Cifa
     return CifarVGG(layout, n_classes, in_channels)
 
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut without parameters (He et al. 2016, arXiv 1512.03385, option A).
+class TwoConvolutions(nn.Module):
+    """What the blocks of these ResNets share: two 3x3 convolutions, and a `shortcut` that a class of its own gives.
 
-    Where the block halves the resolution or widens, the shortcut takes every `stride`-th pixel and pads zero channels,
-    half of them before and half after the old ones. (B, in_width, H, W) -> (B, width, H/stride, W/stride).
+    (B, in_width, H, W) -> (B, width, H/stride, W/stride).
     """
+
+    shortcut: Callable[[Tensor], Tensor]
 
     def __init__(self, in_width: int, width: int, stride: int) -> None:
         super().__init__()
@@ -94,13 +95,24 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
-        self.stride = stride
-        self.padding = ((width - in_width) // 2, width - in_width - (width - in_width) // 2)
 
     def forward(self, images: Tensor) -> Tensor:
         """Features (B, in_width, H, W) -> features (B, width, H/stride, W/stride)."""
         inner = F.relu(self.bn1(self.conv1(images)))
         return F.relu(self.bn2(self.conv2(inner)) + self.shortcut(images))
+
+
+class BasicBlock(TwoConvolutions):
+    """Two 3x3 convolutions and a shortcut without parameters (He et al. 2016, arXiv 1512.03385, option A).
+
+    Where the block halves the resolution or widens, the shortcut takes every `stride`-th pixel and pads zero channels,
+    half of them before and half after the old ones.
+    """
+
+    def __init__(self, in_width: int, width: int, stride: int) -> None:
+        super().__init__(in_width, width, stride)
+        self.stride = stride
+        self.padding = ((width - in_width) // 2, width - in_width - (width - in_width) // 2)
 
     def shortcut(self, images: Tensor) -> Tensor:
         """The identity, subsampled and zero-padded to the block's output shape where that differs."""
@@ -124,9 +136,9 @@ class CifarResNet(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, widths[0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(widths[0])
-        self.layer1 = _stage(widths[0], widths[0], n_blocks, stride=1)
-        self.layer2 = _stage(widths[0], widths[1], n_blocks, stride=2)
-        self.layer3 = _stage(widths[1], widths[2], n_blocks, stride=2)
+        self.layer1 = _stage(BasicBlock, widths[0], widths[0], n_blocks, stride=1)
+        self.layer2 = _stage(BasicBlock, widths[0], widths[1], n_blocks, stride=2)
+        self.layer3 = _stage(BasicBlock, widths[1], widths[2], n_blocks, stride=2)
         self.average = nn.AdaptiveAvgPool2d(1)
         self.linear = nn.Linear(widths[2], n_classes)
         initialised(self)
@@ -152,28 +164,19 @@ def cifar_resnet(
     return CifarResNet((depth - 2) // 6, n_classes, in_channels, widths)
 
 
-class ProjectedBlock(nn.Module):
+class ProjectedBlock(TwoConvolutions):
     """Two 3x3 convolutions and a shortcut that is projected where the shape changes (He et al. 2016, option B).
 
     The projection is a 1x1 convolution with batch normalisation (`shortcut.0`, `shortcut.1`); elsewhere `shortcut` is
-    an empty nn.Sequential, the identity. (B, in_width, H, W) -> (B, width, H/stride, W/stride).
+    an empty nn.Sequential, the identity.
     """
 
     def __init__(self, in_width: int, width: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_width, width, 3, stride=stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
+        super().__init__(in_width, width, stride)
         self.shortcut = nn.Sequential()
         if stride > 1 or in_width != width:
             projection = nn.Conv2d(in_width, width, 1, stride=stride, bias=False)
             self.shortcut = nn.Sequential(projection, nn.BatchNorm2d(width))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Features (B, in_width, H, W) -> features (B, width, H/stride, W/stride)."""
-        inner = F.relu(self.bn1(self.conv1(images)))
-        return F.relu(self.bn2(self.conv2(inner)) + self.shortcut(images))
 
 
 class CifarResNet18(nn.Module):
@@ -188,10 +191,10 @@ class CifarResNet18(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        self.layer1 = _projected_stage(width, width, stride=1)
-        self.layer2 = _projected_stage(width, 2 * width, stride=2)
-        self.layer3 = _projected_stage(2 * width, 4 * width, stride=2)
-        self.layer4 = _projected_stage(4 * width, 8 * width, stride=2)
+        self.layer1 = _stage(ProjectedBlock, width, width, 2, stride=1)
+        self.layer2 = _stage(ProjectedBlock, width, 2 * width, 2, stride=2)
+        self.layer3 = _stage(ProjectedBlock, 2 * width, 4 * width, 2, stride=2)
+        self.layer4 = _stage(ProjectedBlock, 4 * width, 8 * width, 2, stride=2)
         self.average = nn.AdaptiveAvgPool2d(1)
         self.linear = nn.Linear(8 * width, n_classes)
         initialised(self)
@@ -217,13 +220,11 @@ def _check_width(network: str, width: int) -> None:
         raise UserError(f"{network} needs a whole number of filters of 1 or more, got width={width}: 64 is full width.")
 
 
-def _projected_stage(in_width: int, width: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(ProjectedBlock(in_width, width, stride), ProjectedBlock(width, width, 1))
-
-
-def _stage(in_width: int, width: int, n_blocks: int, stride: int) -> nn.Sequential:
-    first = BasicBlock(in_width, width, stride)
-    return nn.Sequential(first, *(BasicBlock(width, width, 1) for _ in range(n_blocks - 1)))
+def _stage(
+    block: Callable[[int, int, int], nn.Module], in_width: int, width: int, n_blocks: int, stride: int
+) -> nn.Sequential:
+    first = block(in_width, width, stride)
+    return nn.Sequential(first, *(block(width, width, 1) for _ in range(n_blocks - 1)))
 
 
 @torch.no_grad()
