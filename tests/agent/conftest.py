@@ -1,6 +1,6 @@
 """Toy environments: one decision, M masks a step, like the pruning environment but with known answers."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium
@@ -67,15 +67,6 @@ def useless_filters_env(
         return ((~masks & ~useful).sum(1) - 3.0 * (~masks & useful).sum(1)) / n_filters
 
     return ToyVectorEnv(weights, statistics, score, n_masks), useful
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """These networks are tiny: more threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -23,14 +23,6 @@ UNSUITED |= {"Tied", "Vectors"}
 SETTINGS = ReconstructionSettings(images=48, places=8)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    usual = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(usual)
-
-
 def _masks(groups, count, seed=0):
     generator = torch.Generator().manual_seed(seed)
     found = []

@@ -22,15 +22,6 @@ from torch import nn
 from torch.nn import functional as F
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small networks gain nothing from threads, and lose much where other processes want the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def images(n_images=40, n_classes=3):
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(n_images, 1, 8, 8, generator=generator)
