@@ -16,9 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from common import machine, make_task, opened
-from foresight import judged, shape_of
+from foresight import judged, masks_of, shape_of
 from keepdrop.agent.learning.natural_evolution import NetworkAgentSettings
 from keepdrop.envs.evaluation.mask_evaluator import accuracy_on
 from keepdrop.envs.one_shot import OneShotTask
@@ -98,9 +97,7 @@ def main() -> None:
                 masks, facts = choose(seed)
                 row |= {"shape": shape_of(task, masks), "facts": facts, "seconds": time.process_time() - started}
             elif "trained" not in row:
-                masks = {group.name: torch.zeros(group.n_filters, dtype=torch.bool) for group in task.groups}
-                for group, filters in row["shape"]["kept"].items():
-                    masks[group][filters] = True
+                masks = masks_of(task, row)
             options.json.write_text(json.dumps(found, indent=1) + "\n")
             if "trained" not in row:
                 same = (
