@@ -106,21 +106,20 @@ def _bounds(network: str, seeds: Sequence[int]) -> list[Row]:
     return [*rows, Row(f"{network} oracle", "oracle", (f"experiment={network}_oracle",), coverage, base.name)]
 
 
-def folder_of(row: Row, runs: Path) -> Path:
-    """Where a row's run lies."""
-    return runs / row.name.replace(" ", "-").replace("%", "percent")
+def folder_of(name: str, runs: Path) -> Path:
+    """Where the run of the row of that name lies."""
+    return runs / name.replace(" ", "-").replace("%", "percent")
 
 
 def line_of(row: Row, options: argparse.Namespace) -> list[str]:
     """The command line that starts the row, or resumes it."""
-    folder = folder_of(row, options.runs)
+    folder = folder_of(row.name, options.runs)
     start = [str(Path(sys.executable).with_name("keepdrop")), row.command]
     if (folder / "config.yaml").is_file():
         return [*start, f"resume={folder}"]
     arguments = [*row.arguments, f"data.path={options.data}", f"device={options.device}", f"run_dir={folder}"]
     if row.command != "train-cnn":
-        based = next((each for each in rows_of(options.name, options.seeds) if each.name == row.needs), None)
-        checkpoint = folder_of(based, options.runs) / "model.safetensors" if based else options.checkpoint
+        checkpoint = folder_of(row.needs, options.runs) / "model.safetensors" if row.needs else options.checkpoint
         arguments.append(f"checkpoint={checkpoint}")
     known = known_keys(row.command.replace("-", "_"), arguments)
     if row.command != "train-cnn":  # a checkpoint brings a network that is trained already
@@ -144,11 +143,10 @@ def carried_out(row: Row, options: argparse.Namespace) -> bool:
 
 def figures(row: Row, runs: Path) -> dict[str, Any]:
     """What a table needs of a finished run; accuracies are fractions on the report split."""
-    folder = folder_of(row, runs)
-    metrics = json.loads((folder / "metrics.json").read_text())
-    config_of, found = folder / "facts.json", {"coverage": row.coverage, "command": row.command}
-    split = (json.loads(config_of.read_text()).get("splits") or {}).get("report") or {}
-    found["report_images"] = split.get("n_images")
+    folder = folder_of(row.name, runs)
+    metrics, facts = (json.loads((folder / name).read_text()) for name in ("metrics.json", "facts.json"))
+    split = (facts.get("splits") or {}).get("report") or {}
+    found = {"coverage": row.coverage, "command": row.command, "report_images": split.get("n_images")}
     if row.command == "compare":
         (only,) = metrics["rows"]
         stages = {stage: each["report"]["mean"] for stage, each in only["stages"].items()}
