@@ -35,7 +35,7 @@ from keepdrop.envs.one_shot import OneShotTask
 from keepdrop.envs.repair.reconstruction import ReconstructionSettings
 from keepdrop.envs.surgery.cutting import prune
 from keepdrop.envs.surgery.latency_meter import LatencyFit
-from keepdrop.envs.surgery.latency_profile import load_profile
+from keepdrop.envs.surgery.latency_profile import LatencyProfile, TimeTable, load_profile
 from keepdrop.envs.surgery.limits import Limits
 from keepdrop.envs.surgery.targets import Target
 from keepdrop.envs.task import PruningTask
@@ -216,16 +216,8 @@ class Bench:
     def profile(self) -> None:
         """Measure what widths cost here; resumes by itself."""
         torch.set_num_threads(self.options.threads)
-        profile_network(self.model, IMAGES, ProfileSettings((BATCH,), (RUNTIME,)), path=self._profile)
-        table = load_profile(self._profile).table(RUNTIME, BATCH)
-        fit = LatencyFit(load_profile(self._profile), table.samples)
-        errors = sorted(map(abs, fit.errors(table.checks)))
-        self.row["profile"] = {
-            "dense_ms": round(1e3 * table.dense_seconds, 4),
-            "copies": len(table.samples),
-            "error": round(statistics.median(errors), 4),
-            "largest": round(errors[-1], 4),
-        }
+        found = profile_network(self.model, IMAGES, ProfileSettings((BATCH,), (RUNTIME,)), path=self._profile)
+        self.row["profile"] = summary(found, found.table(RUNTIME, BATCH))
         self.write()
 
     @property
@@ -267,26 +259,22 @@ class Bench:
                 removed = self._next_removed(known["searches"])
                 self._searched(kind, Target(round(removed, 4), "network"))
 
-    def _wanted(self) -> dict[str, Any]:
-        """The search that the others are compared with."""
-        return dict(self.row["latency"]["searches"][0])
-
     def _is_matched(self, searches: Sequence[dict[str, Any]]) -> bool:
         """Whether one is of the same accuracy, or enough were tried."""
-        near = [abs(each["accuracy"] - self._wanted()["accuracy"]) <= EQUAL for each in searches]
+        near = [abs(each["accuracy"] - wanted(self.row)["accuracy"]) <= EQUAL for each in searches]
         return any(near) or len(searches) >= MOST_SEARCHES
 
     def _next_removed(self, searches: Sequence[dict[str, Any]]) -> float:
         """The share of MACs to try: first what the network of the time has lost, then along the line of two tries."""
-        wanted = self._wanted()
+        aim = wanted(self.row)
         if not searches:
-            return float(wanted["removed"])
-        near = sorted(searches, key=lambda each: abs(each["accuracy"] - wanted["accuracy"]))
+            return float(aim["removed"])
+        near = sorted(searches, key=lambda each: abs(each["accuracy"] - aim["accuracy"]))
         slope = SLOPE
         if len(near) > 1 and near[0]["removed"] != near[1]["removed"]:
             slope = (near[0]["accuracy"] - near[1]["accuracy"]) / (near[0]["removed"] - near[1]["removed"])
             slope = min(slope, SLOPE / 4)
-        step = (wanted["accuracy"] - near[0]["accuracy"]) / slope
+        step = (aim["accuracy"] - near[0]["accuracy"]) / slope
         return min(0.95, max(0.02, near[0]["removed"] + max(-0.15, min(0.15, step))))
 
     def _searched(self, kind: str, target: Target) -> None:
@@ -326,15 +314,9 @@ class Bench:
         meter = one_shot.task.clock(one_shot.task.model, one_shot.groups)
         return float(meter.seconds([kept[group.name] for group in one_shot.groups]) / meter.whole)
 
-    def chosen(self, kind: str) -> dict[str, Any] | None:
-        """The search that counts: of those of MACs the one nearest in accuracy."""
-        searches = self.row.get(kind, {}).get("searches", [])
-        near = sorted(searches, key=lambda each: abs(each["accuracy"] - self._wanted()["accuracy"]))
-        return dict(near[0]) if near else None
-
     def time(self) -> None:
         """Dense and pruned networks in turns, with the threads that were profiled and with one."""
-        kinds = {kind: each for kind in KINDS if (each := self.chosen(kind)) is not None}
+        kinds = {kind: each for kind in KINDS if (each := chosen(self.row, kind)) is not None}
         networks = {"dense": self.model} | {kind: self._cut(kind, each["kept"]) for kind, each in kinds.items()}
         for threads in dict.fromkeys((self.options.threads, 1)):
             torch.set_num_threads(threads)
@@ -357,15 +339,20 @@ class Bench:
             for batch in (1, 64):
                 found = profile_network(self.model, IMAGES, ProfileSettings((batch,), ("eager", RUNTIME)), path=path)
                 for table in found.tables:
-                    errors = sorted(map(abs, LatencyFit(found, table.samples).errors(table.checks)))
                     key = f"{table.runtime}, batch {table.batch_size}, {threads} threads"
-                    self.row.setdefault("errors", {})[key] = {
-                        "dense_ms": round(1e3 * table.dense_seconds, 3),
-                        "copies": len(table.samples),
-                        "error": round(statistics.median(errors), 4),
-                        "largest": round(errors[-1], 4),
-                    }
+                    self.row.setdefault("errors", {})[key] = summary(found, table)
                 self.write()
+
+
+def summary(profile: LatencyProfile, table: TimeTable) -> dict[str, Any]:
+    """The dense time, and how far predictions are off on copies that were not fitted to."""
+    errors = sorted(map(abs, LatencyFit(profile, table.samples).errors(table.checks)))
+    return {
+        "dense_ms": round(1e3 * table.dense_seconds, 4),
+        "copies": len(table.samples),
+        "error": round(statistics.median(errors), 4),
+        "largest": round(errors[-1], 4),
+    }
 
 
 def in_turns(runners: dict[str, Callable[[Tensor], Any]], turns: int) -> dict[str, list[float]]:
@@ -376,6 +363,17 @@ def in_turns(runners: dict[str, Callable[[Tensor], Any]], turns: int) -> dict[st
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             seconds[name].append(one_turn(runners[name], IMAGES, IMAGES.device))
     return seconds
+
+
+def wanted(row: dict[str, Any]) -> dict[str, Any]:
+    """The search that the others are compared with."""
+    return dict(row["latency"]["searches"][0])
+
+
+def chosen(row: dict[str, Any], kind: str) -> dict[str, Any] | None:
+    """The search that counts: of those of MACs the one nearest in accuracy."""
+    searches = row.get(kind, {}).get("searches", [])
+    return min(searches, key=lambda each: abs(each["accuracy"] - wanted(row)["accuracy"]), default=None)
 
 
 def compared(seconds: dict[str, list[float]], name: str) -> dict[str, Any]:
@@ -400,9 +398,7 @@ def tables(found: dict[str, Any]) -> str:
         if times is None:
             continue
         for kind, each in times.items():
-            searches = row.get(kind, {}).get("searches", [])
-            wanted = row["latency"]["searches"][0]["accuracy"]
-            best = min(searches, key=lambda one: abs(one["accuracy"] - wanted)) if searches else None
+            best = chosen(row, kind)
             accuracy, removed = (best["accuracy"], best["removed"]) if best else (row["accuracy"], 0.0)
             what = best["target"] if best else "dense"
             ratios = [each["faster_than"].get(other) for other in ("dense", "macs")]
