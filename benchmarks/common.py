@@ -1,4 +1,4 @@
-"""What several benchmarks share: a ResNet on CIFAR-10, result files that can be resumed, the machine."""
+"""What several benchmarks share: a ResNet on CIFAR-10, random images, result files to be resumed, the machine."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from keepdrop.envs.data.sources import npz
+from keepdrop.envs.data.images import ArrayImages
+from keepdrop.envs.data.sources import LabelledData, npz
 from keepdrop.envs.data.splits import split
+from keepdrop.envs.evaluation.dense_baseline import DenseBaseline
 from keepdrop.envs.networks.built_in import cifar_resnet
 from keepdrop.envs.networks.checkpoint import load_checkpoint
+from keepdrop.envs.networks.cost import count_cost
 from keepdrop.envs.task import PruningTask
+from torch import nn
 
 
 def make_task(
@@ -28,6 +32,21 @@ def make_task(
     images = npz(data, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     splits = split(images, reward_from="test", reward_size=5000, seed=0)
     return PruningTask(model.eval().to(device), splits, layers=layers, device=device)
+
+
+def random_task(
+    model: nn.Module, size: int, parts: tuple[int, int], reward_from: str, reward_size: int, layers: Any = None
+) -> PruningTask:
+    """A network on random images (3, size, size), `parts` to train on and to test: how well it answers is made up.
+
+    One that guesses would be refused.
+    """
+    images, labels = torch.randn(sum(parts), 3, size, size), torch.randint(10, (sum(parts),))
+    rows = slice(parts[0]), slice(parts[0], None)
+    data = LabelledData(*(ArrayImages(images[each], labels[each], [0.0] * 3, [1.0] * 3, 10) for each in rows))
+    base = DenseBaseline(torch.rand(reward_size) < 0.9, count_cost(model, images[:1]))
+    splits = split(data, reward_from=reward_from, reward_size=reward_size, seed=0)
+    return PruningTask(model, splits, base=base, layers=layers)
 
 
 def opened(path: Path, about: dict[str, Any], parts: str) -> dict[str, Any]:

@@ -30,19 +30,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import opened
+from common import opened, random_task
 from keepdrop import LocalEngine, RayEngine
 from keepdrop.agent.learning.natural_evolution import NetworkAgentSettings
-from keepdrop.envs.data.images import ArrayImages
-from keepdrop.envs.data.sources import LabelledData
-from keepdrop.envs.data.splits import split
-from keepdrop.envs.evaluation.dense_baseline import DenseBaseline
 from keepdrop.envs.networks.built_in import cifar_resnet
-from keepdrop.envs.networks.cost import count_cost
 from keepdrop.envs.one_shot import OneShotTask
 from keepdrop.envs.repair.reconstruction import ReconstructionSettings
 from keepdrop.envs.surgery.targets import Target
-from keepdrop.envs.task import PruningTask
 from keepdrop.experiments.engines.engine import Engine
 from keepdrop.experiments.engines.spread_task import spread_over
 from keepdrop.experiments.pruning.network_search import NetworkAgent, NetworkSearchSettings
@@ -85,14 +79,7 @@ def main() -> None:
 def make_one_shot() -> OneShotTask:
     """ResNet-20 with random weights; how well it answers has no part in the time."""
     torch.manual_seed(0)
-    images, labels = torch.randn(900, 3, 32, 32), torch.randint(0, 10, (900,))
-    parts = [
-        ArrayImages(images[rows], labels[rows], [0.0] * 3, [1.0] * 3, 10) for rows in (slice(600), slice(600, None))
-    ]
-    splits = split(LabelledData(*parts), reward_from="train", reward_size=IMAGES, seed=0)
-    model = cifar_resnet(20).eval()
-    base = DenseBaseline(torch.rand(IMAGES) < 0.9, count_cost(model, images[:1]))  # one that guesses would be refused
-    task = PruningTask(model, splits, base=base)
+    task = random_task(cifar_resnet(20).eval(), 32, (600, 300), "train", IMAGES)
     return OneShotTask(task, ReconstructionSettings(images=200, places=16))
 
 

@@ -22,16 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import opened
+from common import opened, random_task
 from keepdrop.agent.learning.natural_evolution import NetworkAgentSettings
 from keepdrop.agent.learning.trainer import AgentSettings
 from keepdrop.agent.policies.set_policy import SetPolicy
-from keepdrop.envs.data.images import ArrayImages
-from keepdrop.envs.data.sources import LabelledData
-from keepdrop.envs.data.splits import split
-from keepdrop.envs.evaluation.dense_baseline import DenseBaseline
 from keepdrop.envs.networks.built_in import cifar_resnet
-from keepdrop.envs.networks.cost import count_cost
 from keepdrop.envs.observation import STATISTIC_NAMES
 from keepdrop.envs.one_shot import OneShotTask
 from keepdrop.envs.repair.reconstruction import ReconstructionSettings
@@ -94,16 +89,7 @@ def make_task(point: dict[str, int]) -> PruningTask:
     torch.manual_seed(0)
     width = point["filters"]
     model = cifar_resnet(2 * point["groups"] + 2, widths=(width, 2 * width, 4 * width)).eval()
-    images, labels = torch.randn(2600, 3, 16, 16), torch.randint(10, (2600,))
-    parts = [
-        ArrayImages(images[rows], labels[rows], [0.0] * 3, [1.0] * 3, 10) for rows in (slice(1100), slice(1100, None))
-    ]
-    data = LabelledData(*parts)
-    base = DenseBaseline(
-        torch.rand(1000) < 0.9, count_cost(model, images[:1])
-    )  # a network that guesses would be refused
-    splits = split(data, reward_from="test", reward_size=1000, seed=0)
-    task = PruningTask(model, splits, base=base, layers=["layer*.conv1"])
+    task = random_task(model, 16, (1100, 1500), "test", 1000, ["layer*.conv1"])
     assert len(task.groups) == point["groups"] and task.cost and len(task.reward_images[0]) == 1000
     return task
 
