@@ -10,6 +10,7 @@ import colorsys
 import struct
 import zlib
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -117,20 +118,24 @@ def _picture(image: Tensor) -> Tensor:
 
 def _coloured(classes: Tensor) -> Tensor:
     """Classes (H, W) as colours uint8 (H, W, 3): the first dark, hues a golden ratio apart, what is ignored white."""
-    highest = 256
-    colours = [(0.16, 0.18, 0.2)] + [
-        colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.55 + 0.3 * (i % 2), 0.95 - 0.2 * (i % 3)) for i in range(1, highest)
-    ]
-    palette = (torch.tensor([*colours, (1.0, 1.0, 1.0)]) * 255).round().to(torch.uint8)
-    return palette[torch.where((classes < 0) | (classes == 255), highest, classes % highest)]
+    ignored = len(_palette()) - 1
+    return _palette()[torch.where((classes < 0) | (classes == 255), ignored, classes % ignored)]
+
+
+@cache
+def _palette() -> Tensor:
+    """Colours uint8 (257, 3) of classes, and of what is ignored."""
+    hues = ((i * 0.618034 % 1, 0.55 + 0.3 * (i % 2), 0.95 - 0.2 * (i % 3)) for i in range(1, 256))
+    colours = [(0.16, 0.18, 0.2), *(colorsys.hsv_to_rgb(*hue) for hue in hues), (1.0, 1.0, 1.0)]
+    return (torch.tensor(colours) * 255).round().to(torch.uint8)
 
 
 def png(pixels: Tensor) -> str:
     """Pixels uint8 (H, W, 3) as a PNG file in base64, thinned out to 256 a side."""
     step = -(-max(pixels.shape[:2]) // PIXELS)
-    pixels = pixels[::step, ::step].contiguous()
+    pixels = pixels[::step, ::step].cpu()
     height, width = pixels.shape[:2]
-    lines = b"".join(b"\0" + bytes(row.flatten().tolist()) for row in pixels)
+    lines = b"".join(b"\0" + row.numpy().tobytes() for row in pixels)
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     parts = (_chunk(b"IHDR", header), _chunk(b"IDAT", zlib.compress(lines, 9)), _chunk(b"IEND", b""))
     return base64.b64encode(b"\x89PNG\r\n\x1a\n" + b"".join(parts)).decode("ascii")
