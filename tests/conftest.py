@@ -34,6 +34,17 @@ def pytest_sessionfinish(session):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
+@pytest.fixture
+def memory():
+    """An empty memory:// of this process."""
+    import fsspec
+
+    system = fsspec.filesystem("memory")
+    system.store.clear()
+    yield system
+    system.store.clear()
+
+
 @pytest.fixture(scope="session")
 def s3_address():
     """Address of an S3 server of moto's on this machine, which this process started."""

@@ -6,14 +6,6 @@ from keepdrop.errors import UserError
 from keepdrop.remote import Store, is_url, local, named, writing
 
 
-@pytest.fixture
-def memory():
-    system = fsspec.filesystem("memory")
-    system.store.clear()
-    yield system
-    system.store.clear()
-
-
 @pytest.mark.parametrize("url", ["s3://bucket/run", "s3:/bucket/run", "memory://run", "file:///tmp/run", "gs://b"])
 def test_urls(url):
     assert is_url(url)

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import fsspec
 import keepdrop as public
 import pytest
 from keepdrop import prune
@@ -28,13 +27,10 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture
-def memory(monkeypatch, cache):
-    """An empty memory:// of this process."""
+def memory(memory, monkeypatch, cache):
+    """An empty memory:// of this process, and a cache of its own."""
     monkeypatch.setenv("KEEPDROP_CACHE", str(cache))
-    system = fsspec.filesystem("memory")
-    system.store.clear()
-    yield system
-    system.store.clear()
+    return memory
 
 
 @pytest.fixture
