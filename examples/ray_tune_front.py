@@ -65,10 +65,11 @@ def main(
         tuner = tune.Tuner(prune, param_space=space, run_config=run, tune_config=tune.TuneConfig(num_samples=samples))
     trials = [result.metrics for result in tuner.fit() if result.error is None and result.metrics]
     draw(trials, where / "front.png")
-    for each in front(trials):
+    best = front(trials)
+    for each in best:
         asked = ", ".join(f"{key} {value:g}" for key, value in each["config"].items())
         print(f"{each['macs_fraction']:.0%} of the MACs, {each['accuracy']:.2%} accuracy: {asked}")
-    return front(trials)
+    return best
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Ray Tune: settings of the search space arrive, and a trial that failed goes on from its checkpoint."""
 
-import importlib.util
+import importlib
 import sys
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from keepdrop.experiments.api.ray_trials import arguments_of, trainable
 from keepdrop.experiments.pruning.network_search import NetworkSearchSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's and Tune's own
-EXAMPLE = Path(__file__).parents[3] / "examples" / "ray_tune_front.py"
+EXAMPLES = Path(__file__).parents[3] / "examples"
 
 
 @pytest.fixture(scope="module")
@@ -89,10 +89,8 @@ def test_the_example_finds_the_front(started, tmp_path, monkeypatch, capsys):
     from ray import tune
 
     pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra 'plots')")
-    monkeypatch.syspath_prepend(str(EXAMPLE.parent))
-    spec = importlib.util.spec_from_file_location("ray_tune_front", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    module = importlib.import_module("ray_tune_front")
     trials = [{"macs_fraction": macs, "accuracy": score} for macs, score in ((0.5, 0.9), (0.3, 0.8), (0.6, 0.85))]
     assert module.front(trials) == [trials[1], trials[0]]
     module.draw(trials, tmp_path / "front.png")
@@ -103,4 +101,5 @@ def test_the_example_finds_the_front(started, tmp_path, monkeypatch, capsys):
     assert "of the MACs" in capsys.readouterr().out
     assert (tmp_path / "tuned/front.png").read_bytes() != (tmp_path / "front.png").read_bytes()
     assert list((tmp_path / "tuned/front").glob("prune_*"))
-    sys.modules.pop("quickstart", None)
+    for name in ("quickstart", "ray_tune_front"):
+        sys.modules.pop(name)
