@@ -16,8 +16,6 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeGuard
 
-import fsspec
-
 from .errors import UserError, first_line, summarised
 
 URL = re.compile(r"(?!hf:)[a-z][a-z0-9+.-]+:(?:/{1,2}\S|/*$)", re.IGNORECASE)
@@ -46,6 +44,8 @@ class Store:
     """
 
     def __init__(self, where: str | os.PathLike[str]) -> None:
+        import fsspec  # here, so that a process that reads and writes paths alone does without it
+
         url = os.fspath(where)
         protocol, _, rest = url.partition(":")
         self.protocol = protocol.lower()

@@ -13,9 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from joblib import Parallel, delayed
-from joblib.externals.loky import get_reusable_executor
-from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from ...errors import Notice, UserError
 from ...ranges import check_numbers
@@ -52,6 +49,8 @@ class LocalEngine:
         if self.is_here:
             yield _ThisProcess(make, shared, here)
             return
+        from joblib.externals.loky import get_reusable_executor  # here, as most processes are alone
+
         # Killed processes cannot give their semaphores back; the tracker of Python, a process of its own, frees them
         # and would say so in the terminal, behind our own sentence.
         quiet = "ignore:resource_tracker:UserWarning"
@@ -92,6 +91,8 @@ class _ThisProcess(Workers):
 
 class _Processes(Workers):
     def __init__(self, n_workers: int, make: Make, shared: tuple[Any, ...], lost: str) -> None:
+        from joblib import Parallel
+
         self.count, self.lost = n_workers, lost
         self.parallel = Parallel(
             n_workers,
@@ -102,6 +103,9 @@ class _Processes(Workers):
         )
 
     def numbered(self, work: Work, items: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+        from joblib import delayed
+        from joblib.externals.loky.process_executor import TerminatedWorkerError
+
         try:
             with _ctrl_c_ignored():
                 done = self.parallel(delayed(_do)(work, position, item) for position, item in enumerate(items))
