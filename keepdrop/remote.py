@@ -157,9 +157,8 @@ def _kept() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="keepdrop-")
 
 
-_fetched: dict[
-    tuple[str, Wanted | None], tuple[str, Path]
-] = {}  # by URL and what was wanted: what was there, and where it lies
+# By URL and the files fetched: what the store said of them, and where they lie.
+_fetched: dict[tuple[str, tuple[str, ...]], tuple[str, Path]] = {}
 
 
 def local(where: str | os.PathLike[str], wanted: Wanted | None = None) -> Path:
@@ -175,11 +174,25 @@ def local(where: str | os.PathLike[str], wanted: Wanted | None = None) -> Path:
     if not is_url(where):
         return Path(where)
     store = Store(where)
-    listing = store.listing()
-    names = [name for name in listing if is_inside(name) and (wanted is None or name == "" or wanted(name))]
-    if not names:
+    found = _copied(store, wanted)
+    if found is None:
         raise UserError(f"There is nothing at {store.url!r} that keepdrop reads; check the name.")
-    key, there = (store.url, wanted), repr(sorted((name, repr(listing[name])) for name in names))
+    return found
+
+
+def local_if_there(where: str | os.PathLike[str]) -> Path | None:
+    """`local` of a file; None where there is none."""
+    if is_url(where):
+        return _copied(Store(where), None)
+    return path if (path := Path(where)).is_file() else None
+
+
+def _copied(store: Store, wanted: Wanted | None) -> Path | None:
+    listing = store.listing()
+    names = sorted(name for name in listing if is_inside(name) and (wanted is None or name == "" or wanted(name)))
+    if not names:
+        return None
+    key, there = (store.url, tuple(names)), repr([listing[name] for name in names])
     if key in _fetched and _fetched[key][0] == there:
         return _fetched[key][1]
     folder = Path(tempfile.mkdtemp(dir=_kept().name))

@@ -36,6 +36,8 @@ def test_what_is_written_is_read_back(kind, memory, tmp_path):
     copy = local(url)
     assert (copy / "deep/one.txt").read_text() == "1" and local(f"{url}/two.txt").read_text() == "2"
     assert local(url) == copy
+    pair = ["deep/one.txt", "two.txt"]  # asked anew by what is another object each time, as bound methods are
+    assert local(url, tuple(pair).__contains__) == local(url, tuple(pair).__contains__)
     assert not (local(url, lambda name: name == "two.txt") / "deep").exists()
     with writing(url) as folder:
         (folder / "two.txt").write_text("three")

@@ -11,8 +11,6 @@ from typing import Any
 from ...envs.networks.checkpoint import hash_state
 from ...envs.task import PruningTask
 from ...errors import UserError
-from ...remote import Store, is_url, local
-from ..deploy.clock import PROFILE, kept_profile
 from ..runs.folder import RunFolder
 from ..training.train_settings import TrainSettings
 
@@ -44,14 +42,6 @@ def open_folder(where: str | Path, task: PruningTask, asked: Mapping[str, Any]) 
         folder.close()
         raise
     return folder
-
-
-def profile_before(where: str | Path | None) -> Path | None:
-    """The profile that a run began with, wherever its folder is; None if there is none."""
-    if not is_url(where):
-        return kept_profile(where)
-    began = Store(str(where)).read(PROFILE) is not None
-    return local(f"{str(where).rstrip('/')}/{PROFILE}") if began else None
 
 
 def _check_asked(folder: RunFolder, asked: Mapping[str, Any]) -> None:

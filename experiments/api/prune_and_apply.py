@@ -20,6 +20,7 @@ from ...envs.repair.reconstruction import ReconstructionSettings
 from ...envs.surgery.targets import Target
 from ...errors import UserError
 from ...rewards.try_and_learn import TryAndLearn, check_drop_bound
+from ..deploy.clock import kept_profile
 from ..engines.engine import Engine
 from ..engines.local_processes import LocalEngine
 from ..pruning.agent_card import ANY_NETWORK
@@ -34,7 +35,6 @@ from ..pruning.trained_agents import AskAgents, agents_of, check_agents, load_ag
 from ..training.augment import Augment
 from ..training.train_settings import TrainSettings
 from .job import Job, Profile
-from .job_folder import profile_before
 from .own_training_loop import OwnLoop
 from .progress import Callback
 from .result import PruningResult
@@ -134,7 +134,7 @@ def prune(
         seed=seed,
         device=device,
         target=target,
-        profile=profile_before(folder) or profile,
+        profile=kept_profile(folder) or profile,
     )
     check_fineness(drop_bound, len(job.splits.reward))
     known = _warm(job, warm_start, policies, target)
@@ -227,7 +227,7 @@ def apply_agents(
         seed=seed,
         device=device,
         target=target,
-        profile=profile_before(folder) or profile,
+        profile=kept_profile(folder) or profile,
     )
     check_agents(known, job.task)
     job.check_training(finetune, recover)

@@ -19,6 +19,7 @@ from ...envs.surgery.latency_profile import LatencyProfile, load_profile, save_p
 from ...envs.surgery.limits import AUTO, Limits
 from ...errors import Notice, UserError
 from ...ranges import COUNT, check_numbers
+from ...remote import local_if_there
 from .profiling import ProfileSettings, Watcher, conditions_of, profile_network
 from .runtimes import RUNTIMES, why_not
 
@@ -154,9 +155,8 @@ def measured_clock(
 
 
 def kept_profile(folder: str | Path | None) -> Path | None:
-    """The profile that a run began with; None if there is none."""
-    path = None if folder is None else Path(folder) / PROFILE
-    return path if path is not None and path.is_file() else None
+    """The profile that a run began with, wherever its folder is; None if there is none."""
+    return None if folder is None else local_if_there(f"{str(folder).rstrip('/')}/{PROFILE}")
 
 
 def keep_profile(clock: ProfileClock | None, folder: Path) -> None:
