@@ -132,6 +132,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES[:-1]))
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["latency", "macs"])
     parser.add_argument("--threads", type=int, default=2, help="of what is timed; searches have one")
+    parser.add_argument("--timed", type=int, nargs="+", default=[1], help="threads to time with, beside --threads")
     parser.add_argument("--agent", choices=("trained", PRETRAINED), default="trained", help="or asked, not trained")
     parser.add_argument("--reward-size", type=int, default=5000, help="of the test images; the others judge")
     parser.add_argument("--judged", type=int, help="images that accuracies are of; all others if left out")
@@ -315,10 +316,10 @@ class Bench:
         return float(meter.seconds([kept[group.name] for group in one_shot.groups]) / meter.whole)
 
     def time(self) -> None:
-        """Dense and pruned networks in turns, with the threads that were profiled and with one."""
+        """Dense and pruned networks in turns, with the threads that were profiled and those of `--timed`."""
         kinds = {kind: each for kind in KINDS if (each := chosen(self.row, kind)) is not None}
         networks = {"dense": self.model} | {kind: self._cut(kind, each["kept"]) for kind, each in kinds.items()}
-        for threads in dict.fromkeys((self.options.threads, 1)):
+        for threads in dict.fromkeys((self.options.threads, *self.options.timed)):
             torch.set_num_threads(threads)
             with torch.inference_mode():
                 runners = {name: runner(network.eval(), RUNTIME, IMAGES) for name, network in networks.items()}
