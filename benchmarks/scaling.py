@@ -217,7 +217,7 @@ def draw(runs: dict[str, list[dict[str, Any]]], file: Path) -> None:
     axes.set_xticks(WORKERS, labels=[str(each) for each in WORKERS])
     axes.set_yticks(WORKERS, labels=[str(each) for each in WORKERS])
     axes.set_title("An update of a network search: simulation, not measured")
-    axes.legend()
+    axes.legend(loc="lower right", fontsize="x-small")
     figure.tight_layout()
     figure.savefig(file)
 
