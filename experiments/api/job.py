@@ -36,7 +36,7 @@ from ..pruning.recover import Recover, RecoverySettings
 from ..pruning.schedule import LayerRecord, Recovery, Schedule
 from ..runs.seeds import derive_seed
 from ..training.augment import Augment
-from ..training.devices import check_devices, help_the_first, is_helper, meet
+from ..training.devices import check_devices, leads
 from ..training.guarded import Judgement, fine_tune, keep_better
 from ..training.loop import check_augment
 from ..training.train_settings import TrainSettings
@@ -122,10 +122,8 @@ class Job:
         own = [each for each in chosen if isinstance(each, TrainSettings)]
         devices, where = max((each.devices for each in own), default=1), self.task.device
         check_devices(own, where)
-        if is_helper(devices):
-            help_the_first(where.type)
+        if not leads(devices, where.type):
             sys.exit(0)
-        meet(devices, where.type)
         try_training(self.dense, self.splits, own, self.task.groups)
         for note in self.task.plan.notes:
             warnings.warn(note, Notice, stacklevel=3)

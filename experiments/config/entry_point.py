@@ -28,8 +28,7 @@ from ...remote import is_url
 from ..deploy.clock import PROFILE
 from ..pruning.input_checks import resolve_device
 from ..runs.folder import CONFIG, FACTS, RunFolder, first_free
-from ..training.devices import check_devices, help_the_first, is_helper, meet, part
-from ..training.train_settings import TrainSettings
+from ..training.devices import check_count, leads, part
 from .cli_errors import expected
 from .schema import INHERITED, RANGES, ROOTS, register_schemas, structured
 from .stored import check_targets, is_offered, targets_in
@@ -57,8 +56,7 @@ def run_with_hydra(name: str, run: Callable[[DictConfig], Any]) -> None:
             if os.getpid() != process:
                 _enter(here)
             check_settings(config, ROOTS[name])
-            if is_helper(devices := most_devices(config)):
-                return help_the_first(resolve_device(config.device).type)
+            devices = most_devices(config)
             return run(config) if devices == 1 else run_together(run, config, devices)
         except Exception as error:
             if os.getpid() != process:  # a launcher's worker: this list is a copy, and only Hydra tells the parent
@@ -82,9 +80,11 @@ def most_devices(config: DictConfig) -> int:
 
 
 def run_together(run: Callable[[DictConfig], Any], config: DictConfig, devices: int) -> Any:
-    """A command some of whose trainings run on several devices; processes of torchrun and Slurm end with it."""
-    check_devices([TrainSettings(batch_size=2 * devices, devices=devices)], resolve_device(config.device))
-    meet(devices, resolve_device(config.device).type)
+    """A command some of whose trainings run on several devices; of processes of torchrun or Slurm the first runs it."""
+    device = resolve_device(config.device)
+    check_count(devices, device)
+    if not leads(devices, device.type):
+        return None
     try:
         return run(config)
     finally:

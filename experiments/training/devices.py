@@ -130,7 +130,11 @@ class Team:
 
 def check_devices(chosen: Iterable[TrainSettings], device: torch.device) -> None:
     """UserError where a training cannot run on as many devices as it asks for."""
-    asked = max((each.devices for each in chosen if each.epochs > 0), default=1)
+    check_count(max((each.devices for each in chosen if each.epochs > 0), default=1), device)
+
+
+def check_count(asked: int, device: torch.device) -> None:
+    """UserError where no training can run on so many devices."""
     if asked == 1:
         return
     if device.type not in ("cpu", "cuda"):
@@ -156,22 +160,25 @@ def is_helper(devices: int) -> bool:
     return outside is not None and outside[0] > 0
 
 
-def help_the_first(device: str) -> None:
-    """Do this process's share of every training, until the first process ends."""
-    outside = _outside()
-    assert outside is not None
-    Team(*outside, device, None).serve()
+def leads(devices: int, device: str) -> bool:
+    """Whether this process prunes and writes: it is alone, or the first of those that torchrun or Slurm started.
+
+    The first one is joined to the others, so that they hear when it ends; of those this returns then, false, with their
+    share of every training done.
+    """
+    outside = _outside() if devices > 1 else None
+    if outside is None:
+        return True
+    if is_helper(devices):
+        Team(*outside, device, None).serve()
+        return False
+    _together(devices, device)
+    return True
 
 
 def help_out(rank: int, size: int, device: str, port: int) -> None:
     """What a process does that `together` started."""
     Team(rank, size, device, port).serve()
-
-
-def meet(devices: int, device: str) -> None:
-    """Join the processes that torchrun or Slurm started, if they did, so that they hear when this one ends."""
-    if devices > 1 and _outside() is not None:
-        _together(devices, device)
 
 
 def part() -> None:
@@ -181,13 +188,12 @@ def part() -> None:
 
 
 @contextmanager
-def working_together(size: int, device: torch.device) -> Iterator[Team]:
-    """The team of this process; what goes wrong inside ends the helpers, but for a training that diverges in all."""
+def working_together(size: int, device: torch.device, alike: type[Exception]) -> Iterator[Team]:
+    """The team of this process; what goes wrong inside ends the helpers, but for what is raised `alike` in all."""
     team = _together(size, device.type)
     try:
         yield team
-    except UserError:
-        team.abandon()
+    except alike:  # none of them waits for another
         raise
     except BaseException as error:
         codes = [each.poll() for each in team.helpers]
@@ -223,10 +229,10 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def stepping(team: Team | None, divided: bool) -> Iterator[None]:
-    """A step of a batch; the statistics of one that is divided are those of all parts."""
+def stepping(team: Team | None) -> Iterator[None]:
+    """A step of a batch; the statistics of one that a team divides are those of all parts."""
     global _active
-    _active = team if divided else None
+    _active = team
     try:
         yield
     finally:

@@ -147,18 +147,12 @@ class _Run:
             with self._ready():
                 yield
             return
-        with working_together(self.settings.devices, self.device) as team:
+        with working_together(self.settings.devices, self.device, DivergedError) as team:
             facts = (self.model, self.data, self.settings, self.seed, self.augment, self.teacher)
             unused = self._leaves_some()
             team.send(partial(_help, facts, self.optimizer.state_dict(), step, unused))
-            try:
-                with self._ready(team, unused):
-                    yield
-            except DivergedError as error:  # in every process alike, so that none of them waits
-                diverged = error
-            else:
-                return
-        raise diverged
+            with self._ready(team, unused):
+                yield
 
     @contextmanager
     def _ready(self, team: Team | None = None, unused: bool = False) -> Iterator[None]:
@@ -272,21 +266,19 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr_at(step, self.n_steps)
         self.optimizer.zero_grad()
-        divided = self.team is not None and self.team.divides(len(indices))
-        with stepping(self.team, divided):
+        sharing = self.team if self.team is not None and self.team.divides(len(indices)) else None
+        with stepping(sharing):
             loss, outputs = self._loss(images, labels)
             loss.backward() if self.team is None else self.team.backward(loss)
         self.optimizer.step()
         if self.average is not None:
             self.average.update(step)
         total = loss.detach() * len(labels)
-        if self.team is not None and divided:
-            total = self.team.gathered(total[None]).sum()
-        self.losses.append(float(total))
+        self.losses.append(float(total if sharing is None else sharing.gathered(total[None]).sum()))
         if not math.isfinite(self.losses[-1]):  # before the metric meets what is no number
             self._refuse_divergence(step // self.steps_per_epoch, self.losses[-1])
         points = self.objective.points(outputs, labels)
-        self.points.append((self.team.gathered(points) if self.team is not None and divided else points).cpu())
+        self.points.append((points if sharing is None else sharing.gathered(points)).cpu())
 
     def _batch(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Images and labels of a step, augmented; with several devices this one's share of the same images."""
