@@ -3,7 +3,7 @@
 import fsspec
 import pytest
 from keepdrop.errors import UserError
-from keepdrop.remote import Store, is_url, local, named, writing
+from keepdrop.remote import Store, is_url, local, local_if_there, named, writing
 
 
 @pytest.mark.parametrize("url", ["s3://bucket/run", "s3:/bucket/run", "memory://run", "file:///tmp/run", "gs://b"])
@@ -22,6 +22,14 @@ def test_a_path_stays_itself(tmp_path):
     assert local(tmp_path) == tmp_path and local("a/b").parts == ("a", "b")
     with writing(tmp_path) as folder:
         assert folder == tmp_path
+
+
+def test_a_file_that_may_be_there(memory, tmp_path):
+    with writing("memory://there") as folder:
+        (folder / "one.txt").write_text("1")
+    assert local_if_there("memory://there/one.txt").read_text() == "1"
+    assert local_if_there("memory://there/two.txt") is None and local_if_there("memory:/nowhere/one.txt") is None
+    assert local_if_there(tmp_path) is None and local_if_there(__file__).samefile(__file__)
 
 
 @pytest.mark.parametrize("kind", ["memory://there", "file"])
