@@ -75,8 +75,7 @@ class _Holder:
         sys.path.extend(path for path in paths if path not in sys.path)
         warnings.simplefilter("ignore", Notice)  # the process that was started has said everything
         torch.set_num_threads(n_threads)
-        self._shared = shared
-        self._held: Held | None = None
+        self._held = Held(_unpacked, (shared,))
 
     def begin(self) -> None:
         """Returns once the actor is there."""
@@ -84,13 +83,31 @@ class _Holder:
     def do(self, work: bytes) -> tuple[bool, Any]:
         """An item's result, or the exception that it raised."""
         try:
-            if self._held is None:
-                make, shared = pickle.loads(self._shared)
-                self._held = Held(make, shared)
             function, item = pickle.loads(work)
             return True, function(self._held.state, item)
         except Exception as error:
             return False, error
+
+
+def _unpacked(packed: bytes) -> Any:
+    """The state that a worker holds."""
+    make, shared = pickle.loads(packed)
+    return make(*shared)
+
+
+@dataclass
+class _Task:
+    """An item that a worker does.
+
+    Attributes:
+        begun: when, on the monotonic clock.
+        is_late: its worker was given up.
+    """
+
+    actor: Any
+    position: int
+    begun: float
+    is_late: bool = False
 
 
 class _Team(Workers):
@@ -110,9 +127,7 @@ class _Team(Workers):
         self.kind = ray.remote(_Holder).options(num_cpus=settings.cpus, num_gpus=settings.gpus, max_restarts=0)
         self.idle: list[Any] = []
         self.beginning: dict[Any, Any] = {}  # actors, by the reference that says they are there
-        self.running: dict[Any, tuple[Any, int]] = {}  # actors and their item, by the reference of the result
-        self.begun: dict[Any, float] = {}  # when, by the same reference
-        self.late: set[Any] = set()  # references of items whose worker was given up
+        self.running: dict[Any, _Task] = {}  # by the reference of the result
         self.failures = 0
         self.answered = time.monotonic()
         self.gone = False
@@ -131,26 +146,24 @@ class _Team(Workers):
                     if reference in self.beginning:
                         self._came_up(reference)
                         continue
-                    actor, position = self.running.pop(reference)
-                    del self.begun[reference]
+                    task = self.running.pop(reference)
                     answer = self._answer(reference)
                     if answer is None:
-                        self._kill(actor)
-                        tries[position] += 1
-                        if tries[position] > self.settings.retries:
-                            raise self._too_late() if reference in self.late else UserError(self.lost)
-                        waiting.appendleft(position)
+                        self._kill(task.actor)
+                        tries[task.position] += 1
+                        if tries[task.position] > self.settings.retries:
+                            raise self._too_late() if task.is_late else UserError(self.lost)
+                        waiting.appendleft(task.position)
                         continue
-                    self.idle.append(actor)
+                    self.idle.append(task.actor)
                     done, result = answer
                     if not done:
                         raise result
-                    yield position, result
+                    yield task.position, result
         finally:
-            for actor, _ in self.running.values():  # left by an exception: nobody waits for these
-                self._kill(actor)
+            for task in self.running.values():  # left by an exception: nobody waits for these
+                self._kill(task.actor)
             self.running.clear()
-            self.begun.clear()
 
     def end(self) -> None:
         """End the actors."""
@@ -161,8 +174,7 @@ class _Team(Workers):
         """Give items to idle actors, and begin others for the rest."""
         while waiting and self.idle:
             actor, position = self.idle.pop(), waiting.popleft()
-            reference = actor.do.remote(packed[position])
-            self.running[reference], self.begun[reference] = (actor, position), time.monotonic()
+            self.running[actor.do.remote(packed[position])] = _Task(actor, position, time.monotonic())
         room_left = self.count - len(self.running) - len(self.beginning)
         for _ in range(min(room_left, len(waiting) - len(self.beginning))):
             threads = max(1, int(self.settings.cpus))
@@ -172,10 +184,10 @@ class _Team(Workers):
     def _give_up_late(self) -> None:
         """Kill workers that take longer over an item than they may: they may hang."""
         oldest = time.monotonic() - self.settings.limit
-        for reference, begun in self.begun.items():
-            if begun < oldest and reference not in self.late:
-                self.late.add(reference)
-                self._kill(self.running[reference][0])
+        for task in self.running.values():
+            if task.begun < oldest and not task.is_late:
+                task.is_late = True
+                self._kill(task.actor)
 
     def _too_late(self) -> UserError:
         return UserError(
