@@ -154,7 +154,7 @@ class RunFolder:
     def sync(self) -> None:
         """Put what other processes wrote to the folder's URL, if it has one."""
         if self.mirror is not None:
-            self.mirror.changed(self.path / CONFIG)
+            self.mirror.update()
 
     def part(self, name: str) -> RunFolder:
         """A folder below, which belongs to the same run."""

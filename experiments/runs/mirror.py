@@ -61,8 +61,11 @@ class Mirror:
 
     def fetch(self) -> None:
         """Fill the copy from the URL; UserError where a file that was complete is missing."""
-        listed, there = self._listed(), self.store.listing()
-        names = [name for name in there if is_inside(name) and name not in ("", FILES)] if listed is None else listed
+        manifest, there = self._manifest(), self.store.listing()
+        if manifest is None:  # a folder that was copied there by hand
+            names = [name for name in there if is_inside(name) and name not in ("", FILES)]
+        else:
+            names = list(manifest["files"])
         if missing := [name for name in names if name not in there]:
             raise UserError(
                 f"{self.url!r} is not whole: {missing[0]!r}, which the run wrote, is not there; put it back, or begin "
@@ -81,15 +84,19 @@ class Mirror:
 
     def changed(self, path: Path) -> None:
         """Told about every file that was written whole."""
-        ours = self._claimed and os.getpid() == self.process and self.folder in path.parents
-        if not ours or _is_partial(path.relative_to(self.folder)):
+        if self.folder in path.parents and not _is_partial(path.relative_to(self.folder)):
+            self.update()
+
+    def update(self) -> None:
+        """`sync`, once the URL is kept up to date; where it cannot be reached, that is said and tried again."""
+        if not self._claimed:
             return
         try:
             self.sync()
         except _TakenError:
             raise
         except UserError as error:  # hours of work are not thrown away for a connection that may come back
-            warnings.warn(f"{error} What is finished is in {self.folder}; it is tried again.", Notice, stacklevel=2)
+            warnings.warn(f"{error} What is finished is in {self.folder}; it is tried again.", Notice, stacklevel=3)
 
     def sync(self, everything: bool = False) -> None:
         """Put what is new; snapshots and TensorBoard records not every time, unless `everything` is wanted."""
@@ -101,8 +108,7 @@ class Mirror:
             late = [name for name in new if name.endswith(SAVED) or name.startswith(RECORDS)]
             if not everything and time.monotonic() - self._saved < SHARE * self._cost:
                 new = [name for name in new if name not in late]
-            gone = self._names - set(files) if self._names else set()
-            gone = {name for name in gone if not name.startswith(RECORDS)}
+            gone = {name for name in self._names - set(files) if not name.startswith(RECORDS)}
             if not (new or gone):
                 return
             self._check_ours()
@@ -150,12 +156,8 @@ class Mirror:
                     facts = path.stat()
                     yield name.as_posix(), (facts.st_size, facts.st_mtime_ns), path
 
-    def _listed(self) -> list[str] | None:
-        """The names that `files.json` lists; None without one: a folder that was copied there by hand."""
-        found = self._manifest()
-        return None if found is None else list(found["files"])
-
     def _manifest(self) -> dict[str, Any] | None:
+        """What `files.json` says; None without one."""
         content = self.store.read(FILES)
         if content is None:
             return None
