@@ -111,7 +111,7 @@ class Store:
     def put(self, path: Path, name: str) -> None:
         """Write a file, whole or not at all as far as the store allows; `name` "" for a URL that is a file."""
         target = self.at(name)
-        with self.said("write"):
+        with self.said("written"):
             if self.protocol in OBJECT_STORES:
                 self.system.put_file(str(path), target)
                 return
@@ -122,31 +122,31 @@ class Store:
 
     def delete(self, names: list[str]) -> None:
         """Remove files; one that is gone already does not count."""
-        with self.said("write"):
+        with self.said("written"):
             for name in names:
                 with contextlib.suppress(FileNotFoundError):
                     self.system.rm_file(self.at(name))
 
     @contextlib.contextmanager
-    def said(self, what: str) -> Iterator[None]:
-        """Turn whatever a file system raises inside into one sentence: `what` is "read" or "write"."""
+    def said(self, done: str) -> Iterator[None]:
+        """Turn whatever a file system raises inside into one sentence: `done` is "read" or "written"."""
         try:
             yield
         except UserError:
             raise
         except PermissionError as error:
             raise UserError(
-                f"{self.url!r} may not be {'read' if what == 'read' else 'written'} ({summarised(error)}); check the "
+                f"{self.url!r} may not be {done} ({summarised(error)}); check the "
                 "credentials of this machine and what they allow."
             ) from error
         except FileNotFoundError as error:
             raise UserError(
-                f"{self.url!r} cannot be {'read' if what == 'read' else 'written'}: it, or its bucket, is not there "
+                f"{self.url!r} cannot be {done}: it, or its bucket, is not there "
                 f"({summarised(error)}); check the name, or make the bucket first."
             ) from error
         except Exception as error:  # of the client, its transport, its credentials
             raise UserError(
-                f"{self.url!r} cannot be {'read' if what == 'read' else 'written'} ({summarised(error)}); check the "
+                f"{self.url!r} cannot be {done} ({summarised(error)}); check the "
                 "address, the connection and the credentials of this machine."
             ) from error
 
