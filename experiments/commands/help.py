@@ -10,7 +10,7 @@ from importlib import resources
 
 from omegaconf import DictConfig, OmegaConf
 
-from ..config.cli_errors import CONF, groups
+from ..config.cli_errors import CONF, command_of, groups
 
 _GROUPS = "$APP_CONFIG_GROUPS"
 WIDTH = 120
@@ -39,13 +39,10 @@ def offered(root: str) -> dict[str, list[str]]:
     defaults = [next(iter(each)) for each in listed if isinstance(each, DictConfig)]
     known = groups()
     named = [name for name in known if (name not in OF_TRAINING if INHERITED in listed else name in defaults)]
-    return {name: [each for each in known[name] if name != "experiment" or _starts(each, root)] for name in named}
-
-
-def _starts(experiment: str, root: str) -> bool:
-    """Whether the launch line at the head of an experiment is this command's."""
-    launch = f"# keepdrop {root.replace('_', '-')} experiment={experiment} "
-    return launch in (resources.files(CONF) / "experiment" / f"{experiment}.yaml").read_text(encoding="utf-8")
+    command = root.replace("_", "-")
+    return {
+        name: [each for each in known[name] if name != "experiment" or command_of(each) == command] for name in named
+    }
 
 
 def _read(name: str) -> DictConfig:

@@ -52,11 +52,17 @@ def explain(error: BaseException, root: str, arguments: Sequence[str]) -> str:
 def check_experiment(root: str, arguments: Sequence[str]) -> None:
     """Refuse an experiment whose launch line names another command than `root`, be it that its settings exist here."""
     name = next((each.partition("=")[2] for each in arguments if each.startswith("experiment=")), "")
-    file = resources.files(CONF) / "experiment" / f"{name}.yaml"
-    text, own = file.read_text(encoding="utf-8") if file.is_file() else "", root.replace("_", "-")
+    command, own = command_of(name), root.replace("_", "-")
+    if command not in (None, own):
+        raise UserError(f"experiment={name} is one of keepdrop {command}; expected one of keepdrop {own}: see --help.")
+
+
+def command_of(experiment: str) -> str | None:
+    """The command that starts an experiment, by the launch line at its head; None where there is neither."""
+    file = resources.files(CONF) / "experiment" / f"{experiment}.yaml"
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
     found = re.search(r"^# keepdrop (\S+) experiment=", text, re.MULTILINE)
-    if found is not None and found[1] != own:
-        raise UserError(f"experiment={name} is one of keepdrop {found[1]}; expected one of keepdrop {own}: see --help.")
+    return None if found is None else found[1]
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
