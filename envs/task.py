@@ -22,6 +22,7 @@ from .evaluation.evaluation_settings import EvaluationSettings
 from .evaluation.mask_evaluator import MaskEvaluator, correct_flags
 from .groups.finding import find_groups
 from .networks.cost import Cost, count_cost
+from .networks.memory_layout import suited
 from .observation import STATISTIC_NAMES, Observation, observe
 from .repair.compensation import Compensation
 from .surgery.cutting import checked_keep, checked_masks, prune
@@ -187,7 +188,7 @@ class PruningTask:
         if self.origin is not self:
             return self.origin.reward_images  # on the device once, however many layers are cut
         images, labels = self.splits.reward.batch(torch.arange(len(self.splits.reward)))
-        return images.to(self.device), labels.to(self.device)
+        return suited(self.model, images.to(self.device)), labels.to(self.device)
 
     @cached_property
     def cost(self) -> Cost:
@@ -228,7 +229,7 @@ class PruningTask:
         generator = torch.Generator().manual_seed(self.seed)
         chosen = torch.randperm(len(self.splits.fit), generator=generator)[:count]
         images, labels = self.splits.fit.batch(chosen)
-        return images.to(self.device), labels.to(self.device)
+        return suited(self.model, images.to(self.device)), labels.to(self.device)
 
     def layer(self, name: str) -> LayerTask:
         """The task of one filter group, by its exact name; UserError for any other."""

@@ -44,7 +44,11 @@ class Splits:
     @property
     def example(self) -> torch.Tensor:
         """One reward image, (1, C, H, W), to see what a network makes of it."""
-        return self.reward.batch(torch.arange(1))[0]
+        return self.examples(1)
+
+    def examples(self, count: int) -> torch.Tensor:
+        """The first reward images, (B, C, H, W), at most `count`, in the order in memory that every network takes."""
+        return self.reward.batch(torch.arange(min(count, len(self.reward))))[0].contiguous()
 
     def summary(self) -> dict[str, dict[str, Any]]:
         """Source, number of images and hash of each role; only JSON types."""

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map_only
 from ...errors import UserError
 from ..networks.answers import as_called, as_given, without_say
 from ..networks.copying import copied
+from ..networks.memory_layout import CONTIGUOUS, arranged
 from ..networks.module_kinds import Inputs, is_conv, is_depthwise, is_leaf, is_transposed
 from ..networks.unwrapping import is_lazy, is_wrapped, plain_network
 from ..surgery.filter_group import SINGLE, Axis, Cut, FilterGroup, GroupPlan, Skipped
@@ -70,7 +71,7 @@ def find_groups(
 
     Raises UserError if the network cannot be copied or does not run on the example.
     """
-    example_inputs = tree_map_only(Tensor, Tensor.cpu, example_inputs)
+    example_inputs = arranged(tree_map_only(Tensor, Tensor.cpu, example_inputs), CONTIGUOUS)  # a `view` takes no other
     silent = without_say(model, example_inputs)
     model, example_inputs = as_given(model), as_called(model, example_inputs)
     if is_wrapped(model) or is_lazy(model):

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .hooks import hooked
 from .inputs import as_call, batch_size
+from .memory_layout import CONTIGUOUS, arranged
 from .modes import evaluating
 from .module_kinds import Inputs, n_products
 
@@ -50,7 +51,7 @@ def count_cost(model: nn.Module, example_inputs: Inputs) -> Cost:
     mapping of keyword arguments; the first tensor's first axis is the batch.
     The model is left as it was: weights, train/eval modes, hooks.
     """
-    args, kwargs = as_call(example_inputs)
+    args, kwargs = as_call(arranged(example_inputs, CONTIGUOUS))
     calls: dict[nn.Module, list[int]] = defaultdict(list)
 
     def counting(name: str, module: nn.Module) -> Iterator[RemovableHandle]:

@@ -55,6 +55,11 @@ def arranged(inputs: Any, layout: torch.memory_format) -> Any:
     return mapped(inputs, lambda value: value.contiguous(memory_format=layout) if value.dim() == 4 else value)
 
 
+def suited(model: nn.Module, inputs: Inputs) -> Any:
+    """Inputs for a network as it is: as they come (arrays are channels-last), or rearranged if it takes NCHW alone."""
+    return inputs if layout_of(model, inputs) == CHANNELS_LAST else arranged(inputs, CONTIGUOUS)
+
+
 def order_weights(model: nn.Module, layout: torch.memory_format) -> None:
     """Put the weights of convolutions over images into channels-last order, in place, where images have it."""
     for module in nn.Module.modules(model) if layout == CHANNELS_LAST else ():

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from omegaconf import DictConfig
 from torch import nn
 
@@ -149,7 +148,7 @@ def save_result(
     """
     config, facts = context.config, {"base_sha256": hash_state(networks.dense)}
     with context.folder.stage("pruned") as working:
-        images = splits.reward.batch(torch.arange(min(5, len(splits.reward))))[0]
+        images = splits.examples(5)
         example, constructor = images[:1], made_of(config.network)
         # As it was cut, too: what fine-tuning made of it is not for everyone the better one.
         save_pruned(networks.pruned, working / CUT, kept=kept, constructor=constructor, facts=facts, example=example)

@@ -264,7 +264,7 @@ def check_network_search(config: DictConfig, inputs: Inputs) -> None:
 def check_targets(inputs: Inputs, targets: Sequence[Target], repair: ReconstructionSettings | None) -> None:
     """Refuse targets that cannot be met, and a network that cannot be repaired, with a `UserError`."""
     dense = inputs.construct().eval().to(inputs.device) if inputs.dense is None else inputs.dense
-    example = inputs.splits.fit.batch(torch.arange(1))[0].to(inputs.device)
+    example = inputs.splits.example.to(inputs.device)
     cost, limits = count_cost(dense, example), inputs.limits.resolved(inputs.plan or find_groups(dense, example))
     for target in targets:
         goal = constraints_of(target, dense, cost, inputs.groups, inputs.clock)

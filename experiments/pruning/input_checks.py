@@ -13,6 +13,7 @@ from ...envs.data.objective import output_of
 from ...envs.data.packing import packing_of
 from ...envs.data.splits import Splits
 from ...envs.networks.copying import copied
+from ...envs.networks.memory_layout import suited
 from ...envs.networks.modes import evaluating
 from ...envs.surgery.cutting import prune
 from ...envs.surgery.filter_group import FilterGroup
@@ -30,7 +31,7 @@ def try_network(model: nn.Module, splits: Splits) -> None:
     device = next((parameter.device for parameter in model.parameters()), None)
     try:
         with torch.no_grad(), evaluating(model):
-            outputs = model(images.to(device))
+            outputs = model(suited(model, images.to(device)))
     except Exception as error:
         raise UserError(
             f"The network fails on images of shape {shape} ({type(error).__name__}: {first_line(error)});",
@@ -83,7 +84,7 @@ def _answers_between(model: nn.Module, images: torch.Tensor) -> tuple[float, flo
     """The smallest and the largest number that the network returns, in evaluation mode."""
     device = next((parameter.device for parameter in model.parameters()), None)
     with evaluating(model):
-        found = output_of(model(images.to(device)))
+        found = output_of(model(suited(model, images.to(device))))
     return float(found.min()), float(found.max())
 
 

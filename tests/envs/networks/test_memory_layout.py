@@ -9,7 +9,8 @@ from keepdrop.envs.groups.finding import find_groups
 from keepdrop.envs.networks import memory_layout
 from keepdrop.envs.networks.built_in import small_cnn
 from keepdrop.envs.networks.checkpoint import hash_state
-from keepdrop.envs.networks.memory_layout import CHANNELS_LAST, CONTIGUOUS, arranged, common_layout, layout_of
+from keepdrop.envs.networks.cost import count_cost
+from keepdrop.envs.networks.memory_layout import CHANNELS_LAST, CONTIGUOUS, arranged, common_layout, layout_of, suited
 from keepdrop.envs.repair.reconstruction import Reconstruction
 from keepdrop.experiments.deploy.latency import measure_latency
 from keepdrop.experiments.oracle.single_removals import filter_oracle
@@ -125,3 +126,14 @@ def test_a_network_that_takes_channels_last_gets_images_and_weights_so():
     correct_flags(model, IMAGES, LABELS)
     assert seen[-1][0].is_contiguous(memory_format=CHANNELS_LAST)
     assert seen[-1][1].is_contiguous()
+
+
+def test_images_in_an_order_that_the_network_takes():
+    """As arrays come, channels-last: rearranged for a network with `view`, left alone for one that takes them."""
+    images = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
+    viewed, pooled = Viewed().eval(), nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    assert suited(pooled, images) is images
+    found = suited(viewed, images)
+    assert found.is_contiguous() and torch.equal(found, images)
+    assert count_cost(viewed, images[:1]) == count_cost(viewed, found[:1])
+    assert find_groups(viewed, images).names == find_groups(viewed, found).names

@@ -4,6 +4,7 @@ import json
 import re
 
 import keepdrop as package
+import numpy as np
 import pytest
 import torch
 from keepdrop.envs.data.sources import digits
@@ -60,6 +61,27 @@ def test_one_memory_layout_from_python(make, target, tmp_path):
     images = data.test.batch(torch.arange(4))[0]
     assert torch.equal(package.load_pruned(tmp_path, make)(images), result.model(images))
     assert len(result.latency((2,), repeats=1)) == 2
+
+
+def test_one_memory_layout_on_colour_arrays(keepdrop, tmp_path, tiny):
+    """Arrays n x height x width x 3 are channels-last as they come; those of one channel are of either order."""
+    train, test = digits().train, digits().test
+    arrays = {}
+    for name, data, count in (("train", train, 600), ("test", test, 300)):
+        grey = data.batch(torch.arange(count))[0][:, 0, :, :, None]
+        tints = torch.tensor([1.0, 0.8, 0.6])
+        arrays[f"x_{name}"] = ((grey - grey.min()) / (grey.max() - grey.min()) * tints * 255).byte().numpy()
+        arrays[f"y_{name}"] = data.labels[:count].numpy()
+    np.savez(tmp_path / "colour.npz", **arrays)
+    brought = ["network=custom", "network._target_=zoo.Viewed", "+network.n_classes=10", "data=npz"]
+    brought += ["data.path=colour.npz", "split.reward_size=100"]
+    assert keepdrop("train-cnn", *brought, *BASE, "base.epochs=6", "run_dir=cnn").code == 0
+    brought.append("checkpoint=cnn/model.safetensors")
+    layers = [*tiny, "layers=[conv1]", "controls=[reconstruction]", "recovery.bn_images=50", "export=[program]"]
+    assert keepdrop("prune", *brought, *layers, "run_dir=layers").code == 0
+    assert keepdrop("prune", *brought, *TARGET, "split.reward_size=100", "run_dir=whole").code == 0
+    assert json.loads((tmp_path / "whole/metrics.json").read_text())["pruned_macs"] > 0
+    load_pruned(tmp_path / "whole/pruned", lambda: Viewed(3, 10))
 
 
 @pytest.mark.parametrize("name", ["Viewed", pytest.param("MaxOverChannels", marks=pytest.mark.slow)])
