@@ -38,7 +38,7 @@ from ..surgery.filter_group import FilterGroup, vanished
 from ..surgery.shared_weights import sharing_modules
 from ..surgery.slicing import axes_of, checked_rows, slice_module, width
 from .patches import SampledPlaces, Samples
-from .reconstruction import Reconstruction, Site, follow, narrowed, norm_scale
+from .reconstruction import Reconstruction, Site, follow, narrowed, put_solution
 
 CHUNK_BYTES = 2**22  # of the largest value that the images of one pass make on a CPU
 SIDE_BY_SIDE_BYTES = 2**31  # that masks which run side by side may take together
@@ -184,16 +184,9 @@ class _Solving:
         rows = kept.get(site.module, {}).get("out")
         self.keep = slice(None) if rows is None else torch.as_tensor(rows)
         self.wanted, self.partner = judge.repair.wanted[node.name], judge._graph.named.get(site.partner or "")
-        self.intercept = self.module.bias is not None or self.norm is not None
         self.per_image = len(self.wanted.outputs) // self.n_images
-        self.samples = Samples(len(self.wanted.outputs), self.module, self.intercept)
-
-    @property
-    def weight(self) -> Tensor:
-        """The layer's, as cut."""
-        weight = self.module.weight
-        assert isinstance(weight, Tensor)
-        return weight
+        intercept = self.module.bias is not None or self.norm is not None
+        self.samples = Samples(len(self.wanted.outputs), self.module, intercept)
 
     def add(self, values: Values, rows: slice) -> None:
         """The samples of some images."""
@@ -201,31 +194,25 @@ class _Solving:
         wanted_SO = self._wanted(values, rows)
         if isinstance(self.module.bias, Tensor):
             wanted_SO = wanted_SO - self.module.bias
-        own = slice(rows.start * self.per_image, rows.stop * self.per_image)
-        self.samples.put(own, inputs_SK, wanted_SO)
+        self.samples.put(self._own(rows), inputs_SK, wanted_SO)
 
     def _wanted(self, values: Values, rows: slice) -> Tensor:
-        """`reconstruction._Repair._wanted`, of some images."""
-        own = slice(rows.start * self.per_image, rows.stop * self.per_image)
-        outputs = self.wanted.outputs[own][:, self.keep]
-        if self.wanted.partner is None or self.partner is None:
-            return outputs
-        now = self.places.outputs(values[self.partner], rows, last=isinstance(self.module, nn.Linear))
-        if now.shape != outputs.shape:
-            return outputs
-        lost = self.wanted.partner[own][:, self.keep] - now
-        return outputs + (lost if self.norm is None else lost / norm_scale(self.norm))
+        """`Wanted.given`, of some images."""
+        now = None
+        if self.wanted.partner is not None and self.partner is not None:
+            now = self.places.outputs(values[self.partner], rows, last=isinstance(self.module, nn.Linear))
+        return self.wanted.given(now, self.norm, self.keep, self._own(rows))
+
+    def _own(self, rows: slice) -> slice:
+        """The samples of some images among all."""
+        return slice(rows.start * self.per_image, rows.stop * self.per_image)
 
     def solve(self) -> Tensor:
         """Put the weights in place; torch's note whether that failed."""
-        weight, bias = self.weight, self.module.bias
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
         solved, failed = self.samples.solved(weight.reshape(len(weight), -1).T, self.settings.ridge)
-        if isinstance(bias, Tensor):
-            bias += solved[-1].to(bias)
-        elif isinstance(self.norm, _BatchNorm):
-            assert self.norm.running_mean is not None
-            self.norm.running_mean.sub_(solved[-1].to(weight))
-        weight.copy_((solved[:-1] if self.intercept else solved).T.reshape(weight.shape))
+        put_solution(solved, self.module, self.norm)
         return failed
 
 
@@ -366,8 +353,9 @@ def _twin(module: nn.Module) -> nn.Module:
 def _unsuited(model: nn.Module, traced: fx.GraphModule, groups: Sequence[FilterGroup]) -> str:
     """Why the layers that groups cut cannot be exchanged in the graph, or ""."""
     called = [str(node.target) for node in traced.graph.nodes if node.op == "call_module"]
-    for name in {cut.module for group in groups for cut in group.cuts}:
-        module = dict(traced.named_modules()).get(name)
+    modules = dict(traced.named_modules())
+    for name in dict.fromkeys(cut.module for group in groups for cut in group.cuts):
+        module = modules.get(name)
         if module is None or called.count(name) != 1:
             return f"{name!r} is not called once"
         if not is_leaf(module) or parametrize.is_parametrized(module) or module._modules:

@@ -87,6 +87,21 @@ class Wanted:
     outputs: Tensor
     partner: Tensor | None
 
+    def given(self, now: Tensor | None, norm: nn.Module | None, keep: Tensor | slice, samples: slice) -> Tensor:
+        """What is wanted of a cut layer: its outputs, and what its sum partner has lost.
+
+        Args:
+            now: what the partner makes in the cut network, if there is one.
+            norm: the batch norm behind the layer.
+            keep: outputs that are left.
+            samples: which of them.
+        """
+        outputs = self.outputs[samples][:, keep]
+        if self.partner is None or now is None or now.shape != outputs.shape:
+            return outputs
+        lost = self.partner[samples][:, keep] - now
+        return outputs + (lost if norm is None else lost / _norm_scale(norm))
+
 
 class Reconstruction:
     """Cuts a dense network and repairs it; the dense network is run once, here.
@@ -310,11 +325,7 @@ class _Repair(fx.Interpreter):
             wanted_SO = wanted_SO - bias
         ridge = chosen_ridge(inputs_SK, wanted_SO, prior_KO, settings.ridge, intercept)
         solved = regress(inputs_SK, wanted_SO, prior_KO, ridge, intercept)
-        if isinstance(bias, Tensor):
-            bias += solved[-1].to(bias)
-        elif isinstance(norm, _BatchNorm):
-            _tensor(norm, "running_mean").sub_(solved[-1].to(weight))
-        weight.copy_((solved[:-1] if intercept else solved).T.reshape(weight.shape))
+        put_solution(solved, module, norm)
 
     def _solve_constant(self, place: str, module: Vanished) -> None:
         """The best constant: the mean of what the branch added, and of what its shortcut has lost since."""
@@ -335,14 +346,21 @@ class _Repair(fx.Interpreter):
     def _wanted(self, name: str, site: Site, rows: Rows | None, norm: nn.Module | None) -> Tensor:
         wanted = self.source.wanted[name]
         keep = slice(None) if rows is None else torch.as_tensor(rows)
-        outputs = wanted.outputs[:, keep]
-        if wanted.partner is None or site.partner is None:
-            return outputs
-        now = _rows(self.submodules[site.module], _value(self, site.partner), self.source.settings.places)
-        if now.shape != outputs.shape:
-            return outputs
-        lost = wanted.partner[:, keep] - now
-        return outputs + (lost if norm is None else lost / norm_scale(norm))
+        now = None
+        if wanted.partner is not None and site.partner is not None:
+            now = _rows(self.submodules[site.module], _value(self, site.partner), self.source.settings.places)
+        return wanted.given(now, norm, keep, slice(None))
+
+
+def put_solution(solved: Tensor, module: nn.Module, norm: nn.Module | None) -> None:
+    """Put solved weights (K, O) in place, and the intercept, a last row, into the bias or the mean of the norm."""
+    weight, bias = _tensor(module, "weight"), module.bias
+    if isinstance(bias, Tensor):
+        bias += solved[-1].to(bias)
+    elif isinstance(norm, _BatchNorm):
+        _tensor(norm, "running_mean").sub_(solved[-1].to(weight))
+    intercept = bias is not None or norm is not None
+    weight.copy_((solved[:-1] if intercept else solved).T.reshape(weight.shape))
 
 
 def _rows(module: nn.Module, value: Tensor, places: int) -> Tensor:
@@ -350,7 +368,7 @@ def _rows(module: nn.Module, value: Tensor, places: int) -> Tensor:
     return outputs_at(value, places, last=isinstance(module, nn.Linear))
 
 
-def norm_scale(norm: nn.Module) -> Tensor:
+def _norm_scale(norm: nn.Module) -> Tensor:
     """What a batch norm multiplies its input with, kept away from 0."""
     variance, gain = _tensor(norm, "running_var"), norm.weight
     scale = torch.rsqrt(variance + float(norm.eps))  # type: ignore[arg-type]
