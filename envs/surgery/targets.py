@@ -246,7 +246,8 @@ def _saved(each: Constraint, kept: Sequence[int], position: int, fewest: int) ->
     steps = range(1, kept[position] - fewest + 1)
     if each.name in TIMED:
         return [now - left(fewer) for fewer in steps]
-    return [(now - left(1)) * fewer for fewer in steps]
+    per_filter = now - left(1) if steps else 0.0
+    return [per_filter * fewer for fewer in steps]
 
 
 def constraints_of(
