@@ -32,15 +32,13 @@ def load_pretrained(where: str | Path | SavedAgent) -> SavedAgent:
     Raises UserError where there is none, or one that was trained for one architecture.
     """
     if isinstance(where, SavedAgent):
-        agent = where
-    elif not is_place(where):
+        check_reads_networks(where)
+        return where
+    if not is_place(where):
         raise UserError(f"agents is {str(where)!r}; {WORDS}")
-    else:
-        with naming(where):
-            agent = load_agent(agent_folders(where)[0])
-            check_reads_networks(agent)
-        return agent
-    check_reads_networks(agent)
+    with naming(where):
+        agent = load_agent(agent_folders(where)[0])
+        check_reads_networks(agent)
     return agent
 
 
