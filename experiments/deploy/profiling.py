@@ -180,7 +180,7 @@ def _checked_runtimes(runtimes: Sequence[str], device: torch.device) -> list[str
 def _continued(old: LatencyProfile, new: LatencyProfile, path: str | Path) -> LatencyProfile:
     """A file that is there, if it is of the same network under the same conditions; UserError if not."""
     old.check_conditions(new.conditions)
-    if (old.groups, _with_blocks(old.layers)) != (new.groups, _with_blocks(new.layers)):
+    if (old.groups, _without_blocks(old.layers)) != (new.groups, _without_blocks(new.layers)):
         raise UserError(
             f"{str(path)!r} holds the latency profile of another network, or of other layers of this one; give another "
             "file: out=..."
@@ -188,7 +188,7 @@ def _continued(old: LatencyProfile, new: LatencyProfile, path: str | Path) -> La
     return replace(old, layers=new.layers)
 
 
-def _with_blocks(layers: Sequence[LayerShape]) -> list[LayerShape]:
+def _without_blocks(layers: Sequence[LayerShape]) -> list[LayerShape]:
     """Layers without saying which go with a block: profiles that knew no blocks are continued."""
     return [replace(layer, gone_with=()) for layer in layers]
 
