@@ -19,6 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..errors import UserError
 from .data.objective import TOP1, Objective
+from .networks.hooks import removed_after
 from .networks.modes import evaluating
 from .networks.module_kinds import is_transposed
 from .surgery.filter_group import Cut, FilterGroup
@@ -191,17 +192,13 @@ def _slope(
     samples, whatever the number of consumers and calls. No parameter gets a gradient.
     """
     gate = torch.ones(len(images), group.n_filters, device=images.device, requires_grad=True)
-    handles = [
+    hooks = (
         model.get_submodule(cut.module).register_forward_pre_hook(_gated(cut, gate, sums)) for cut in group.consumers
-    ]
-    try:
-        with evaluating(model), _frozen(model), torch.enable_grad():
-            # Summed, not averaged: then an image's slope does not depend on the others in its batch.
-            loss = objective.summed_loss(model(images), labels)
-            (slope,) = torch.autograd.grad(loss, gate, materialize_grads=True)
-    finally:
-        for handle in handles:
-            handle.remove()
+    )
+    with removed_after(hooks), evaluating(model), _frozen(model), torch.enable_grad():
+        # Summed, not averaged: then an image's slope does not depend on the others in its batch.
+        loss = objective.summed_loss(model(images), labels)
+        (slope,) = torch.autograd.grad(loss, gate, materialize_grads=True)
     return slope.cpu().double()
 
 

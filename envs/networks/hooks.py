@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 
 @contextmanager
-def hooked(model: nn.Module, hooks: Callable[[str, nn.Module], Iterable[RemovableHandle]]) -> Iterator[None]:
-    """Inside, every module has the hooks that `hooks` registers, given its qualified name and the module."""
-    handles: list[RemovableHandle] = []
+def removed_after(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Inside, the hooks are there that `handles` registers one by one; those before one that fails are removed, too."""
+    registered: list[RemovableHandle] = []
     try:
-        for name, module in nn.Module.named_modules(model):
-            handles.extend(hooks(name, module))
+        for handle in handles:
+            registered.append(handle)
         yield
     finally:
-        for handle in handles:
+        for handle in registered:
             handle.remove()
+
+
+def hooked(
+    model: nn.Module, hooks: Callable[[str, nn.Module], Iterable[RemovableHandle]]
+) -> AbstractContextManager[None]:
+    """Inside, every module has the hooks that `hooks` registers, given its qualified name and the module."""
+    return removed_after(each for name, module in nn.Module.named_modules(model) for each in hooks(name, module))

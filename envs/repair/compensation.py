@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ...errors import UserError
 from ..networks.batch_size import cached_batch, chunks
 from ..networks.copying import copied
+from ..networks.hooks import removed_after
 from ..networks.modes import evaluating
 from ..surgery.cutting import checked_keep
 from ..surgery.filter_group import Cut, FilterGroup
@@ -225,13 +226,9 @@ def _seen(model: nn.Module, cuts: list[Cut], images: Tensor) -> dict[str, list[T
 
         return hook
 
-    handles = [model.get_submodule(cut.module).register_forward_pre_hook(reader(cut)) for cut in cuts]
-    try:
-        with evaluating(model):
-            model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks = (model.get_submodule(cut.module).register_forward_pre_hook(reader(cut)) for cut in cuts)
+    with removed_after(hooks), evaluating(model):
+        model(images)
     return seen
 
 

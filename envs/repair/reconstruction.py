@@ -25,6 +25,7 @@ from ...errors import UserError
 from ...ranges import COUNT, IMAGES, POSITIVE, check_numbers
 from ..networks.copying import copied
 from ..networks.graph_passes import functionalise, only_user
+from ..networks.hooks import removed_after
 from ..networks.memory_layout import arranged, layout_of
 from ..networks.modes import evaluating
 from ..networks.module_kinds import is_leaf
@@ -147,15 +148,11 @@ class Reconstruction:
         """What each branch adds in the dense network, the mean of a channel (K,), by its last module."""
         unknown = [branch for branch in branches if branch.tail not in self._means]
         if unknown:
-            handles = [
+            hooks = (
                 find_module(self.model, branch.tail).register_forward_hook(self._noting(branch)) for branch in unknown
-            ]
-            try:
-                with evaluating(self.model), torch.no_grad():
-                    self.model(self.images)
-            finally:
-                for handle in handles:
-                    handle.remove()
+            )
+            with removed_after(hooks), evaluating(self.model), torch.no_grad():
+                self.model(self.images)
         return {branch.tail: self._means[branch.tail] for branch in branches}
 
     def _noting(self, branch: Branch) -> Callable[..., None]:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ...errors import UserError
 from ..data.objective import TOP1, Objective
+from ..networks.hooks import removed_after
 from ..networks.modes import evaluating
 from ..surgery.cutoff import keep_best
 from ..surgery.filter_group import Cut, FilterGroup
@@ -280,12 +281,12 @@ class _Reading:
 
 def _read(model: nn.Module, readings: Sequence[_Reading], images: Tensor, labels: Tensor, objective: Objective) -> None:
     """Fill the readings by one forward and backward pass; the model is the same afterwards, gradients included."""
-    handles = [reading.module.register_forward_hook(reading.hook) for reading in readings]
+    hooks = (reading.module.register_forward_hook(reading.hook) for reading in readings)
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in frozen:
             parameter.requires_grad_(False)
-        with evaluating(model), torch.enable_grad():
+        with removed_after(hooks), evaluating(model), torch.enable_grad():
             for start in range(0, len(images), BATCH):
                 rows = slice(start, start + BATCH)
                 loss = objective.summed_loss(model(images[rows]), labels[rows])
@@ -294,8 +295,6 @@ def _read(model: nn.Module, readings: Sequence[_Reading], images: Tensor, labels
                 for (reading, _), gradient in zip(probes, gradients, strict=True):
                     reading.add_gradient(gradient)
     finally:
-        for handle in handles:
-            handle.remove()
         for parameter in frozen:
             parameter.requires_grad_(True)
     for reading in readings:

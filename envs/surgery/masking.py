@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from ..networks.hooks import removed_after
 from ..networks.module_kinds import is_conv
 from .filter_group import Cut, FilterGroup, vanished
 
@@ -34,22 +36,23 @@ def masked_inputs(
             masked, which leaves the others without effect.
         mixes: for (group, consumer) a matrix (N, N) that is applied instead of the mask, x' = P x over filters.
     """
-    handles = []
-    try:
-        gone = vanished(choices)
-        for branch in gone:
-            handles.append(model.get_submodule(branch.chain[0]).register_forward_pre_hook(_nothing))
-        for group, keep in choices.items():
-            if group.branch is not None and group.branch in gone:
-                continue
-            matrix = torch.diag(keep.cpu().to(torch.float64))
-            for cut in group.consumers:
-                mix = (mixes or {}).get((group.name, cut.module), matrix)
-                handles.append(model.get_submodule(cut.module).register_forward_pre_hook(_mixer(cut, mix)))
+    with removed_after(_masks(model, choices, mixes or {})):
         yield model
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def _masks(
+    model: nn.Module, choices: Mapping[FilterGroup, Tensor], mixes: Mapping[MixKey, Tensor]
+) -> Iterator[RemovableHandle]:
+    gone = vanished(choices)
+    for branch in gone:
+        yield model.get_submodule(branch.chain[0]).register_forward_pre_hook(_nothing)
+    for group, keep in choices.items():
+        if group.branch is not None and group.branch in gone:
+            continue
+        matrix = torch.diag(keep.cpu().to(torch.float64))
+        for cut in group.consumers:
+            mix = mixes.get((group.name, cut.module), matrix)
+            yield model.get_submodule(cut.module).register_forward_pre_hook(_mixer(cut, mix))
 
 
 def channel_dim(module: nn.Module, value: Tensor) -> int:
