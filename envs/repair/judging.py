@@ -36,7 +36,7 @@ from ..networks.module_kinds import is_leaf
 from ..surgery.cutting import KeptRows, cut_channels, kept_rows
 from ..surgery.filter_group import FilterGroup, vanished
 from ..surgery.shared_weights import sharing_modules
-from ..surgery.slicing import axes_of, checked_rows, slice_module, width
+from ..surgery.slicing import slice_axes
 from .patches import SampledPlaces, Samples
 from .reconstruction import Reconstruction, Site, follow, narrowed, put_solution
 
@@ -329,11 +329,7 @@ def _cut_modules(dense: Modules, kept: KeptRows) -> dict[str, nn.Module]:
     found = dict(dense)
     for name, axes in kept.items():
         module = found[name] = _twin(dense[name])
-        rows = {}
-        for axis in axes_of(module):
-            every = torch.arange(width(module, axis)).numpy()
-            rows[axis] = checked_rows(name, module, axis, axes.get(axis, every))
-        slice_module(name, module, rows.get("out"), rows.get("in"))
+        slice_axes(name, module, axes)
     return found
 
 

@@ -16,7 +16,7 @@ from ...errors import UserError
 from ..networks.copying import copied
 from .filter_group import Branch, FilterGroup, vanished
 from .shared_weights import shared_parameters, tie_again
-from .slicing import Rows, axes_of, checked_rows, is_tensor_axis, slice_module, slice_tensor, width
+from .slicing import Rows, axes_of, checked_rows, is_tensor_axis, slice_axes, slice_tensor, width
 from .whole_blocks import find_module, vanish
 
 KeptRows = Mapping[str, Mapping[str, Rows]]
@@ -85,11 +85,7 @@ def cut_channels(
             for axis in tensors:
                 slice_tensor(module, axis, checked_rows(name, module, axis, axes[axis]))
             if len(tensors) < len(axes):
-                rows = {
-                    axis: checked_rows(name, module, axis, axes.get(axis, np.arange(width(module, axis))))
-                    for axis in axes_of(module)
-                }
-                slice_module(name, module, rows.get("out"), rows.get("in"))
+                slice_axes(name, module, axes)
     tie_again(smaller, shared)
     vanish(smaller, branches, values)
     return smaller

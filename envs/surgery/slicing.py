@@ -5,7 +5,7 @@ Every list of channels is checked here, whoever made it: whole numbers, sorted, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -100,6 +100,15 @@ def slice_module(name: str, module: nn.Module, out: Rows | None, into: Rows | No
         module.num_parameters = len(out)
     else:
         raise UserError(f"Module {name!r} is a {type(module).__name__}, which cannot be cut.")
+
+
+def slice_axes(name: str, module: nn.Module, axes: Mapping[str, Sequence[int] | Rows]) -> None:
+    """Keep only these channels of `module`, in place, and all on an axis that is not given; the lists are checked."""
+    rows = {
+        axis: checked_rows(name, module, axis, axes.get(axis, np.arange(width(module, axis))))
+        for axis in axes_of(module)
+    }
+    slice_module(name, module, rows.get("out"), rows.get("in"))
 
 
 def slice_tensor(module: nn.Module, axis: str, rows: Rows) -> None:
