@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ...envs.data.metrics import as_float64
+from ...envs.networks.hooks import removed_after
 from ...envs.surgery.filter_group import Cut, FilterGroup
 from ...envs.surgery.masking import batch_dim, channel_dim
 
@@ -94,15 +96,15 @@ def collecting(model: nn.Module, groups: Sequence[FilterGroup]) -> Iterator[Runn
     for group in groups:
         for cut in group.consumers:
             readers.setdefault(cut.module, []).append((group.name, cut))
-    handles = [model.register_forward_pre_hook(lambda *_: scores._finish())]
-    try:
+
+    def hooks() -> Iterator[RemovableHandle]:
+        yield model.register_forward_pre_hook(lambda *_: scores._finish())
         for module, cuts in readers.items():
-            handles.append(model.get_submodule(module).register_forward_pre_hook(_reader(scores, cuts)))
+            yield model.get_submodule(module).register_forward_pre_hook(_reader(scores, cuts))
+
+    with removed_after(hooks()):
         yield scores
         scores._finish()
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _reader(scores: RunningScores, cuts: Sequence[tuple[str, Cut]]) -> Callable[[nn.Module, tuple[Tensor, ...]], Any]:
