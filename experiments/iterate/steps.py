@@ -18,6 +18,7 @@ from ...agent.criteria import CRITERIA, normalised, scores
 from ...envs.data.images import LabelledImages
 from ...envs.data.objective import objective_of
 from ...envs.networks.cost import Cost, count_cost
+from ...envs.networks.memory_layout import suited
 from ...envs.observation import STATISTIC_NAMES, Observation, observe
 from ...envs.surgery.filter_group import FilterGroup
 from ...envs.surgery.group_cost import pruned_cost
@@ -105,7 +106,7 @@ def train_and_score(
         return {group.name: _running(seen, group, settings.criterion) for group in groups}
     images, labels = data.batch(torch.arange(min(FEW, len(data))))
     device, model = next(model.parameters()).device, model.eval()
-    images, labels, objective = images.to(device), labels.to(device), objective_of(data)
+    images, labels, objective = suited(model, images.to(device)), labels.to(device), objective_of(data)
     seen_at_rest = {group.name: observe(model, group, images, labels, objective=objective) for group in groups}
     return {name: _resting(name, each, settings.criterion, seed) for name, each in seen_at_rest.items()}
 

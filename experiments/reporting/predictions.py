@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ...envs.data.images import LabelledImages
 from ...envs.data.metrics import Metric, as_classes
 from ...envs.data.objective import display_name, objective_of, output_of
+from ...envs.networks.memory_layout import suited
 from ...envs.networks.modes import modes_restored
 from ...errors import UserError
 from ..runs.folder import RunFolder
@@ -73,7 +74,7 @@ def _answers(
     parameter = next(network.parameters(), None)
     with modes_restored(network):
         given = images if parameter is None else images.to(parameter.device)
-        outputs = output_of(network.eval()(given)).float().cpu()
+        outputs = output_of(network.eval()(suited(network, given))).float().cpu()
     try:
         probabilities, ignored = getattr(metric, "probabilities", False), getattr(metric, "ignore_index", None)
         logits, truth = as_classes(outputs, targets, probabilities, ignored)

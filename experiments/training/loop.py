@@ -174,7 +174,9 @@ class _Run:
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             trial = replace(self, model=copied(self.model).train())
             images, labels = self.data.batch(torch.arange(2))
-            trial._loss(images.to(self.device), labels.to(self.device))[0].backward()
+            images = images.to(self.device)
+            images = images.to(memory_format=self._layout(images))
+            trial._loss(images, labels.to(self.device))[0].backward()
         return any(each.requires_grad and each.grad is None for each in trial.model.parameters())
 
     def help(self, team: Team, step: int, unused: bool) -> None:

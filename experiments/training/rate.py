@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...envs.data.images import LabelledImages
 from ...envs.data.objective import objective_of, output_of
 from ...envs.networks.copying import copied
+from ...envs.networks.memory_layout import suited
 from ...envs.networks.modes import evaluating
 from .loop import DivergedError, FitOptions, fit_network, steps_of
 from .train_settings import TrainSettings
@@ -87,8 +88,9 @@ class _Trial:
         self.begun = {name: each.detach().clone() for name, each in self.model.named_parameters()}
         self.ended = {name: each.detach() for name, each in stepped.named_parameters()}
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
-        self.images, self.targets = (value.to(device) for value in data.batch(order[:n_images]))
+        images, self.targets = (value.to(device) for value in data.batch(order[:n_images]))
         self.teacher = teacher if settings.distill_weight > 0 else None
+        self.images = suited(self.model, images if self.teacher is None else suited(self.teacher, images))
         self.dense = self._taught()
 
     def highest(self, rates: list[float]) -> float:

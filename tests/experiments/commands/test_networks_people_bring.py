@@ -79,7 +79,18 @@ def test_one_memory_layout_on_colour_arrays(keepdrop, tmp_path, tiny):
     brought.append("checkpoint=cnn/model.safetensors")
     layers = [*tiny, "layers=[conv1]", "controls=[reconstruction]", "recovery.bn_images=50", "export=[program]"]
     assert keepdrop("prune", *brought, *layers, "run_dir=layers").code == 0
-    assert keepdrop("prune", *brought, *TARGET, "split.reward_size=100", "run_dir=whole").code == 0
+    # Long enough for a trial of the learning rate, beside the dense network as a teacher.
+    whole = [*TARGET, "split.reward_size=100", "finetune.epochs=4", "finetune.batch_size=16"]
+    assert keepdrop("prune", *brought, *whole, "run_dir=whole").code == 0
+    at_rest = [
+        "criterion=l2",
+        "target.removed=0.1",
+        "step=4",
+        "minibatches=1",
+        "finetune.epochs=0",
+        "latency.repeats=1",
+    ]
+    assert keepdrop("iterate", *brought, *at_rest, "run_dir=steps").code == 0
     assert json.loads((tmp_path / "whole/metrics.json").read_text())["pruned_macs"] > 0
     load_pruned(tmp_path / "whole/pruned", lambda: Viewed(3, 10))
 
