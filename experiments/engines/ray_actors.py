@@ -22,10 +22,19 @@ import torch
 from ...errors import Notice, UserError, summarised
 from .engine import Make, Work, Workers
 from .local_processes import Held
-from .ray_cluster import ClusterSettings, check_nodes, connect, disconnect, is_gone, room
+from .ray_cluster import (
+    GONE_SECONDS,
+    LOOK_SECONDS,
+    ClusterGoneError,
+    ClusterSettings,
+    call,
+    check_nodes,
+    connect,
+    disconnect,
+    is_gone,
+    room,
+)
 
-LOOK_SECONDS = 2.0  # between looks at a cluster that returns nothing
-GONE_SECONDS = 10.0  # without an answer, and a cluster is gone
 GET_SECONDS = 60.0  # for a result that is ready
 
 
@@ -63,7 +72,7 @@ class RayEngine(ClusterSettings):
         finally:
             if team is not None:
                 team.end()
-            disconnect()
+            disconnect(gone=team is not None and team.gone)
 
 
 class _Holder:
@@ -198,8 +207,9 @@ class _Team(Workers):
     def _ready(self) -> list[Any]:
         """References that have something to say; none after a few seconds without."""
         try:
-            ready, _ = self.ray.wait([*self.running, *self.beginning], num_returns=1, timeout=LOOK_SECONDS)
-        except (ConnectionError, self.ray.exceptions.RaySystemError) as error:
+            waited_for = [*self.running, *self.beginning]
+            ready, _ = call(self.ray, self.ray.wait, waited_for, num_returns=1, timeout=LOOK_SECONDS)
+        except (ClusterGoneError, ConnectionError, self.ray.exceptions.RaySystemError) as error:
             raise self._lost_cluster() from error
         silent = time.monotonic() - self.answered
         if ready:
@@ -218,12 +228,15 @@ class _Team(Workers):
 
     def _lost_cluster(self) -> UserError:
         self.gone = True
-        return UserError(f"The Ray cluster is gone: nothing answers there any more. {self.lost}")
+        return UserError(
+            "The Ray cluster is gone: nothing answers there any more; start it again, or use engine=local, and resume the "
+            "run (resume=RUN_DIR)."
+        )
 
     def _came_up(self, reference: Any) -> None:
         actor = self.beginning.pop(reference)
         try:
-            self.ray.get(reference, timeout=GET_SECONDS)
+            self._got(reference)
         except self.ray.exceptions.RayError as error:
             self._kill(actor)
             self.failures += 1
@@ -235,12 +248,18 @@ class _Team(Workers):
     def _answer(self, reference: Any) -> tuple[bool, Any] | None:
         """What an actor returned; None where it, or its node, died."""
         try:
-            answer: tuple[bool, Any] = self.ray.get(reference, timeout=GET_SECONDS)
+            answer: tuple[bool, Any] = self._got(reference)
         except self.ray.exceptions.RayTaskError:
             raise  # a result that cannot be pickled
         except self.ray.exceptions.RayError:
             return None
         return answer
+
+    def _got(self, reference: Any) -> Any:
+        try:
+            return call(self.ray, self.ray.get, reference, timeout=GET_SECONDS)
+        except ClusterGoneError as error:
+            raise self._lost_cluster() from error
 
     def _kill(self, actor: Any) -> None:
         if not self.gone:

@@ -7,8 +7,9 @@ import importlib.util
 import math
 import os
 import socket
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile, gettempdir
@@ -21,6 +22,9 @@ from ...remote import is_url
 CLIENT = "ray://"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 CONNECT_SECONDS = 10.0  # for an address to answer
+LOOK_SECONDS = 2.0  # between looks at a cluster that returns nothing
+GONE_SECONDS = 10.0  # without an answer, and a cluster is gone
+LEAVE_SECONDS = 5.0  # for a cluster that is gone
 PACKAGES = ("keepdrop", "torch", "numpy")  # versions that change what a mask is worth
 
 _ours = False  # whether this process connected itself, and so has to disconnect
@@ -88,12 +92,20 @@ def connect(settings: ClusterSettings) -> Any:
     return ray
 
 
-def disconnect() -> None:
-    """Leave a cluster that `connect` joined, and end one that it started."""
+def disconnect(gone: bool = False) -> None:
+    """Leave a cluster that `connect` joined, and end one that it started; one that is gone is left without waiting."""
     global _ours
-    if _ours:
-        _ours = False
-        import_ray().shutdown()
+    if not _ours:
+        return
+    _ours = False
+    ray = import_ray()
+    if not gone:
+        ray.shutdown()
+        return
+    # Ray takes up to minutes to leave a cluster that is gone.
+    leaving = threading.Thread(target=ray.shutdown, daemon=True)
+    leaving.start()
+    leaving.join(LEAVE_SECONDS)
 
 
 def _initialise(ray: Any, where: str, **arguments: Any) -> None:
@@ -171,6 +183,39 @@ def is_gone(ray: Any) -> bool:
             return False
     except OSError:
         return True
+
+
+class ClusterGoneError(Exception):
+    """The cluster died while a call of Ray's waited for it."""
+
+
+def call(ray: Any, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    """What a function of Ray's returns or raises; where the cluster dies meanwhile, Ray may return much later or never.
+
+    Raises:
+        ClusterGoneError: nothing has answered for `GONE_SECONDS`.
+    """
+    outcome: list[tuple[bool, Any]] = []
+
+    def run() -> None:
+        try:
+            outcome.append((True, function(*arguments, **named)))
+        except BaseException as error:
+            outcome.append((False, error))
+
+    caller = threading.Thread(target=run, daemon=True)
+    caller.start()
+    answered = time.monotonic()
+    while caller.is_alive():
+        caller.join(LOOK_SECONDS)
+        if not caller.is_alive() or not is_gone(ray):
+            answered = time.monotonic()
+        elif time.monotonic() - answered > GONE_SECONDS:
+            raise ClusterGoneError
+    done, result = outcome[0]
+    if not done:
+        raise result
+    return result
 
 
 def nodes(ray: Any) -> list[Mapping[str, Any]]:

@@ -24,7 +24,7 @@ from keepdrop.envs.one_shot import OneShotTask
 from keepdrop.envs.repair.reconstruction import ReconstructionSettings
 from keepdrop.envs.surgery.targets import Target
 from keepdrop.errors import UserError
-from keepdrop.experiments.engines import ray_actors, ray_cluster
+from keepdrop.experiments.engines import ray_cluster
 from keepdrop.experiments.engines.spread_task import spread_over
 from keepdrop.experiments.pruning.network_search import NetworkAgent, NetworkSearchSettings
 from ray.cluster_utils import Cluster
@@ -332,13 +332,18 @@ def test_a_sweep_on_the_cluster(cluster, spawn, tmp_path, monkeypatch):
     assert not Path("sweep").exists()  # where the cluster was started, and its workers begin
 
 
-def test_a_lost_cluster_is_one_sentence(cluster, engine, one_shot, monkeypatch):
-    """The last test of all here."""
-    monkeypatch.setattr(ray_actors, "GONE_SECONDS", 1.0)
-
-    def report(trainer, metrics):
-        for node in (cluster.head_node, *cluster.worker_nodes):
-            node.kill_all_processes(check_alive=False, allow_graceful=False)
-
-    with pytest.raises(UserError, match=r"^The Ray cluster is gone: "), spread_over(engine, one_shot) as spread:
-        decided(spread, report)
+def test_a_lost_cluster_is_one_sentence(cluster, spawn, tmp_path, checkpoint):
+    """The last test of all here; in a process of its own, for Ray ends processes whose cluster is gone."""
+    asked = ["network_search.masks=4", "network_search.images=60", "network_search.agent.updates=10000"]
+    asked += [f"checkpoint={checkpoint}", "target.removed=0.5", "repair.images=60", "quiet=true", "run_dir=run"]
+    begun = spawn("prune", *asked, "engine=ray", f"engine.address={cluster.address}", cwd=tmp_path)
+    state = tmp_path / "run/network-state.pt"
+    deadline = time.monotonic() + 240
+    while not state.exists():
+        assert begun.poll() is None and time.monotonic() < deadline, begun.communicate()
+        time.sleep(0.01)
+    for node in (cluster.head_node, *cluster.worker_nodes):
+        node.kill_all_processes(check_alive=False, allow_graceful=False)
+    _, said = begun.communicate(timeout=240)
+    assert begun.returncode == 2 and "The Ray cluster is gone: nothing answers there any more;" in said, said
+    assert state.exists()
