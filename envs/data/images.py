@@ -9,7 +9,7 @@ Shape suffixes: B images of a batch.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -48,6 +48,22 @@ class LabelledImages(Protocol):
 
     def digest(self) -> str:
         """sha256 hex digits that identify labels and pixels (pixels that are not in memory: an even sample)."""
+
+
+def batches_of(
+    data: LabelledImages, parts: Sequence[Tensor], pinned: bool = False
+) -> Generator[tuple[Tensor, Tensor], None, None]:
+    """What `data.batch` gives for each of `parts`, int64 (B,) each, in their order.
+
+    Data with a method `batches(parts, pinned)` is read ahead by it, for example by worker processes; other data when
+    its turn comes. `pinned` batches lie in page-locked memory where they were read ahead, for a copy to a GPU that
+    nobody waits for. Close the iterator (`contextlib.closing`) where it may not be read to its end.
+    """
+    ahead = getattr(data, "batches", None)
+    if ahead is None:
+        yield from map(data.batch, parts)
+    else:
+        yield from ahead(parts, pinned)
 
 
 @dataclass(frozen=True)

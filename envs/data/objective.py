@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...errors import UserError, first_line
-from .images import LabelledImages
+from .images import LabelledImages, batches_of
 from .metrics import BinaryAccuracy, Metric, Top1, as_classes, as_float64, check_one_each, same_sides
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -283,6 +283,10 @@ class ImagesWithObjective:
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Indices int64 (B,) -> images float32 (B, C, H, W), normalised, and targets (B, ...)."""
         return self.images.batch(indices)
+
+    def batches(self, parts: Sequence[Tensor], pinned: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batch of each of `parts`, read ahead where the images can be (`batches_of`)."""
+        return batches_of(self.images, parts, pinned)
 
     def select(self, indices: Tensor) -> ImagesWithObjective:
         """Only the images at `indices` int64, in that order."""

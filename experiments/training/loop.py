@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any, Required, TypedDict
 import torch
 from torch import Tensor, nn
 
-from ...envs.data.images import LabelledImages
+from ...envs.data.images import LabelledImages, batches_of
 from ...envs.data.objective import TOP1, Objective, objective_of
 from ...envs.networks.copying import copied
 from ...envs.networks.memory_layout import CONTIGUOUS, common_layout, layout_of
@@ -242,8 +242,10 @@ class _Run:
             # One generator per epoch: an epoch is the same whether or not the ones before ran in this process.
             generator = torch.Generator().manual_seed(_mix(self.seed, 2 * epoch + 1))
             order = torch.randperm(len(self.data), generator=generator).split(self.settings.batch_size)
-            for step, indices in zip(range(first_step, last_step), order, strict=False):
-                self._step(step, indices, generator)
+            order = order[: last_step - first_step]
+            with closing(self._batches(order)) as batches:
+                for step, (indices, batch) in enumerate(zip(order, batches, strict=True), first_step):
+                    self._step(step, len(indices), batch, generator)
         loss, points = sum(self.losses), torch.cat(self.points)
         self._refuse_divergence(epoch, loss)
         lr = self.settings.lr_at(last_step - 1, self.n_steps)
@@ -260,15 +262,15 @@ class _Run:
             what = "the weights are no longer finite" if math.isfinite(loss) else f"the loss is {loss}"
             raise DivergedError(f"Training diverged in epoch {epoch + 1}: {what}; lower lr (it is {self.settings.lr}).")
 
-    def _step(self, step: int, indices: Tensor, generator: torch.Generator) -> None:
-        images, labels = self._batch(indices, generator)
+    def _step(self, step: int, n_images: int, batch: tuple[Tensor, Tensor], generator: torch.Generator) -> None:
+        images, labels = batch if self.augment is None else self._augmented(self.augment, *batch, generator)
         # Channels-last inputs alone make the convolutions a quarter faster on a CPU; the weights keep their layout.
         images, labels = images.to(self.device), labels.to(self.device)
         images = images.to(memory_format=self._layout(images))
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr_at(step, self.n_steps)
         self.optimizer.zero_grad()
-        sharing = self.team if self.team is not None and self.team.divides(len(indices)) else None
+        sharing = self.team if self.team is not None and self.team.divides(n_images) else None
         with stepping(sharing):
             loss, outputs = self._loss(images, labels)
             loss.backward() if self.team is None else self.team.backward(loss)
@@ -282,12 +284,17 @@ class _Run:
         points = self.objective.points(outputs, labels)
         self.points.append((points if sharing is None else sharing.gathered(points)).cpu())
 
-    def _batch(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Images and labels of a step, augmented; with several devices this one's share of the same images."""
-        if self.augment is None:
-            return self.data.batch(indices if self.team is None else self.team.share(indices))
-        images, labels = self.data.batch(indices)
-        images = self.augment(images, generator)
+    def _batches(self, order: Sequence[Tensor]) -> Generator[tuple[Tensor, Tensor], None, None]:
+        """Images and labels of each step; with several devices this one's share, unless all are to be augmented."""
+        if self.team is not None and self.augment is None:
+            order = [self.team.share(indices) for indices in order]
+        return batches_of(self.data, order, pinned=self.device.type == "cuda")
+
+    def _augmented(
+        self, augment: Augment, images: Tensor, labels: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Augmented together, whatever the number of devices; then this one's share."""
+        images = augment(images, generator)
         return (images, labels) if self.team is None else (self.team.share(images), self.team.share(labels))
 
     def _layout(self, images: Tensor) -> torch.memory_format:
@@ -385,9 +392,10 @@ def recalibrate_bn(model: nn.Module, data: LabelledImages, n_images: int, seed: 
             module.reset_running_stats()
             module.momentum = None  # a plain average over the batches
             module.train()
-        for batch in batches:
-            images = data.batch(batch)[0].to(device)
-            model(images.to(memory_format=layout_of(model, images)))
+        with closing(batches_of(data, batches)) as read:
+            for images, _ in read:
+                images = images.to(device)
+                model(images.to(memory_format=layout_of(model, images)))
     for module, momentum in zip(kinds, momenta, strict=True):
         module.momentum = momentum
     return sum(map(len, batches))
