@@ -36,7 +36,7 @@ COMMON = {
     "json": "JSON instead of a table",
     "latency.batch_sizes": "images at once, one measurement each",
     "latency.repeats": "timed passes",
-    "latency.runtimes": "eager, compile, onnxruntime, or all alone: whatever can be timed here",
+    "latency.runtimes": "eager, compile, onnxruntime, cuda-graphs, or all alone: whatever can be timed here",
     "latency.warmup": "passes before",
     "n_classes": "outputs",
     "padding": "pixels an image is shifted by at most, each way",

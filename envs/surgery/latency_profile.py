@@ -95,7 +95,7 @@ class TimeTable:
     """What was measured in one runtime with one batch size.
 
     Args:
-        runtime: "eager", "compile" or "onnxruntime".
+        runtime: "eager", "compile", "onnxruntime" or "cuda-graphs".
         batch_size: images per pass.
         dense: seconds of a pass of the dense network, one for every few copies that it took turns with.
         samples: measured copies that a prediction is fitted to.

@@ -33,7 +33,7 @@ class ClockSettings:
 
     Args:
         file: of `keepdrop profile`; null measures what is needed before the search, and keeps it in the run's folder.
-        runtime: eager, compile or onnxruntime; null takes the file's first, eager in a new profile.
+        runtime: eager, compile, onnxruntime or cuda-graphs; null takes the file's first, eager in a new profile.
         batch_size: images per pass; null takes the file's first, 1 in a new profile.
     """
 

@@ -68,8 +68,8 @@ def measure_latency(
         batch_sizes: images per pass.
         repeats: timed passes.
         warmup: passes before them; a runtime that compiles has done so before.
-        runtimes: any of "eager", "compile", "onnxruntime" (the latter two take `nn.Module`s only), or "all" alone:
-            what can be timed here.
+        runtimes: any of "eager", "compile", "onnxruntime", "cuda-graphs" (all but the first take `nn.Module`s only), or
+            "all" alone: what can be timed here.
         failed: gets the reason of every runtime that cannot take a model, which is then left out; None raises it.
         files: ONNX files by name, each timed in onnxruntime beside the models.
 
@@ -179,7 +179,8 @@ def _reason(latency: Sequence[Mapping[str, Any]], runtime: str, batch: int, roun
     if share is None and base["median_seconds"] < OVERHEAD:
         return "short", "Passes of less than a millisecond are mostly overhead, which pruning does not remove."
     if share is not None and share > 0.5:
-        other = ": compile and onnxruntime have less of it (latency.runtimes=[all])" * (runtime == "eager")
+        others = "compile and cuda-graphs" if base.get("n_threads") == 0 else "compile and onnxruntime"
+        other = f": {others} have less of it (latency.runtimes=[all])" * (runtime == "eager")
         return "calls", (
             f"At batch {batch} about {100 * share:.0f} % of the dense network's {1e3 * base['median_seconds']:.2f} ms "
             f"({runtime}) goes into calling layers, which takes as long for few filters as for many{other}."
@@ -234,13 +235,30 @@ def _interleaved(
             runners[key](inputs)  # a new batch size is compiled anew
     for repeat in range(-warmup, repeats):
         for key in list(runners)[:: 1 if repeat % 2 else -1]:
-            wait_for(device)
-            start = time.perf_counter()
-            runners[key](inputs)
-            wait_for(device)
+            took = pass_seconds(runners[key], inputs, device)
             if repeat >= 0:
-                seconds[key].append(time.perf_counter() - start)
+                seconds[key].append(took)
     return seconds
+
+
+def pass_seconds(
+    run: Runner, inputs: Inputs, device: torch.device, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Seconds of one pass: by `clock`, on an NVIDIA GPU by events, which see the gaps between kernels."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        stream = torch.cuda.current_stream(device)
+        wait_for(device)
+        start.record(stream)
+        run(inputs)
+        end.record(stream)
+        wait_for(device)
+        return float(start.elapsed_time(end)) / 1e3
+    wait_for(device)
+    began = clock()
+    run(inputs)
+    wait_for(device)
+    return clock() - began
 
 
 def _record(runtime: str, name: str, size: int, seconds: list[float], inputs: Inputs) -> Latency:

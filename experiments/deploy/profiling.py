@@ -47,7 +47,7 @@ from ...envs.surgery.slicing import width
 from ...errors import UserError
 from ...ranges import COUNT, SEED, check_numbers
 from ..runs.console import Terminal
-from .latency import device_name
+from .latency import device_name, pass_seconds
 from .onnx_cutting import CuttableOnnx
 from .runtimes import Runner, check_runtimes, chosen_runtimes, runner
 
@@ -79,7 +79,7 @@ class ProfileSettings:
 
     Args:
         batch_sizes: images per pass.
-        runtimes: any of eager, compile, onnxruntime.
+        runtimes: any of eager, compile, onnxruntime, cuda-graphs.
         samples: pruned copies to measure, beside the 10 that predictions are checked on; null: 6 per group of another
             shape, 40 to 120.
         repeats: turns of every copy; passes of less than some milliseconds get more.
@@ -329,35 +329,15 @@ def interleaved(runners: Sequence[Runner], inputs: Inputs, repeats: int) -> list
 
 def one_turn(run: Runner, inputs: Inputs, device: torch.device) -> float:
     """Seconds of a pass: the fastest of a few in a row, after one that is not counted."""
-    run_once = _on_gpu if device.type == "cuda" else _on_cpu
-    found = []
-    for _ in range(PASSES + 1):
-        found.append(run_once(run, inputs, device))
-        if found[-1] > LONG:
-            break
-    return min(found[1:] or found)
-
-
-def _on_cpu(run: Runner, inputs: Inputs, device: torch.device) -> float:
     # One thread's own clock stands still while another program has the processor.
     alone = device.type == "cpu" and torch.get_num_threads() == 1
     clock = time.thread_time if alone else time.perf_counter
-    wait_for(device)
-    start = clock()
-    run(inputs)
-    wait_for(device)
-    return clock() - start
-
-
-def _on_gpu(run: Runner, inputs: Inputs, device: torch.device) -> float:
-    """Between two events on the GPU, which include the gaps in which it waits for the next kernel."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize(device)
-    start.record()
-    run(inputs)
-    end.record()
-    torch.cuda.synchronize(device)
-    return start.elapsed_time(end) / 1e3
+    found = []
+    for _ in range(PASSES + 1):
+        found.append(pass_seconds(run, inputs, device, clock))
+        if found[-1] > LONG:
+            break
+    return min(found[1:] or found)
 
 
 def conditions_of(device: torch.device) -> Conditions:

@@ -1,4 +1,4 @@
-"""A network as other runtimes run it: as it is, compiled by torch, or in onnxruntime."""
+"""A network as other runtimes run it: as it is, compiled by torch, in onnxruntime, or as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ import torch
 from torch import nn
 
 from ...envs.networks.copying import copied
-from ...envs.networks.inputs import as_call, mapped
+from ...envs.networks.inputs import as_call, mapped, tensors_of
 from ...envs.networks.module_kinds import Inputs, run
 from ...errors import UserError, summarised
 from .export import INSTALL, RUNTIME, export_onnx, missing_packages, onnx_session
 
-RUNTIMES = ("eager", "compile", "onnxruntime")
+CUDA_GRAPHS = "cuda-graphs"
+RUNTIMES = ("eager", "compile", "onnxruntime", CUDA_GRAPHS)
 ALL = "all"
+WARM_UP = 3  # passes before a graph is captured: libraries choose their kernels and take their memory in the first ones
 COMPILERS = ("g++", "clang++", "c++", "cl")
 Runner = Callable[[Inputs], Any]
 
@@ -42,6 +44,10 @@ def check_runtimes(runtimes: Sequence[str], device: torch.device | str = "cpu") 
 def why_not(runtime: str, device: torch.device | str = "cpu") -> str | None:
     """Why a runtime cannot be timed here, as the end of a sentence; None where it can."""
     on_cpu = torch.device(device).type == "cpu"
+    if runtime == CUDA_GRAPHS:
+        others = ", ".join(name for name in RUNTIMES if name != CUDA_GRAPHS)
+        on_gpu = torch.device(device).type == "cuda"
+        return None if on_gpu else f"needs a CUDA GPU, and the device is {device}; expected any of {others} there."
     if runtime == "compile" and on_cpu:
         compiler = os.environ.get("CXX") or next(filter(shutil.which, COMPILERS), None)
         return None if compiler else "needs a C++ compiler (g++ or clang++); install one."
@@ -59,8 +65,9 @@ def chosen_runtimes(asked: Sequence[str], device: torch.device | str = "cpu") ->
 
 
 def not_timed(timed: Iterable[str], device: torch.device | str = "cpu") -> dict[str, str]:
-    """Every other runtime, with what it takes to have it timed."""
-    left = (name for name in RUNTIMES if name not in set(timed))
+    """Every other runtime, with what it takes to have it timed; of another kind of device none is missed."""
+    here = (name for name in RUNTIMES if name != CUDA_GRAPHS or torch.device(device).type == "cuda")
+    left = (name for name in here if name not in set(timed))
     return {name: why_not(name, device) or "was not asked for: latency.runtimes=[all] times it." for name in left}
 
 
@@ -76,7 +83,62 @@ def runner(model: nn.Module, runtime: str, example: Inputs) -> Runner:
     """
     if runtime == "eager":
         return lambda inputs: run(model, inputs)
+    if runtime == CUDA_GRAPHS:
+        return _as_graphs(model, example)
     return _compiled(model, example) if runtime == "compile" else _in_onnxruntime(model, example)
+
+
+class CapturedPass:
+    """The kernels of one pass as a CUDA graph, which the processor starts all at once.
+
+    As PyTorch's notes on CUDA semantics ask for: warmed up and captured on a stream of its own, static memory.
+
+    Args:
+        call: makes the pass; reads inputs that stay where they are in memory.
+        device: the GPU.
+    """
+
+    def __init__(self, call: Callable[[], Any], device: torch.device) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        # PyTorch's own stream for captures is of the GPU that captured first, and stays the current one if one fails.
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.device(device), torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                call()
+            with torch.cuda.graph(self._graph, stream=stream):
+                self._outputs = call()
+        torch.cuda.synchronize(device)
+
+    def replay(self) -> Any:
+        """The outputs, in the same memory every time."""
+        self._graph.replay()
+        return self._outputs
+
+
+def _as_graphs(model: nn.Module, example: Inputs) -> Runner:
+    # One graph for each shape of inputs, which are copied into the graph's own, as they are in use.
+    captured: dict[Any, tuple[list[torch.Tensor], CapturedPass]] = {}
+
+    def call(inputs: Inputs) -> Any:
+        tensors = tensors_of(inputs)
+        shapes = tuple((each.shape, each.stride(), each.dtype) for each in tensors)
+        if shapes not in captured:
+            static = mapped(inputs, torch.Tensor.clone)
+            captured[shapes] = tensors_of(static), CapturedPass(lambda: run(model, static), tensors[0].device)
+        own, graph = captured[shapes]
+        for mine, theirs in zip(own, tensors, strict=True):
+            mine.copy_(theirs)
+        return graph.replay()
+
+    try:
+        call(example)
+    except Exception as error:
+        raise UserError(
+            f"CUDA graphs cannot take the network ({summarised(error)}); expected a pass that reads no values back "
+            "from the GPU."
+        ) from error
+    return call
 
 
 def _compiled(model: nn.Module, example: Inputs) -> Runner:

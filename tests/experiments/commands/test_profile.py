@@ -189,16 +189,17 @@ def test_on_a_gpu_events_time_a_pass(monkeypatch):
         def __init__(self, enable_timing):
             assert enable_timing
 
-        def record(self):
-            said.append("record")
+        def record(self, stream):
+            said.append(stream)
 
         def elapsed_time(self, end):
             return 4.0  # milliseconds
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: said.append("wait"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "stream")
     seconds = profiling.one_turn(lambda inputs: said.append("run"), torch.zeros(1), torch.device("cuda"))
-    assert seconds == 4e-3 and said[:5] == ["wait", "record", "run", "record", "wait"]
+    assert seconds == 4e-3 and said[:5] == ["wait", "stream", "run", "stream", "wait"]
 
 
 def test_a_figure_on_a_gpu_names_no_threads(monkeypatch):

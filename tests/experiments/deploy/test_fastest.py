@@ -95,6 +95,8 @@ def test_the_part_of_a_pass_that_images_do_not_pay_for():
         "filters as for many: compile and onnxruntime have less of it (latency.runtimes=[all]). Processors are fastest "
         "with round channel counts: try surgery.round_to=8."
     )
+    on_gpu = [each | {"n_threads": 0} for each in latency]
+    assert "for many: compile and cuda-graphs have less of it" in (speed_advice(0.4, on_gpu) or "")
 
 
 def test_times_of_a_busy_machine_are_not_explained_by_widths():
