@@ -23,7 +23,7 @@ class Progress:
             a search's best masks was trained), "layer" (a layer is cut), "recovery" or "finetune" (one epoch).
         name: the layer, or what found the mask; empty while fine-tuning.
         done, total: updates, masks, layers or epochs.
-        metrics: of the step; accuracies and fractions in [0, 1].
+        metrics: of the step; accuracies and fractions in [0, 1], of an epoch of training also `images_per_second`.
     """
 
     stage: str
@@ -85,7 +85,8 @@ class Reporter:
     def epoch(self, stage: str, epochs: float, progress: TrainProgress) -> None:
         """One epoch of training."""
         name = self.layer if stage == "recovery" else ""
-        self.tell(stage, name, progress.epoch, epochs, {"loss": progress.loss, "accuracy": progress.accuracy})
+        shown = {"loss": progress.loss, "accuracy": progress.accuracy, "images_per_second": progress.images_per_second}
+        self.tell(stage, name, progress.epoch, epochs, shown)
 
     def layer_begins(self, position: int, total: int, layer: LayerTask) -> None:
         """A layer's turn has come."""

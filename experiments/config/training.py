@@ -129,11 +129,17 @@ def _shown(what: str, splits: Splits, chosen: TrainSettings, context: RunContext
     with context.terminal.progress(what, chosen.epochs) as bar:
 
         def report(progress: TrainProgress) -> None:
-            bar.advance(progress.epoch, f"loss {progress.loss:.3f}, {metric} {100 * progress.accuracy:.1f} %")
+            bar.advance(progress.epoch, epoch_line(progress, metric))
             context.tracker.scalars(tag, {"loss": progress.loss, "accuracy": progress.accuracy}, progress.step)
 
         augment, device = build_augment(context.config.augment), resolve_device(context.config.device)
         yield {"progress": report, "augment": augment, "device": device}
+
+
+def epoch_line(progress: TrainProgress, metric: str) -> str:
+    """What stands beside a bar after an epoch; `metric` as it is called for display."""
+    score = f"{metric} {100 * progress.accuracy:.1f} %"
+    return f"loss {progress.loss:.3f}, {score}, {progress.images_per_second:,.0f} images/s"
 
 
 def build_recovery(dense: nn.Module, context: RunContext) -> Recovery:
@@ -145,7 +151,7 @@ def build_recovery(dense: nn.Module, context: RunContext) -> Recovery:
         metric = display_name(task.objective.name)
 
         def report(progress: TrainProgress) -> None:
-            terminal.advance(progress.epoch, f"loss {progress.loss:.3f}, {metric} {100 * progress.accuracy:.1f} %")
+            terminal.advance(progress.epoch, epoch_line(progress, metric))
 
         with terminal.progress("recovery", chosen.train.epochs):
             return Recover(chosen, dense, augment, report)(task, seed, working)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -35,7 +36,10 @@ __all__ = ["Progress", "TrainProgress", "TrainResult", "TrainSettings", "fit_net
 
 @dataclass(frozen=True)
 class TrainProgress:
-    """Where training stands: steps done of all, and mean loss and accuracy (or score) since the last report."""
+    """Where training stands: steps done of all, and mean loss and accuracy (or score) since the last report.
+
+    `images_per_second` is the speed of the epoch's steps, of all devices together, with the time that reading takes.
+    """
 
     step: int
     n_steps: int
@@ -43,6 +47,7 @@ class TrainProgress:
     lr: float
     loss: float
     accuracy: float
+    images_per_second: float = field(default=math.nan, compare=False)
 
 
 @dataclass(frozen=True)
@@ -238,6 +243,7 @@ class _Run:
         epoch = first_step // self.steps_per_epoch
         last_step = min(self.n_steps, (epoch + 1) * self.steps_per_epoch)
         self.losses, self.points = [], []
+        started = time.perf_counter()
         with _global_rng_seeded(self._stream(2 * epoch), self.device):
             # One generator per epoch: an epoch is the same whether or not the ones before ran in this process.
             generator = torch.Generator().manual_seed(_mix(self.seed, 2 * epoch + 1))
@@ -250,7 +256,8 @@ class _Run:
         self._refuse_divergence(epoch, loss)
         lr = self.settings.lr_at(last_step - 1, self.n_steps)
         accuracy = self.objective.fraction(points)
-        return TrainProgress(last_step, self.n_steps, epoch + 1, lr, loss / len(points), accuracy)
+        speed = len(points) / (time.perf_counter() - started)
+        return TrainProgress(last_step, self.n_steps, epoch + 1, lr, loss / len(points), accuracy, speed)
 
     def _stream(self, stream: int) -> int:
         """The seed of what a process draws for its share of an epoch: one of its own, the first one's as if alone."""
