@@ -34,6 +34,14 @@ def pytest_sessionfinish(session):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
+@pytest.fixture(autouse=True)
+def _cache(monkeypatch, tmp_path_factory, request):
+    """What keepdrop keeps between commands stays within a test."""
+    monkeypatch.setenv(
+        "KEEPDROP_CACHE", str(tmp_path_factory.getbasetemp() / f"cache-{abs(hash(request.node.nodeid))}")
+    )
+
+
 @pytest.fixture
 def memory():
     """An empty memory:// of this process."""

@@ -29,7 +29,7 @@ from ...envs.surgery.targets import Target
 from ...envs.task import PruningTask
 from ...errors import Notice, UserError
 from ...ranges import SEED, check_number
-from ..deploy.clock import find_clock, keep_profile, resolved
+from ..deploy.clock import find_clock, keep_profile, keeping_times, resolved
 from ..pruning.input_checks import resolve_device, try_network, try_training
 from ..pruning.network_schedule import NetworkSchedule
 from ..pruning.recover import Recover, RecoverySettings
@@ -107,9 +107,10 @@ class Job:
         )
         check_limits(limits, self.dense, self.task.plan, self.task.groups)
         if target is not None:
-            goal = self.task.constraints(target)
-            goal.check()
-            goal.check([self.task.limits.counts(self.dense, group)[0] for group in self.task.groups])
+            with keeping_times(self.clock):
+                goal = self.task.constraints(target)
+                goal.check()
+                goal.check([self.task.limits.counts(self.dense, group)[0] for group in self.task.groups])
 
     def check_training(self, *chosen: TrainSettings | OwnLoop | None) -> None:
         """Try one step of keepdrop's own training, if there is to be one; UserError where it fails.

@@ -16,7 +16,7 @@ from ...envs.surgery.latency_profile import LatencyProfile, TimeTable
 from ..config.build import NetworkConstructor, load_network
 from ..config.entry_point import plain, run_with_hydra
 from ..config.ignored import refuse_ignored
-from ..deploy.profiling import ProfileSettings, profile_network
+from ..deploy.profiling import ProfileSettings, profile_network, warn_of_doubts
 from ..pruning.input_checks import resolve_device
 from ..runs.console import Terminal
 from .inspect import IGNORED, example_of
@@ -56,6 +56,7 @@ def run(config: DictConfig) -> LatencyProfile:
             f"The same command measures the rest: {config.out} has what is done." if kept else ""
         ) from None
     show(found, config.out, terminal)
+    warn_of_doubts(found)
     return found
 
 

@@ -24,7 +24,7 @@ from ...envs.surgery.targets import TIMED, Target, constraints_of
 from ...envs.task import DenseBaseline, EvaluationSettings, PruningTask, measure_baseline
 from ...errors import Notice, UserError
 from ...rewards.try_and_learn import check_drop_bound
-from ..deploy.clock import ClockSettings, ProfileClock, find_clock, resolved
+from ..deploy.clock import ClockSettings, ProfileClock, find_clock, keeping_times, resolved
 from ..pruning.decide import CONTROLS
 from ..pruning.input_checks import check_fineness, resolve_device, try_network, try_training
 from ..pruning.layer_agents import call_policy_factory
@@ -266,9 +266,10 @@ def check_targets(inputs: Inputs, targets: Sequence[Target], repair: Reconstruct
     dense = inputs.construct().eval().to(inputs.device) if inputs.dense is None else inputs.dense
     example = inputs.splits.example.to(inputs.device)
     cost, limits = count_cost(dense, example), inputs.limits.resolved(inputs.plan or find_groups(dense, example))
-    for target in targets:
-        goal = constraints_of(target, dense, cost, inputs.groups, inputs.clock)
-        goal.check()
-        goal.check([limits.counts(dense, group)[0] for group in inputs.groups])
+    with keeping_times(inputs.clock):
+        for target in targets:
+            goal = constraints_of(target, dense, cost, inputs.groups, inputs.clock)
+            goal.check()
+            goal.check([limits.counts(dense, group)[0] for group in inputs.groups])
     if repair is not None:
         Reconstruction(dense, example, repair)  # refuses what it cannot follow

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
-import statistics
+import dataclasses
+import hashlib
+import json
+import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,17 +18,18 @@ from torch import nn
 
 from ...envs.networks.module_kinds import Inputs
 from ...envs.surgery.filter_group import FilterGroup
-from ...envs.surgery.latency_meter import LatencyFit, LatencyMeter
+from ...envs.surgery.latency_meter import LatencyMeter
 from ...envs.surgery.latency_profile import LatencyProfile, load_profile, save_profile
 from ...envs.surgery.limits import AUTO, Limits
 from ...errors import Notice, UserError
 from ...ranges import COUNT, check_numbers
 from ...remote import local_if_there
-from .profiling import ProfileSettings, Watcher, conditions_of, profile_network
+from ..runs.mirror import cache_folder
+from .profiling import ProfileSettings, Watcher, conditions_of, doubt, measured, unmeasured
 from .runtimes import RUNTIMES, why_not
 
 PROFILE = "profile.json"  # in a run's folder
-POOR = 0.2  # median error of predictions from which on a person is told
+PROFILES = "profiles"  # in the folder that keepdrop keeps files in between commands
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,8 @@ class ClockSettings:
     """Which measured times count.
 
     Args:
-        file: of `keepdrop profile`; null measures what is needed before the search, and keeps it in the run's folder.
+        file: of `keepdrop profile`; null measures what is needed before the search, and keeps it in the run's folder
+            and for later commands with the same network and device.
         runtime: eager, compile, onnxruntime or cuda-graphs; null takes the file's first, eager in a new profile.
         batch_size: images per pass; null takes the file's first, 1 in a new profile.
     """
@@ -53,10 +59,17 @@ class ProfileClock:
     Args:
         profile: of the network's own architecture, on this device.
         runtime, batch_size: which of its tables; None takes the first.
+        file: where it lies that it was measured into just now, for later commands; None if it was not.
     """
 
-    def __init__(self, profile: LatencyProfile, runtime: str | None = None, batch_size: int | None = None) -> None:
-        self.profile = profile
+    def __init__(
+        self,
+        profile: LatencyProfile,
+        runtime: str | None = None,
+        batch_size: int | None = None,
+        file: Path | None = None,
+    ) -> None:
+        self.profile, self.file = profile, file
         self.table = profile.table(runtime, batch_size)
         self._meters: dict[tuple[str, ...], LatencyMeter] = {}
 
@@ -122,16 +135,9 @@ def find_clock(
 
 
 def _trusted(clock: ProfileClock) -> ProfileClock:
-    """The clock; a `Notice` where its profile foretells its own copies badly, as one made on a busy machine does."""
-    profile, table = clock.profile, clock.table
-    errors = [abs(each) for each in LatencyFit(profile, table.samples).errors(table.checks)]
-    if errors and statistics.median(errors) > POOR:
-        warnings.warn(
-            f"Times that the latency profile predicts are off by {statistics.median(errors):.0%} (median of "
-            f"{len(errors)} copies): the machine was busy; measure it again when it is not.",
-            Notice,
-            stacklevel=3,
-        )
+    """The clock; a `Notice` where its profile says little, as one made on a busy machine does."""
+    if sentence := doubt(clock.profile, clock.table):
+        warnings.warn(sentence, Notice, stacklevel=3)
     return clock
 
 
@@ -146,12 +152,68 @@ def resolved(limits: Limits, clock: ProfileClock | None, model: nn.Module, group
 def measured_clock(
     model: nn.Module, example: Inputs, chosen: ClockSettings, watcher: Watcher | None = None
 ) -> ProfileClock:
-    """Measure the one table that is needed; UserError for a runtime that cannot run here."""
-    runtime, device = chosen.runtime or "eager", next(model.parameters()).device
+    """Measure the one table that is needed; UserError for a runtime that cannot run here.
+
+    It is kept for later commands, which take it (with a `Notice`) in place of measuring again; one made on a busy
+    machine is not.
+    """
+    runtime, size, device = chosen.runtime or "eager", chosen.batch_size or 1, next(model.parameters()).device
     if why := why_not(runtime, device):
         raise UserError(f"profile.runtime is {runtime}, which {why}")
-    what = ProfileSettings(batch_sizes=(chosen.batch_size or 1,), runtimes=(runtime,))
-    return ProfileClock(profile_network(model, example, what, watcher=watcher))
+    what = unmeasured(model, example, ProfileSettings(batch_sizes=(size,), runtimes=(runtime,)))
+    file = _file_for(what.profile)
+    before = load_profile(file).tables if file is not None and file.exists() else ()
+    found = measured(what, file, watcher)
+    table = found.table(runtime, size)
+    if file is not None and doubt(found, table):
+        save_profile(replace(found, tables=tuple(each for each in found.tables if each != table)), file)
+        file = None
+    if file is not None and table in before:
+        warnings.warn(
+            f"Times are those of {str(file)!r}, which an earlier command measured for this network and device; delete "
+            "it to have them measured again.",
+            Notice,
+            stacklevel=3,
+        )
+        file = None
+    return ProfileClock(replace(found, tables=(table,)), runtime, size, file)
+
+
+def _file_for(profile: LatencyProfile) -> Path | None:
+    """Where times of this network under these conditions are kept between commands; None where nothing can be kept."""
+    content = json.dumps(dataclasses.asdict(replace(profile, tables=())), sort_keys=True)
+    file = cache_folder() / PROFILES / f"{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(file.parent, os.W_OK):
+            return None
+        if file.exists() and not _is_readable(file):
+            file.unlink()  # damaged, or of another version
+    except OSError:
+        return None
+    return file
+
+
+def _is_readable(file: Path) -> bool:
+    try:
+        load_profile(file)
+    except UserError:
+        return False
+    return True
+
+
+@contextmanager
+def keeping_times(clock: ProfileClock | None) -> Iterator[None]:
+    """To a UserError within is added where the times lie that were measured before it, and that they are of use."""
+    try:
+        yield
+    except UserError as error:
+        if clock is None or clock.file is None:
+            raise
+        kept = f"The times that were measured are kept in {str(clock.file)!r}, and the next command goes by them."
+        more = UserError(f"{error} {kept}")
+        more.typed = f"{error.typed} {kept}"
+        raise more from error.__cause__
 
 
 def kept_profile(folder: str | Path | None) -> Path | None:

@@ -11,6 +11,7 @@ import itertools
 import random
 import statistics
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -24,7 +25,6 @@ from torch.utils.hooks import RemovableHandle
 
 from ...envs.groups.finding import find_groups
 from ...envs.networks.answers import as_called
-from ...envs.networks.batch_size import wait_for
 from ...envs.networks.cost import count_cost
 from ...envs.networks.hooks import hooked
 from ...envs.networks.inputs import as_call, beside, resized, tensors_of
@@ -34,6 +34,7 @@ from ...envs.networks.module_kinds import Inputs, is_conv, is_depthwise, is_recu
 from ...envs.networks.unwrapping import plain_network
 from ...envs.surgery.cutting import kept_rows, prune
 from ...envs.surgery.filter_group import FilterGroup, coupled, select_groups
+from ...envs.surgery.latency_meter import LatencyFit
 from ...envs.surgery.latency_profile import (
     Conditions,
     LatencyProfile,
@@ -44,7 +45,7 @@ from ...envs.surgery.latency_profile import (
     save_profile,
 )
 from ...envs.surgery.slicing import width
-from ...errors import UserError
+from ...errors import Notice, UserError
 from ...ranges import COUNT, SEED, check_numbers
 from ..runs.console import Terminal
 from .latency import device_name, pass_seconds
@@ -56,6 +57,8 @@ TOGETHER = 4  # copies that take turns with the dense network
 PASSES = 4  # of a network in its turn, after one that is not counted: caches hold its weights, as they do in use
 LONG = 0.02  # seconds of a pass that needs no company
 LEAST_SECONDS = 0.15  # of measuring per copy and table, where `repeats` turns take less
+POOR = 0.2  # median error of predictions from which on a person is told
+SCATTERED = 0.5  # likewise of the distance of a copy's quartiles, of its time: 0.01 to 0.2 unless threads had to wait
 Wanted = tuple[tuple[int, ...], bool]
 """A copy to measure: filters kept per group, and whether it is one that predictions are compared with."""
 PER_KIND, FEWEST, MOST = 6, 40, 120  # samples
@@ -133,7 +136,9 @@ def profile(
     settings = ProfileSettings(batch_sizes, runtimes, samples, repeats, widths, seed)
     network, _ = plain_network(model, example_inputs)
     watcher = Terminal(quiet=not progress)
-    return profile_network(network, example_inputs, settings, layers=layers, path=out, watcher=watcher)
+    found = profile_network(network, example_inputs, settings, layers=layers, path=out, watcher=watcher)
+    warn_of_doubts(found)
+    return found
 
 
 def profile_network(
@@ -146,6 +151,25 @@ def profile_network(
     watcher: Watcher | None = None,
 ) -> LatencyProfile:
     """The same for a network in the form that is pruned (`ready_network`)."""
+    return measured(unmeasured(model, example, settings, layers), path, watcher)
+
+
+@dataclass(frozen=True)
+class Unmeasured:
+    """A network that can be profiled, checked; `profile` is what its file will hold, without a table yet."""
+
+    model: nn.Module
+    example: Inputs
+    settings: ProfileSettings
+    runtimes: Sequence[str]
+    groups: Sequence[FilterGroup]
+    profile: LatencyProfile
+
+
+def unmeasured(
+    model: nn.Module, example: Inputs, settings: ProfileSettings, layers: Sequence[str] | None = None
+) -> Unmeasured:
+    """Find out what there is to be measured; raises UserError as `profile` does."""
     example = beside(model, as_called(model, example))
     device = tensors_of(example)[0].device
     runtimes = _checked_runtimes(settings.runtimes, device)
@@ -153,13 +177,19 @@ def profile_network(
     groups = select_groups(plan, layers)
     named = tuple((group.name, group.n_filters) for group in groups)
     known = LatencyProfile(conditions_of(device), named, layer_shapes(model, example, groups), ())
+    return Unmeasured(model, example, settings, runtimes, groups, known)
+
+
+def measured(what: Unmeasured, path: str | Path | None = None, watcher: Watcher | None = None) -> LatencyProfile:
+    """Its profile; of a file that is there only what it lacks is measured, and written to it."""
+    known = what.profile
     if path is not None and Path(path).exists():
         known = _continued(load_profile(path), known, path)
-    bench = _Bench(model, example, groups, settings)
-    wanted = _wanted(groups, known, settings)
-    total = len(wanted) * len(runtimes)
+    bench = _Bench(what.model, what.example, what.groups, what.settings)
+    wanted = _wanted(what.groups, known, what.settings)
+    total = len(wanted) * len(what.runtimes)
     with watcher.progress("profile", total) if watcher is not None else nullcontext():
-        for runtime, start in itertools.product(runtimes, range(0, len(wanted), TOGETHER)):
+        for runtime, start in itertools.product(what.runtimes, range(0, len(wanted), TOGETHER)):
             some = wanted[start : start + TOGETHER]
             known = bench.measured(runtime, some, known)
             if path is not None:
@@ -167,6 +197,38 @@ def profile_network(
             if watcher is not None:
                 watcher.advance_by(len(some), runtime)
     return known
+
+
+def warn_of_doubts(profile: LatencyProfile) -> None:
+    """A `Notice` for every table that says little."""
+    for sentence in filter(None, (doubt(profile, table) for table in profile.tables)):
+        warnings.warn(sentence, Notice, stacklevel=3)
+
+
+def doubt(profile: LatencyProfile, table: TimeTable) -> str | None:
+    """Why the times of a table say little, as one made on a busy machine does, in a sentence; None where they do not.
+
+    Either the turns of one and the same copy are far apart, or copies that were not fitted to are foretold badly. With
+    one thread other programs hardly show, as its own clock stands still meanwhile; several threads wait for each other.
+    """
+    copies = (*table.samples, *table.checks)
+    apart = statistics.median((each.high - each.low) / each.fraction for each in copies) if copies else 0.0
+    if apart > SCATTERED:
+        several = profile.conditions.n_threads > 1
+        return (
+            f"Turns of the same copy are {f'{apart:.0%}' if apart < 2 else f'{apart:.0f} times'} of its time apart in "
+            f"the latency profile (quartiles, median of {len(copies)} copies; {table.runtime}, batch "
+            f"{table.batch_size}, {profile.conditions}): the machine was busy"
+            f"{', and threads waited for each other' * several}; measure it again when it is not"
+            f"{', or with threads=1' * several}."
+        )
+    errors = [abs(each) for each in LatencyFit(profile, table.samples).errors(table.checks)]
+    if errors and statistics.median(errors) > POOR:
+        return (
+            f"Times that the latency profile predicts are off by {statistics.median(errors):.0%} (median of "
+            f"{len(errors)} copies): the machine was busy; measure it again when it is not."
+        )
+    return None
 
 
 def _checked_runtimes(runtimes: Sequence[str], device: torch.device) -> list[str]:

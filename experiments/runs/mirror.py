@@ -44,7 +44,7 @@ class Mirror:
     def __init__(self, url: str) -> None:
         self.store, self.process, self.token = Store(url), os.getpid(), uuid.uuid4().hex
         self.url, last = self.store.url, PurePosixPath(self.store.root).name or "run"
-        self.folder = _cache() / "runs" / hashlib.sha256(self.url.encode()).hexdigest()[:16] / last
+        self.folder = cache_folder() / "runs" / hashlib.sha256(self.url.encode()).hexdigest()[:16] / last
         self._sent: dict[str, tuple[int, int]] = {}
         self._names: set[str] = set()
         self._lock, self._claimed = threading.RLock(), False
@@ -194,6 +194,7 @@ def _is_partial(name: Path) -> bool:
     return any(part.endswith(".partial") or part.startswith(".partial-") for part in name.parts)
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """Where keepdrop keeps files between commands: `KEEPDROP_CACHE`, or `~/.cache/keepdrop`."""
     given = os.environ.get(CACHE) or os.environ.get("XDG_CACHE_HOME", "~/.cache") + "/keepdrop"
     return Path(given).expanduser()

@@ -1,12 +1,15 @@
 """Targets of time, parameters and bytes from the command line: met, said, applied, resumed, and what is refused."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
 from keepdrop.agent.saved_agent import load_agent
 from keepdrop.envs.networks.built_in import small_cnn
 from keepdrop.envs.surgery.latency_profile import save_profile
+from keepdrop.experiments.deploy import profiling
 from stepped_meter import stepped_profile
 
 QUICK = [
@@ -71,6 +74,28 @@ def test_a_target_of_time_decides_on_all_layers_whatever_the_experiment_prunes(k
     assert len(read(tmp_path / "some/metrics.json")["groups"]) == 2
     macs = keepdrop(*ask, "target.removed=0.2", "run_dir=macs")
     assert macs.code == 0 and len(read(tmp_path / "macs/metrics.json")["groups"]) == 2
+
+
+def test_a_target_that_cannot_be_met_keeps_the_times(keepdrop, checkpoint, tmp_path, monkeypatch):
+    """They lie in the folder of what is kept between commands, which the sentence names; the next command reads them."""
+    timed = []
+    monkeypatch.setattr(profiling, "LEAST_SECONDS", 0)
+    monkeypatch.setattr(profiling, "FEWEST", 10)
+    monkeypatch.setattr(profiling, "PER_KIND", 0)
+    monkeypatch.setattr(profiling, "one_turn", lambda run, inputs, device: timed.append(1) or 1e-3)
+    ask = ["prune", *QUICK, f"checkpoint={checkpoint}", "run_dir=run"]
+    result = keepdrop(*ask, "target.latency=0.5")
+    kept = list(Path(os.environ["KEEPDROP_CACHE"], "profiles").iterdir())
+    assert result.code == 2 and len(kept) == 1 and not (tmp_path / "run").exists()
+    assert "target.latency=0.5 cannot be met: with one filter per layer" in result.err
+    assert result.err.endswith(
+        f"The times that were measured are kept in {str(kept[0])!r}, and the next command goes by them.\n"
+    )
+    before = len(timed)
+    assert before > 0
+    again = keepdrop(*ask, "target.latency=0.6")
+    assert again.code == 2 and f"Times are those of {str(kept[0])!r}" in again.err and len(timed) == before
+    assert "cannot be met" in again.err and "goes by them" not in again.err
 
 
 @pytest.mark.parametrize(

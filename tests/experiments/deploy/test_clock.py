@@ -1,5 +1,6 @@
 """Which measured times a run goes by, when it needs them, and what is refused."""
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -9,11 +10,13 @@ from keepdrop.envs.networks.built_in import cifar_resnet, small_cnn
 from keepdrop.envs.surgery.latency_profile import save_profile
 from keepdrop.envs.surgery.limits import Limits
 from keepdrop.errors import Notice, UserError
+from keepdrop.experiments.deploy import profiling
 from keepdrop.experiments.deploy.clock import (
     PROFILE,
     ClockSettings,
     find_clock,
     keep_profile,
+    keeping_times,
     kept_profile,
     read_clock,
     resolved,
@@ -89,6 +92,81 @@ def test_a_profile_that_foretells_badly_is_said_to(network, profile):
     slow = tuple(replace(each, fraction=3 * each.fraction) for each in table.samples[:10])
     with pytest.warns(Notice, match=r"off by 6\d% \(median of 10 copies\): the machine was busy"):
         clock_for(network, replace(profile, tables=(replace(table, checks=slow),)), timed=True)
+
+
+@pytest.fixture
+def turns(monkeypatch):
+    """Seconds of the passes to come, all the same; the list of what was timed."""
+    timed = []
+    monkeypatch.setattr(profiling, "LEAST_SECONDS", 0)
+    monkeypatch.setattr(profiling, "CHECKS", 1)
+    monkeypatch.setattr(profiling, "FEWEST", 4)
+    monkeypatch.setattr(profiling, "PER_KIND", 0)
+    monkeypatch.setattr(profiling, "one_turn", lambda run, inputs, device: timed.append(len(inputs)) or 1e-3)
+    return timed
+
+
+def measured(network, batch_size=1):
+    chosen = ClockSettings(batch_size=batch_size)
+    return find_clock(network, EXAMPLE, chosen, None, timed=True, limits=Limits())
+
+
+def test_what_is_measured_for_a_run_serves_later_ones(network, turns):
+    """Of the same network and device, whatever its weights; the file may hold several tables, a run goes by one."""
+    first = measured(network)
+    assert first.file.is_file() and turns
+    del turns[:]
+    other = small_cnn().eval()
+    with pytest.warns(Notice, match=r"Times are those of '.*json', which an earlier command measured .*; delete it"):
+        again = measured(other)
+    assert turns == [] and again.profile == first.profile and again.file is None
+    many = measured(network, batch_size=2)
+    assert set(turns) == {2} and many.file == first.file and [each.batch_size for each in many.profile.tables] == [2]
+    del turns[:]
+    first.file.write_text("{}")
+    assert measured(network).profile == first.profile and turns
+
+
+def test_what_was_measured_is_named_where_the_command_ends_before_the_run(network, turns, profile):
+    clock = measured(network)
+    with pytest.raises(UserError) as refused, keeping_times(clock):
+        raise UserError("It cannot be met;", "in Python.", "typed.")
+    kept = f"The times that were measured are kept in {str(clock.file)!r}, and the next command goes by them."
+    assert str(refused.value) == f"It cannot be met; in Python. {kept}"
+    assert refused.value.typed == f"It cannot be met; typed. {kept}"
+    for nothing in (None, clock_for(network, profile, timed=True)):
+        with pytest.raises(UserError, match=r"^no$"), keeping_times(nothing):
+            raise UserError("no")
+
+
+def test_times_of_a_busy_machine_are_said_to_be_and_are_not_kept(network, turns, monkeypatch):
+    """Turns of the same copy take 1, 1 and 9 ms by chance: with threads that wait for each other, for example."""
+    chance = random.Random(0)
+    monkeypatch.setattr(profiling, "one_turn", lambda *of: turns.append(1) or chance.choice([1e-3, 1e-3, 9e-3]))
+    with pytest.warns(
+        Notice, match=r"Turns of the same copy are .* apart .* \(quartiles, median of 5 copies; eager, b"
+    ):
+        clock = measured(network)
+    assert clock.file is None
+    before = len(turns)
+    with pytest.warns(Notice, match="the machine was busy; measure it again when it is not."):
+        measured(network)
+    assert len(turns) == 2 * before
+
+
+def test_several_threads_are_named_as_what_waits(network, profile):
+    table = profile.tables[0]
+    apart = tuple(replace(each, high=each.low + 34 * each.fraction) for each in table.samples)
+    several = replace(
+        profile, conditions=replace(profile.conditions, n_threads=2), tables=(replace(table, samples=apart),)
+    )
+    assert profiling.doubt(profile, table) is None
+    sentence = profiling.doubt(several, several.tables[0])
+    assert sentence is not None and "Turns of the same copy are 34 times of its time apart" in sentence
+    assert sentence.endswith(
+        "2 threads): the machine was busy, and threads waited for each other; measure it again when it is not, or with "
+        "threads=1."
+    )
 
 
 def test_a_runtime_that_does_not_exist():
