@@ -99,7 +99,7 @@ class Judge:
         self.side_by_side = max(1, min(room, torch.get_num_threads() if on_cpu else GPU_STREAMS))
         self._alone = room < 2  # whatever the number of threads, so that this does not change a mask's result
         if self.repair is not None:
-            self._places = SampledPlaces(len(fit), self.repair.settings.places)
+            self._places = SampledPlaces(len(fit))
         self._scoring = Lock()  # a metric of the user's own need not bear several threads
 
     def _traced(self, some: Tensor) -> fx.GraphModule:
@@ -180,7 +180,7 @@ class _Solving:
         for name in filter(None, (site.module, site.norm)):
             modules[name] = modules[name] if name in kept else _twin(modules[name])
         self.module, self.norm = modules[site.module], None if site.norm is None else modules[site.norm]
-        self.places, self.n_images = judge._places, len(judge.repair.images)
+        self.places, self.n_places, self.n_images = judge._places, judge.repair.places(site), len(judge.repair.images)
         rows = kept.get(site.module, {}).get("out")
         self.keep = slice(None) if rows is None else torch.as_tensor(rows)
         self.wanted, self.partner = judge.repair.wanted[node.name], judge._graph.named.get(site.partner or "")
@@ -190,7 +190,7 @@ class _Solving:
 
     def add(self, values: Values, rows: slice) -> None:
         """The samples of some images."""
-        inputs_SK = self.places.inputs(self.module, values[self.node.all_input_nodes[0]], rows)
+        inputs_SK = self.places.inputs(self.module, values[self.node.all_input_nodes[0]], rows, self.n_places)
         wanted_SO = self._wanted(values, rows)
         if isinstance(self.module.bias, Tensor):
             wanted_SO = wanted_SO - self.module.bias
@@ -200,7 +200,9 @@ class _Solving:
         """`Wanted.given`, of some images."""
         now = None
         if self.wanted.partner is not None and self.partner is not None:
-            now = self.places.outputs(values[self.partner], rows, last=isinstance(self.module, nn.Linear))
+            now = self.places.outputs(
+                values[self.partner], rows, self.n_places, last=isinstance(self.module, nn.Linear)
+            )
         return self.wanted.given(now, self.norm, self.keep, self._own(rows))
 
     def _own(self, rows: slice) -> slice:

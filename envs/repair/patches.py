@@ -75,22 +75,21 @@ class SampledPlaces:
 
     Args:
         n_images: B, of all images together.
-        count: places per image and layer.
     """
 
-    def __init__(self, n_images: int, count: int) -> None:
-        self.n_images, self.count = n_images, count
+    def __init__(self, n_images: int) -> None:
+        self.n_images = n_images
         self._known: dict[tuple[object, ...], tuple[Tensor, ...]] = {}
 
-    def inputs(self, module: nn.Module, value: Tensor, images: slice) -> Tensor:
+    def inputs(self, module: nn.Module, value: Tensor, images: slice, count: int) -> Tensor:
         """The regressors (S, K) of a convolution or a linear layer whose input at these images is `value`."""
         if not isinstance(module, _ConvNd):
-            return self.outputs(value, images, last=True)
+            return self.outputs(value, images, count, last=True)
         pads = module._reversed_padding_repeated_twice
         how = tuple(tuple(each) for each in (pads, module.kernel_size, module.stride, module.dilation))
-        key = ("in", how, tuple(value.shape[2:]), images.start, images.stop, value.device)
+        key = ("in", how, tuple(value.shape[2:]), images.start, images.stop, count, value.device)
         if key not in self._known:
-            found = self._taps(tuple(value.shape[2:]), how, images)
+            found = self._taps(tuple(value.shape[2:]), how, images, count)
             self._known[key] = tuple(each.to(value.device) for each in found)
         taken, outside = self._known[key]
         rows = value.movedim(1, -1).reshape(-1, value.shape[1]).index_select(0, taken)
@@ -98,29 +97,31 @@ class SampledPlaces:
             rows.index_fill_(0, outside, 0.0)
         return rows.view(-1, math.prod(module.kernel_size), value.shape[1]).transpose(1, 2).flatten(1)
 
-    def outputs(self, value: Tensor, images: slice, *, last: bool = False) -> Tensor:
+    def outputs(self, value: Tensor, images: slice, count: int, *, last: bool = False) -> Tensor:
         """Rows (S, C) of what a layer puts out at these images."""
         if value.dim() == 2:
             return value
         value = value if last else value.movedim(1, -1)
-        key = ("out", tuple(value.shape[1:-1]), images.start, images.stop, value.device)
+        key = ("out", tuple(value.shape[1:-1]), images.start, images.stop, count, value.device)
         if key not in self._known:
-            at = self._at(tuple(value.shape[1:-1]), images)
+            at = self._at(tuple(value.shape[1:-1]), images, count)
             self._known[key] = (_flat(at, tuple(value.shape[1:-1])).flatten().to(value.device),)
         return value.reshape(-1, value.shape[-1]).index_select(0, self._known[key][0])
 
-    def _at(self, spatial: tuple[int, ...], images: slice) -> Places:
+    def _at(self, spatial: tuple[int, ...], images: slice, count: int) -> Places:
         """`places` of these images, which are numbered from 0."""
-        _, *at = places((self.n_images, *spatial), self.count)
+        _, *at = places((self.n_images, *spatial), count)
         return torch.arange(images.stop - images.start)[:, None], *(each[images] for each in at)
 
-    def _taps(self, spatial: tuple[int, ...], how: tuple[tuple[int, ...], ...], images: slice) -> tuple[Tensor, Tensor]:
+    def _taps(
+        self, spatial: tuple[int, ...], how: tuple[tuple[int, ...], ...], images: slice, count: int
+    ) -> tuple[Tensor, Tensor]:
         """Rows of a flattened map that each tap of a kernel multiplies, and which of these lie in the padding."""
         pads, kernel, stride, dilation = how
         before, after = pads[::2][::-1], pads[1::2][::-1]
         sides = zip(spatial, before, after, kernel, stride, dilation, strict=True)
         sizes = tuple((size + a + b - step * (width - 1) - 1) // jump + 1 for size, a, b, width, jump, step in sides)
-        image, *at = self._at(sizes, images)
+        image, *at = self._at(sizes, images, count)
         taps = torch.tensor(list(product(*map(range, kernel))))
         found = [
             p[..., None] * jump + taps[:, side] * step - pad

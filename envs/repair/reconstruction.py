@@ -11,6 +11,7 @@ Shapes: B images, S samples, K weights per filter, O outputs.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -56,6 +57,7 @@ class ReconstructionSettings:
     places: int = 32
     ridge: float = 1e-3
     max_inputs: int = 4608
+    per_weight: float | None = None
 
     def __post_init__(self) -> None:
         if min(self.images, self.places, self.max_inputs) < 1 or not self.ridge > 0:
@@ -63,7 +65,13 @@ class ReconstructionSettings:
                 f"The reconstruction has images={self.images}, places={self.places}, ridge={self.ridge}, "
                 f"max_inputs={self.max_inputs}; expected all of them above 0."
             )
-        check_numbers(self, images=IMAGES, places=COUNT, ridge=POSITIVE, max_inputs=COUNT)
+        check_numbers(self, images=IMAGES, places=COUNT, ridge=POSITIVE, max_inputs=COUNT, per_weight=POSITIVE)
+
+    def places_of(self, n_weights: int, n_images: int) -> int:
+        """Sampled positions per image of a layer with so many weights per filter."""
+        if self.per_weight is None:
+            return self.places
+        return min(self.places, math.ceil(self.per_weight * n_weights / n_images))
 
 
 @dataclass(frozen=True)
@@ -74,11 +82,13 @@ class Site:
         module: its name.
         norm: the batch norm right behind it, which takes the intercept.
         partner: the graph node that is added to its output (behind the norm) and is known before it runs.
+        n_weights: of one of its filters, in the dense network.
     """
 
     module: str
     norm: str | None
     partner: str | None
+    n_weights: int
 
 
 @dataclass(frozen=True)
@@ -122,7 +132,7 @@ class Reconstruction:
         self.images = arranged(images, layout_of(model, images))
         self.traced = follow(copied(model).eval().requires_grad_(False), self.images[:2])
         self.sites, self.skipped = find_sites(self.traced, self.settings.max_inputs)
-        recorder = _Recorder(self.traced, self.sites, self.settings.places)
+        recorder = _Recorder(self.traced, self.sites, self.places)
         with torch.no_grad():
             recorder.run(self.images)
         self.wanted = recorder.wanted
@@ -143,6 +153,10 @@ class Reconstruction:
             _Repair(follow(working, self.images[:2]), self, kept, branches).run(self.images)
         pruned.load_state_dict(working.state_dict())
         return pruned
+
+    def places(self, site: Site) -> int:
+        """Sampled positions per image of a layer."""
+        return self.settings.places_of(site.n_weights, len(self.images))
 
     def branch_means(self, branches: Sequence[Branch]) -> dict[str, Tensor]:
         """What each branch adds in the dense network, the mean of a channel (K,), by its last module."""
@@ -192,7 +206,8 @@ def find_sites(traced: fx.GraphModule, max_inputs: int) -> tuple[dict[str, Site]
         partner = _partner(norm or node)
         known = partner is not None and order[partner] < order[node]
         name = partner.name if partner is not None and known else None
-        sites[node.name] = Site(str(node.target), None if norm is None else str(norm.target), name)
+        n_weights = math.prod(_tensor(module, "weight").shape[1:])
+        sites[node.name] = Site(str(node.target), None if norm is None else str(norm.target), name, n_weights)
     return sites, skipped
 
 
@@ -264,7 +279,7 @@ def follow(model: nn.Module, images: Tensor) -> fx.GraphModule:
 class _Recorder(fx.Interpreter):
     """Runs the dense network and notes what it puts out at every site."""
 
-    def __init__(self, traced: fx.GraphModule, sites: Mapping[str, Site], places: int) -> None:
+    def __init__(self, traced: fx.GraphModule, sites: Mapping[str, Site], places: Callable[[Site], int]) -> None:
         super().__init__(traced)
         self.sites, self.places = sites, places
         self.wanted: dict[str, Wanted] = {}
@@ -275,8 +290,9 @@ class _Recorder(fx.Interpreter):
         site = self.sites.get(n.name)
         if site is not None:
             module = self.submodules[site.module]
-            outputs = _rows(module, value, self.places)
-            partner = None if site.partner is None else _rows(module, _value(self, site.partner), self.places)
+            count = self.places(site)
+            outputs = _rows(module, value, count)
+            partner = None if site.partner is None else _rows(module, _value(self, site.partner), count)
             same = partner is not None and partner.shape == outputs.shape
             self.wanted[n.name] = Wanted(outputs, partner if same else None)
         return value
@@ -313,7 +329,7 @@ class _Repair(fx.Interpreter):
         settings = self.source.settings
         module = self.submodules[site.module]
         norm = None if site.norm is None else self.submodules[site.norm]
-        inputs_SK = inputs_at(module, _value(self, node.all_input_nodes[0].name), settings.places)
+        inputs_SK = inputs_at(module, _value(self, node.all_input_nodes[0].name), self.source.places(site))
         wanted_SO = self._wanted(node.name, site, self.kept.get(site.module, {}).get("out"), norm)
         weight, bias = _tensor(module, "weight"), module.bias
         intercept = bias is not None or norm is not None
@@ -335,7 +351,7 @@ class _Repair(fx.Interpreter):
         for name, site in self.source.sites.items():
             wanted = self.source.wanted[name]
             if branch.tail in (site.module, site.norm) and wanted.partner is not None and site.partner is not None:
-                now = outputs_at(_value(self, site.partner), self.source.settings.places, last=module.last)
+                now = outputs_at(_value(self, site.partner), self.source.places(site), last=module.last)
                 if now.shape[1] == mean.shape[0]:
                     mean = mean + wanted.partner[:, keep].mean(0) - now.mean(0)
         module.value.copy_(mean)
@@ -345,7 +361,7 @@ class _Repair(fx.Interpreter):
         keep = slice(None) if rows is None else torch.as_tensor(rows)
         now = None
         if wanted.partner is not None and site.partner is not None:
-            now = _rows(self.submodules[site.module], _value(self, site.partner), self.source.settings.places)
+            now = _rows(self.submodules[site.module], _value(self, site.partner), self.source.places(site))
         return wanted.given(now, norm, keep, slice(None))
 
 

@@ -1,5 +1,7 @@
 """Judging masks without building networks: the same bits as cutting, repairing and counting one by one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from digits_task import make_task
@@ -63,13 +65,13 @@ def _judge(model, images, groups):
     return Judge(model, groups, images, torch.zeros(len(images), dtype=torch.int64), TOP1, None)
 
 
-@pytest.mark.parametrize("chunk", [7, 48])
-def test_repaired_weights_are_those_of_the_cut_network_bit_for_bit(chunk):
+@pytest.mark.parametrize(("chunk", "per_weight"), [(7, None), (48, None), (48, 3.0)])
+def test_repaired_weights_are_those_of_the_cut_network_bit_for_bit(chunk, per_weight):
     generator = torch.Generator().manual_seed(2)
     model = randomised(cifar_resnet(8, widths=(8, 12, 16)), generator).float().eval()
     images = torch.randn(SETTINGS.images, 3, 16, 16, generator=generator)
     groups = find_groups(model, images[:1]).groups
-    reconstruction = Reconstruction(model, images, SETTINGS)
+    reconstruction = Reconstruction(model, images, replace(SETTINGS, per_weight=per_weight))
     judge = Judge(model, groups, images, torch.zeros(len(images), dtype=torch.int64), TOP1, reconstruction)
     assert judge.obstacle == ""
     judge._fit = [slice(a, min(a + chunk, len(images))) for a in range(0, len(images), chunk)]
@@ -138,13 +140,13 @@ def test_a_vanished_branch_is_cut_for_real():
 )
 def test_places_of_some_images_are_those_of_all(layer, places):
     sizes = {1: (9,), 2: (8, 7), 3: (4, 5, 4)}[len(layer.kernel_size)]
-    images, sampled = torch.randn(7, 3, *sizes), SampledPlaces(7, places)
+    images, sampled = torch.randn(7, 3, *sizes), SampledPlaces(7)
     parts = [slice(0, 2), slice(2, 5), slice(5, 7)]
     for _ in range(2):  # the second time from what is known
-        found = torch.cat([sampled.inputs(layer, images[rows], rows) for rows in parts])
+        found = torch.cat([sampled.inputs(layer, images[rows], rows, places) for rows in parts])
         assert torch.equal(found, inputs_at(layer, images, places))
         outputs = layer(images)
-        found = torch.cat([sampled.outputs(outputs[rows], rows) for rows in parts])
+        found = torch.cat([sampled.outputs(outputs[rows], rows, places) for rows in parts])
         assert torch.equal(found, outputs_at(outputs, places))
 
 
