@@ -77,7 +77,7 @@ def test_a_target_of_time_decides_on_all_layers_whatever_the_experiment_prunes(k
 
 
 def test_a_target_that_cannot_be_met_keeps_the_times(keepdrop, checkpoint, tmp_path, monkeypatch):
-    """They lie in the folder of what is kept between commands, which the sentence names; the next command reads them."""
+    """They lie in the folder of what is kept between commands, named in the sentence; the next command reads them."""
     timed = []
     monkeypatch.setattr(profiling, "LEAST_SECONDS", 0)
     monkeypatch.setattr(profiling, "FEWEST", 10)
