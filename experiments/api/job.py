@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
 from torch import nn
 
 from ...envs.data.datasets import from_datasets
@@ -24,7 +25,7 @@ from ...envs.networks.copying import copied
 from ...envs.networks.cost import count_cost
 from ...envs.surgery.kept_channels import KeptChannels
 from ...envs.surgery.latency_profile import LatencyProfile
-from ...envs.surgery.limits import AUTO, check_limits
+from ...envs.surgery.limits import AUTO, Limits, check_limits
 from ...envs.surgery.targets import Target
 from ...envs.task import PruningTask
 from ...errors import Notice, UserError
@@ -93,24 +94,32 @@ class Job:
             )
         example, how = self.splits.example.to(where), chosen.profile
         self.clock = find_clock(self.dense, example, how, source, self.reporter, timed=timed, limits=limits)
+        with keeping_times(self.clock):
+            self.task = self._checked_task(layers, limits, target, where)
+
+    def _checked_task(
+        self, layers: Sequence[str] | None, limits: Limits, target: Target | None, device: torch.device
+    ) -> PruningTask:
+        """With a multiple of channels where widths go by time; UserError for a target that cannot be met."""
         if limits.round_to == AUTO:
-            limits = resolved(limits, self.clock, self.dense, find_groups(self.dense, example).groups)
-        self.task = PruningTask(
+            groups = find_groups(self.dense, self.splits.example.to(device)).groups
+            limits = resolved(limits, self.clock, self.dense, groups)
+        task = PruningTask(
             self.dense,
             self.splits,
-            settings=chosen.evaluation,
+            settings=self.settings.evaluation,
             layers=layers,
-            seed=derive_seed(seed, "task"),
-            device=where,
+            seed=derive_seed(self.seed, "task"),
+            device=device,
             limits=limits,
             clock=self.clock,
         )
-        check_limits(limits, self.dense, self.task.plan, self.task.groups)
+        check_limits(limits, self.dense, task.plan, task.groups)
         if target is not None:
-            with keeping_times(self.clock):
-                goal = self.task.constraints(target)
-                goal.check()
-                goal.check([self.task.limits.counts(self.dense, group)[0] for group in self.task.groups])
+            goal = task.constraints(target)
+            goal.check()
+            goal.check([task.limits.counts(self.dense, group)[0] for group in task.groups])
+        return task
 
     def check_training(self, *chosen: TrainSettings | OwnLoop | None) -> None:
         """Try one step of keepdrop's own training, if there is to be one; UserError where it fails.
