@@ -147,6 +147,9 @@ def load_pruned(folder: str | Path, constructor: Callable[[], nn.Module] | None 
 def read_architecture(folder: str | Path) -> dict[str, Any]:
     """The contents of `architecture.json`, checked in form; UserError if it is missing or damaged."""
     path = Path(folder) / ARCHITECTURE
+    of_run = Path(folder) / "pruned"
+    if not path.exists() and (of_run / ARCHITECTURE).exists():
+        raise UserError(f"{str(folder)!r} is the folder of a run; give its pruned network, {str(of_run)!r}.")
     content = _read(path)
     try:
         core = parse_json(content)

@@ -15,7 +15,7 @@ from .cards import card, percent, points
 from .charts import Axis, Series, bar, gauge, heights, line_chart, span
 from .markup import Markup, fold, join, page, section, table, tag
 from .run_data import Run
-from .sections import kept_key, learning_curve, origin
+from .sections import kept_key, learning_curve, origin, printed
 
 Row = Mapping[str, Any]
 SHOWN = 12  # rows of a table that need not be opened
@@ -32,18 +32,9 @@ def methods_page(run: Run) -> str:
         *done,
         _searches(run),
         _cost(metrics["rows"]) if metrics else None,
-        _figures(run),
+        printed(run, [f"accuracy-{stage}" for stage in (run.metrics or {}).get("stages") or []]),
         origin(run),
     )
-
-
-def _figures(run: Run) -> Markup | None:
-    """Links to the figures for print, where matplotlib drew them."""
-    stages = (run.metrics or {}).get("stages") or []
-    names = [f"accuracy-{stage}.{kind}" for stage in stages for kind in ("svg", "pdf")]
-    links = [tag("li", tag("a", name, href=name)) for name in names if (run.path / name).is_file()]
-    text = "Every method and seed, at the size of a page; the files lie beside this one."
-    return section("Figures to print", text, tag("ul", *links)) if links else None
 
 
 def _unfinished(run: Run) -> Markup:

@@ -25,7 +25,7 @@ from .methods_page import methods_page
 from .oracle_page import oracle_page
 from .predictions import predictions
 from .run_data import Run
-from .sections import filter_map, kept_bars, label, learning_curves, origin, trade_off
+from .sections import filter_map, kept_bars, label, learning_curves, origin, printed, trade_off
 
 
 def run_page(run: Run) -> str:
@@ -44,6 +44,7 @@ def _pruning_page(run: Run) -> str:
         cards(run),
         what_runs_where(run),
         trade_off(run),
+        printed(run, ["curve"]),
         predictions(run),
         _methods(run),
         kept_bars(run),

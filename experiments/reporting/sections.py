@@ -68,6 +68,14 @@ def _steps_of(run: Run) -> Markup | None:
     return section(f"{name} against MACs", text + _chance_text(run), tag("figure", plot, values))
 
 
+def printed(run: Run, names: Sequence[str]) -> Markup | None:
+    """Links to figures for print, by name without ending, where matplotlib drew them."""
+    files = [f"{name}.{kind}" for name in names for kind in ("svg", "pdf")]
+    links = [tag("li", tag("a", name, href=name)) for name in files if (run.path / name).is_file()]
+    text = "The same at the size of a page; the files lie beside this one."
+    return section("Figures to print", text, tag("ul", *links)) if links else None
+
+
 def _drawn(steps: Sequence[float], accuracies: Sequence[float]) -> list[tuple[float, float]]:
     return [(step, 100 * accuracy) for step, accuracy in zip(steps, accuracies, strict=False)]
 

@@ -233,6 +233,9 @@ def test_missing_and_mixed_files(saved, tmp_path):
     folder, model, kept, _, _ = saved
     with pytest.raises(UserError, match=r"Cannot read .*architecture.json: No such file"):
         load_pruned(tmp_path / "nowhere")
+    save_pruned(model, tmp_path / "run/pruned", kept=kept, constructor=RESNET)
+    with pytest.raises(UserError, match=r"run' is the folder of a run; give its pruned network, '.*run/pruned'\."):
+        load_pruned(tmp_path / "run")
     with torch.no_grad():
         model.linear.bias += 1
     save_pruned(model, tmp_path / "other", kept=kept, constructor=RESNET)

@@ -245,6 +245,9 @@ def test_run_in_steps(run):
     assert original_masks(read_run(run)) == kept
     words = Checker(run_page(read_run(run))).words()
     assert "From 90.00 % to 88.00 % over 2 steps." in words and "Taylor" in words and "2 30 80.0 88.00" in words
+    assert "Figures to print" not in words
+    (run / "curve.pdf").write_bytes(b"")
+    assert '<a href="curve.pdf">' in run_page(read_run(run)) and "curve.svg" not in run_page(read_run(run))
 
 
 BAD = [
