@@ -8,6 +8,7 @@ Shape suffixes: B images of a batch.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -135,6 +136,18 @@ class ArrayImages:
 
     def __len__(self) -> int:
         return len(self._images)
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory of the images and their targets."""
+        return sum(each.numel() * each.element_size() for each in (self._images, self.labels))
+
+    def on(self, device: torch.device) -> ArrayImages:
+        """The same images, kept and normalised on a device, where `batch` takes indices and answers."""
+        moved = copy.copy(self)
+        for name in ("_images", "labels", "_factor", "_shift"):
+            setattr(moved, name, getattr(self, name).to(device))
+        return moved
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Indices int64 (B,) -> images float32 (B, C, ...), normalised, and labels int64 (B,) or targets (B, ...)."""

@@ -6,7 +6,8 @@ or two images, and everything that puts images or weights in order asks here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -31,7 +32,8 @@ def layout_of(model: nn.Module, inputs: Inputs, *, training: bool = False) -> to
         model: the network.
         inputs: one image or more, where the network is, in any order: one tensor, a tuple of positional or a mapping of
             keyword arguments. Training needs two.
-        training: whether it has to work in training mode, backward pass included; answers are not compared there.
+        training: whether it has to work in training mode, backward pass included, on a GPU with its weights in that
+            order too (`weights_in_order`); answers are not compared there.
     """
     tensors = tensors_of(inputs)
     if all(value.dim() != 4 for value in tensors):
@@ -67,6 +69,20 @@ def order_weights(model: nn.Module, layout: torch.memory_format) -> None:
             module.weight.data = module.weight.data.contiguous(memory_format=CHANNELS_LAST)
 
 
+@contextmanager
+def weights_in_order(model: nn.Module, layout: torch.memory_format) -> Iterator[None]:
+    """`order_weights` inside; every weight lies as it did again afterwards, with the values that it has then."""
+    found = [(each, each.stride()) for each in model.parameters()]
+    order_weights(model, layout)
+    try:
+        yield
+    finally:
+        for parameter, stride in found:
+            if parameter.stride() != stride:
+                own = torch.empty_strided(parameter.shape, stride, dtype=parameter.dtype, device=parameter.device)
+                parameter.data = own.copy_(parameter.data)
+
+
 def _tried(model: nn.Module, inputs: Inputs, training: bool) -> torch.memory_format:
     devices = {value.device for value in tensors_of(inputs) if value.device.type == "cuda"}
     with torch.random.fork_rng(list(devices)), torch.inference_mode(False), torch.set_grad_enabled(training):
@@ -92,7 +108,7 @@ class _Trial:
 
     def answers(self, inputs: Inputs, layout: torch.memory_format) -> list[Tensor] | None:
         """All output tensors; None where the network fails."""
-        if not self.training:  # there the weights keep their order
+        if not self.training or _on_gpu(inputs):  # a training on a CPU leaves weights as they lie
             order_weights(self.model, layout)
         try:
             # `to` also gives single-channel images the strides of the layout, `contiguous` does not.
@@ -104,6 +120,10 @@ class _Trial:
         except Exception:
             return None
         return [value.detach() for value in found]
+
+
+def _on_gpu(inputs: Inputs) -> bool:
+    return any(value.device.type == "cuda" for value in tensors_of(inputs))
 
 
 def _same(first: list[Tensor], second: list[Tensor]) -> bool:

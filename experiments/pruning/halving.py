@@ -16,8 +16,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...envs.evaluation.mask_evaluator import accuracy_on
 from ...envs.one_shot import OneShotTask
@@ -27,9 +26,9 @@ from ..runs.seeds import derive_seed
 from ..training.augment import Augment
 from ..training.loop import DivergedError, FitOptions, fit_network, steps_of
 from ..training.rate import bearable_rate
+from ..training.teaching import Remembering
 from ..training.train_settings import TrainSettings
 
-REMEMBERED = 2**28  # bytes of the teacher's answers
 Result = dict[str, Any]
 
 
@@ -197,36 +196,6 @@ class Halving:
         except DivergedError:
             return -1.0
         return accuracy_on(model, task.splits.reward)
-
-
-class Remembering(nn.Module):
-    """The dense network, whose answers to batches seen before are remembered: candidates see the same ones.
-
-    A dense network's answers cost as much as a half-size network's training. Those of the same images in another memory
-    layout are not the same bits, and are kept apart: a resumed run has seen other candidates.
-    """
-
-    def __init__(self, teacher: nn.Module) -> None:
-        super().__init__()
-        self.teacher = teacher
-        self.answers: dict[tuple[bytes, bool], Tensor] = {}
-        self.room = REMEMBERED
-
-    def forward(self, images: Tensor) -> Tensor:
-        """What the dense network answers."""
-        key = (_digest(images), images.dim() == 4 and images.is_contiguous(memory_format=torch.channels_last))
-        if key not in self.answers:
-            answer = self.teacher(images)
-            size = answer.numel() * answer.element_size()
-            if size > self.room:
-                return answer
-            self.room -= size
-            self.answers[key] = answer
-        return self.answers[key]
-
-
-def _digest(images: Tensor) -> bytes:
-    return hashlib.blake2b(images.detach().cpu().contiguous().numpy().tobytes(), digest_size=16).digest()
 
 
 def _distinct(candidates: Sequence[Candidate]) -> list[Candidate]:

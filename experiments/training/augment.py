@@ -21,6 +21,9 @@ class RandomCropFlip:
 
     (images (B, C, H, W), CPU generator) -> images of the same shape. Images come normalised, so the zeros shifted in
     are the mean colour. Source: the augmentation of He et al. 2016 (arXiv 1512.03385), section 4.2, padding 4.
+
+    What chance decides is drawn apart from where images are moved, so that a GPU moves the images that lie on it, by
+    the numbers that a CPU would have drawn.
     """
 
     def __init__(self, padding: int = 4, flip: bool = True) -> None:
@@ -31,20 +34,38 @@ class RandomCropFlip:
 
     def __call__(self, images: Tensor, generator: Generator) -> Tensor:
         """Images (B, C, H, W) -> a randomly shifted and mirrored copy."""
+        drawn = self.draw(len(images), generator)
+        return self.move(images, *(each.to(images.device) for each in drawn))
+
+    def draw(self, n_images: int, generator: Generator) -> tuple[Tensor, Tensor]:
+        """Shifts int64 (B, 2), rows and columns cut off in front, and who is mirrored, bool (B,), on the CPU."""
+        shifts, mirrored = torch.zeros(n_images, 2, dtype=torch.int64), torch.zeros(n_images, dtype=torch.bool)
         if self.padding:
-            images = self._shift(images, generator)
+            shifts = torch.randint(2 * self.padding + 1, (2, n_images), generator=generator).T
         if self.flip:
-            mirrored = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
-            images = torch.where(mirrored.to(images.device), images.flip(3), images)
+            mirrored = torch.rand(n_images, 1, 1, 1, generator=generator).flatten() < 0.5
+        return shifts, mirrored
+
+    def move(self, images: Tensor, shifts: Tensor, mirrored: Tensor) -> Tensor:
+        """Images (B, C, H, W) moved by what `draw` gave for them, all on one device."""
+        if self.padding:
+            images = self._shift(images, shifts)
+        if self.flip:
+            images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
         return images
 
-    def _shift(self, images: Tensor, generator: Generator) -> Tensor:
+    def _shift(self, images: Tensor, shifts: Tensor) -> Tensor:
         height, width = images.shape[2:]
         padded = F.pad(images, (self.padding,) * 4)
         # All (2 padding + 1)^2 crops as one view without a copy; each image picks its own.
         crops = padded.unfold(2, height, 1).unfold(3, width, 1)
-        rows, columns = torch.randint(2 * self.padding + 1, (2, len(images)), generator=generator).to(images.device)
-        return crops[torch.arange(len(images), device=images.device), :, rows, columns]
+        return crops[torch.arange(len(images), device=images.device), :, shifts[:, 0], shifts[:, 1]]
+
+
+def drawn_apart(augment: Augment | None) -> RandomCropFlip | None:
+    """The augmentation if what it draws does not depend on images, else None; a subclass may call itself otherwise."""
+    known = isinstance(augment, RandomCropFlip) and type(augment).__call__ is RandomCropFlip.__call__
+    return augment if known else None
 
 
 def suits(data: LabelledImages) -> bool:

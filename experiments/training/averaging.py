@@ -28,20 +28,25 @@ class Average:
         self.tensors: dict[str, Tensor] = {name: each.detach().clone() for name, each in model.state_dict().items()}
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Take in the model as it is after step 0, 1, ..."""
-        share = 1 - min(self.decay, (1 + step) / (RAMP + step))
-        for name, value in self.model.state_dict().items():
-            kept = self.tensors[name]
-            if kept.is_floating_point() or kept.is_complex():
-                kept.lerp_(value, share)
-            else:
+    def update(self, step: float | Tensor) -> None:
+        """Take in the model as it is after step 0, 1, ...; a number, or a tensor () on the device (CUDA graphs)."""
+        given = [(self.tensors[name], value) for name, value in self.model.state_dict().items()]
+        averaged = [pair for pair in given if pair[0].is_floating_point() or pair[0].is_complex()]
+        for kept, value in given:
+            if not (kept.is_floating_point() or kept.is_complex()):
                 kept.copy_(value)
+        if isinstance(step, Tensor):
+            share = 1 - ((1 + step) / (RAMP + step)).clamp(max=self.decay)
+            mine, theirs = ([pair[side] for pair in averaged] for side in (0, 1))
+            torch._foreach_add_(mine, torch._foreach_mul(torch._foreach_sub(theirs, mine), share))
+            return
+        for kept, value in averaged:
+            kept.lerp_(value, 1 - min(self.decay, (1 + step) / (RAMP + step)))
 
     @torch.no_grad()
     def swap(self) -> None:
         """Exchange the model's state and the average, in place; a second call takes it back, bit for bit."""
-        mine = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
         for name, value in self.model.state_dict().items():
+            mine = value.detach().clone()
             value.copy_(self.tensors[name])
-        self.tensors = mine
+            self.tensors[name].copy_(mine)  # in place: a CUDA graph writes to where the average was

@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -19,19 +19,27 @@ import torch
 from torch import Tensor, nn
 
 from ...envs.data.images import LabelledImages, batches_of
-from ...envs.data.objective import TOP1, Objective, objective_of
+from ...envs.data.objective import TOP1, Objective, objective_of, output_of
 from ...envs.networks.copying import copied
-from ...envs.networks.memory_layout import CONTIGUOUS, common_layout, layout_of
+from ...envs.networks.memory_layout import CONTIGUOUS, common_layout, layout_of, order_weights, weights_in_order
 from ...envs.networks.modes import modes_restored
 from ...errors import UserError
 from .augment import Augment, RandomCropFlip
 from .averaging import Average
+from .descent import begin_momentum, descend, optimizer_of
 from .devices import Team, quiet, stepping, synchronised, working_together
+from .feed import Feed
+from .graphs import WARM, Capture, Graphed, Tensors, capture_of
 from .heads import Heads
 from .snapshot import TrainingState, load_snapshot, save_snapshot
+from .tally import Tally
+from .teaching import Teacher, bare
 from .train_settings import TrainSettings
 
 __all__ = ["Progress", "TrainProgress", "TrainResult", "TrainSettings", "fit_network", "recalibrate_bn"]
+
+PATIENCE = 100  # steps that a GPU is let run ahead before somebody looks at the losses
+WORTH = 20  # steps that make up for the capture of a graph
 
 
 @dataclass(frozen=True)
@@ -99,25 +107,32 @@ def fit_network(
     """
     with modes_restored(model, teacher), _thawed(model):
         run = _Run.build(model, data, replace(settings, lr=settings.rate), seed, augment, teacher, device)
-        identity = run.identity() if snapshot is not None else ""
-        state = TrainingState(model, run.optimizer, identity, average=run.average)
-        if snapshot is not None and snapshot.exists():
-            state.step = load_snapshot(state, snapshot)
-        history = []
-        with run.started(state.step):
-            while state.step < run.n_steps:
-                record = run.epoch(state.step)
-                state.step = record.step
-                history.append(record)
-                if epoch_ends is not None:
-                    with run.averaged():
-                        epoch_ends(record)
-                if snapshot is not None:
-                    save_snapshot(state, snapshot)
-                if progress is not None:
-                    progress(record)
-        if run.average is not None:
-            run.average.swap()
+        with run.prepared():
+            return _fitted(run, snapshot, progress, epoch_ends)
+
+
+def _fitted(
+    run: _Run, snapshot: Path | None, progress: Progress | None, epoch_ends: Callable[[TrainProgress], None] | None
+) -> TrainResult:
+    identity = run.identity() if snapshot is not None else ""
+    state = TrainingState(run.model, run.optimizer, identity, average=run.average)
+    if snapshot is not None and snapshot.exists():
+        state.step = load_snapshot(state, snapshot)
+    history = []
+    with run.started(state.step):
+        while state.step < run.n_steps:
+            record = run.epoch(state.step)
+            state.step = record.step
+            history.append(record)
+            if epoch_ends is not None:
+                with run.averaged():
+                    epoch_ends(record)
+            if snapshot is not None:
+                save_snapshot(state, snapshot)
+            if progress is not None:
+                progress(record)
+    if run.average is not None:
+        run.average.swap()
     return TrainResult(run.n_steps, tuple(history))
 
 
@@ -136,43 +151,100 @@ class _Run:
     steps_per_epoch: int
     n_steps: int
     objective: Objective = TOP1
-    losses: list[float] = field(default_factory=list)
-    points: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.heads = Heads(self.model)
-        self.average = None if self.settings.ema is None else Average(self.model, self.settings.ema)
+        self.ahead = runs_ahead(self.device) and self.settings.devices == 1
+        self.average: Average | None = None
         self.team: Team | None = None
         self.called: nn.Module = self.model
+        self.taught: Teacher | None = None
+        self.capture: Capture | None = None
+        self.graphed: Graphed | None = None
+
+    @contextmanager
+    def prepared(self) -> Iterator[None]:
+        """The average begins; on a GPU weights lie in the order that suits it inside, and as they did afterwards."""
+        layout = CONTIGUOUS
+        if self.ahead and self.device.type == "cuda" and self.n_steps:
+            layout = self._layout(self.data.batch(torch.arange(2))[0].to(self.device))
+        with weights_in_order(self.model, layout):
+            self.average = None if self.settings.ema is None else Average(self.model, self.settings.ema)
+            yield
 
     @contextmanager
     def started(self, step: int) -> Iterator[None]:
         """Everything is in training mode inside, and the helpers of a training on several devices do their share."""
         if self.settings.devices == 1 or step >= self.n_steps:
-            with self._ready():
+            with self._ready(step):
                 yield
             return
         with working_together(self.settings.devices, self.device, DivergedError) as team:
             facts = (self.model, self.data, self.settings, self.seed, self.augment, self.teacher)
             unused = self._leaves_some()
             team.send(partial(_help, facts, self.optimizer.state_dict(), step, unused))
-            with self._ready(team, unused):
+            with self._ready(step, team, unused):
                 yield
 
     @contextmanager
-    def _ready(self, team: Team | None = None, unused: bool = False) -> Iterator[None]:
+    def _ready(self, step: int, team: Team | None = None, unused: bool = False) -> Iterator[None]:
         self.model.train()
         if self.teacher is not None:
             self.teacher.eval()
+        left = self.n_steps - step
+        self.feed = Feed(self.data, self.augment, self.device, stay=self.ahead and left >= self.steps_per_epoch)
         if team is None:
-            yield
+            with self._equipped():
+                yield
             return
+        self.taught = self._taught()
         with synchronised(self.model, self.settings.sync_batch_norm), quiet():
             self.team, self.called = team, team.wrapped(self.model, unused)
             try:
                 yield
             finally:
                 self.team, self.called = None, self.model
+
+    @contextmanager
+    def _equipped(self) -> Iterator[None]:
+        """With a teacher that remembers, and with graphs where a device has them and the steps pay for them.
+
+        Those that are left do not count: resumed, the same operations follow.
+        """
+        if self.ahead and self.settings.graphs and self.n_steps >= WARM + WORTH:
+            self.capture = capture_of(self.device)
+        if self.capture is not None:
+            begin_momentum(self.optimizer)
+            self.graphed = Graphed(self._take, self.capture, "The step of this training")
+        self.taught = self._taught()
+        try:
+            yield
+        finally:
+            if self.graphed is not None:
+                self.optimizer.zero_grad()  # gradients lie in the graph's memory
+            self.capture = self.graphed = self.taught = None
+
+    def _taught(self) -> Teacher | None:
+        """The teacher, if the loss asks for one; on a GPU a copy with weights in the order that suits it."""
+        if self.teacher is None or self.settings.distill_weight <= 0:
+            return None
+        network = bare(self.teacher)
+        if self.ahead and self.device.type == "cuda":
+            network = copied(network).to(self.device).requires_grad_(False)
+            order_weights(network, self._layout(self.data.batch(torch.arange(2))[0].to(self.device)))
+
+        def answer(images: Tensor) -> Tensor:
+            with torch.no_grad(), self._precision():
+                return output_of(network(images))
+
+        n_images = len(self.data) if self.augment is None and self.settings.devices == 1 else None
+        if self.capture is None:
+            return Teacher(self.teacher, answer, n_images)
+        graphed = Graphed(lambda given, _: (answer(*given),), self.capture, "The teacher")
+        return Teacher(self.teacher, lambda images: graphed((images,))[0], n_images)
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.bf16)
 
     def _leaves_some(self) -> bool:
         """Whether a step gives some parameters no gradient, tried on a copy and two images."""
@@ -181,12 +253,12 @@ class _Run:
             images, labels = self.data.batch(torch.arange(2))
             images = images.to(self.device)
             images = images.to(memory_format=self._layout(images))
-            trial._loss(images, labels.to(self.device))[0].backward()
+            trial._loss(images, labels.to(self.device), lambda: None)[0].backward()
         return any(each.requires_grad and each.grad is None for each in trial.model.parameters())
 
     def help(self, team: Team, step: int, unused: bool) -> None:
         """This process's share of the steps that are left."""
-        with self._ready(team, unused), suppress(DivergedError):
+        with self._ready(step, team, unused), suppress(DivergedError):
             while step < self.n_steps:
                 step = self.epoch(step).step
 
@@ -225,7 +297,7 @@ class _Run:
         objective.check_smoothing(settings.label_smoothing, data.batch(torch.arange(1))[1])
         steps_per_epoch = _steps_per_epoch(data, settings)
         where = torch.device(device) if device is not None else next(model.parameters()).device
-        optimizer = _optimizer(model.to(where), settings)
+        optimizer = optimizer_of(model.to(where), settings)
         n_steps = steps_of(data, settings)
         return cls(
             model, data, settings, seed, augment, teacher, where, optimizer, max(1, steps_per_epoch), n_steps, objective
@@ -242,17 +314,19 @@ class _Run:
         """The steps from `first_step` to the end of its epoch."""
         epoch = first_step // self.steps_per_epoch
         last_step = min(self.n_steps, (epoch + 1) * self.steps_per_epoch)
-        self.losses, self.points = [], []
+        self.tally = Tally(self.objective, PATIENCE if self.ahead else 1)
         started = time.perf_counter()
-        with _global_rng_seeded(self._stream(2 * epoch), self.device):
+        streaming = nullcontext() if self.capture is None else self.capture.streaming()
+        with _global_rng_seeded(self._stream(2 * epoch), self.device), streaming:
             # One generator per epoch: an epoch is the same whether or not the ones before ran in this process.
             generator = torch.Generator().manual_seed(_mix(self.seed, 2 * epoch + 1))
             order = torch.randperm(len(self.data), generator=generator).split(self.settings.batch_size)
             order = order[: last_step - first_step]
-            with closing(self._batches(order)) as batches:
+            with closing(self.feed.epoch(order, generator, self.team)) as batches:
                 for step, (indices, batch) in enumerate(zip(order, batches, strict=True), first_step):
-                    self._step(step, len(indices), batch, generator)
-        loss, points = sum(self.losses), torch.cat(self.points)
+                    self._step(step, indices, *batch)
+            self._refuse(step, self.tally.look())
+        loss, points = self.tally.loss, self.tally.all_points()
         self._refuse_divergence(epoch, loss)
         lr = self.settings.lr_at(last_step - 1, self.n_steps)
         accuracy = self.objective.fraction(points)
@@ -269,40 +343,55 @@ class _Run:
             what = "the weights are no longer finite" if math.isfinite(loss) else f"the loss is {loss}"
             raise DivergedError(f"Training diverged in epoch {epoch + 1}: {what}; lower lr (it is {self.settings.lr}).")
 
-    def _step(self, step: int, n_images: int, batch: tuple[Tensor, Tensor], generator: torch.Generator) -> None:
-        images, labels = batch if self.augment is None else self._augmented(self.augment, *batch, generator)
+    def _refuse(self, step: int, loss: float | None) -> None:
+        if loss is not None:
+            self._refuse_divergence(step // self.steps_per_epoch, loss)
+
+    def _step(self, step: int, indices: Tensor, images: Tensor, labels: Tensor) -> None:
         # Channels-last inputs alone make the convolutions a quarter faster on a CPU; the weights keep their layout.
-        images, labels = images.to(self.device), labels.to(self.device)
         images = images.to(memory_format=self._layout(images))
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.lr_at(step, self.n_steps)
+        numbers = (self.settings.lr_at(step, self.n_steps), step)
+        sharing = self.team if self.team is not None and self.team.divides(len(indices)) else None
+        if self.graphed is None:
+            dense = partial(self._dense, images, indices, step)
+            total, outputs = self._take((images, labels), numbers, dense, sharing)
+        else:
+            given = [each for each in (self._dense(images, indices, step),) if each is not None]
+            total, outputs = self.graphed((images, labels, *given), numbers)
+        self._refuse(step, self.tally.add(total, outputs, labels, sharing))
+
+    def _dense(self, images: Tensor, indices: Tensor, step: int | None) -> Tensor | None:
+        """What the teacher answers, if the loss asks it."""
+        return None if self.taught is None else self.taught(images, indices, self._batch_key(step))
+
+    def _batch_key(self, step: int | None) -> Hashable | None:
+        """What tells the batch of a step from all others of any training; None where data or augmentation may know."""
+        if step is None or self.taught is None or self.taught.memory is None or not self.feed.is_reproducible:
+            return None
+        moved = None if self.feed.apart is None else (self.feed.apart.padding, self.feed.apart.flip)
+        return self.data.digest(), moved, self.seed, self.settings.batch_size, self.settings.bf16, step
+
+    def _take(
+        self,
+        tensors: Tensors,
+        numbers: tuple[Any, Any],
+        dense: Callable[[], Tensor | None] | None = None,
+        sharing: Team | None = None,
+    ) -> Tensors:
+        """One step: loss, gradients, descent, average. The loss () summed over the images, and outputs (B, ...).
+
+        `tensors` are images, targets and, unless `dense` gives them, the teacher's answers if there is one; `numbers`
+        are the rate and the number of the step; tensors () on the device, if it may be captured as a graph.
+        """
+        (images, labels, *given), (lr, step) = tensors, numbers
         self.optimizer.zero_grad()
-        sharing = self.team if self.team is not None and self.team.divides(n_images) else None
         with stepping(sharing):
-            loss, outputs = self._loss(images, labels)
+            loss, outputs = self._loss(images, labels, dense or (lambda: given[0] if given else None))
             loss.backward() if self.team is None else self.team.backward(loss)
-        self.optimizer.step()
+        descend(self.optimizer, lr)
         if self.average is not None:
             self.average.update(step)
-        total = loss.detach() * len(labels)
-        self.losses.append(float(total if sharing is None else sharing.gathered(total[None]).sum()))
-        if not math.isfinite(self.losses[-1]):  # before the metric meets what is no number
-            self._refuse_divergence(step // self.steps_per_epoch, self.losses[-1])
-        points = self.objective.points(outputs, labels)
-        self.points.append((points if sharing is None else sharing.gathered(points)).cpu())
-
-    def _batches(self, order: Sequence[Tensor]) -> Generator[tuple[Tensor, Tensor], None, None]:
-        """Images and labels of each step; with several devices this one's share, unless all are to be augmented."""
-        if self.team is not None and self.augment is None:
-            order = [self.team.share(indices) for indices in order]
-        return batches_of(self.data, order, pinned=self.device.type == "cuda")
-
-    def _augmented(
-        self, augment: Augment, images: Tensor, labels: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """Augmented together, whatever the number of devices; then this one's share."""
-        images = augment(images, generator)
-        return (images, labels) if self.team is None else (self.team.share(images), self.team.share(labels))
+        return loss.detach() * len(labels), outputs
 
     def _layout(self, images: Tensor) -> torch.memory_format:
         """Channels-last if the network trains so, backward pass included, and the teacher answers."""
@@ -310,13 +399,11 @@ class _Run:
         taken = common_layout(teachers, images)
         return taken if taken == CONTIGUOUS else layout_of(self.model, images, training=True)
 
-    def _loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _loss(self, images: Tensor, labels: Tensor, teacher: Callable[[], Tensor | None]) -> tuple[Tensor, Tensor]:
         weight, objective = self.settings.distill_weight, self.objective
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.bf16):
+        with self._precision():
             answers = self.heads(self.called(images), images)
-            with torch.no_grad():
-                dense = self.teacher(images) if self.teacher is not None and weight > 0 else None
-        outputs = answers.main.float()
+        dense, outputs = teacher(), answers.main.float()
         loss = objective.mean_loss(outputs, labels, self.settings.label_smoothing)
         for head in answers.auxiliary if self.settings.auxiliary > 0 else ():
             loss = loss + self.settings.auxiliary * objective.mean_loss(head.float(), labels)
@@ -332,7 +419,13 @@ def _help(facts: tuple[Any, ...], optimizer: dict[str, Any], step: int, unused: 
     with _thawed(model):
         run = _Run.build(model, data, settings, seed, augment, None if teacher is None else teacher.to(device), device)
         run.optimizer.load_state_dict(optimizer)
-        run.help(team, step, unused)
+        with run.prepared():
+            run.help(team, step, unused)
+
+
+def runs_ahead(device: torch.device) -> bool:
+    """Whether a device works while the host goes on, so that nobody should ask it for a number after every step."""
+    return device.type == "cuda"
 
 
 def steps_of(data: LabelledImages, settings: TrainSettings) -> int:
@@ -420,22 +513,6 @@ def _thawed(model: nn.Module) -> Iterator[None]:
         for parameter in frozen:
             parameter.requires_grad_(False)
             parameter.grad = None
-
-
-def _optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.SGD:
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not trainable:
-        raise UserError("The network has no parameters, and there is nothing to train; train for 0 epochs.")
-    groups = [
-        {"params": [p for p in trainable if p.dim() > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.SGD(
-        [group for group in groups if group["params"]],
-        lr=settings.rate,
-        momentum=settings.momentum,
-        nesterov=settings.momentum > 0,
-    )
 
 
 def _mix(seed: int, stream: int) -> int:

@@ -42,6 +42,8 @@ class TrainSettings:
             with the steps (`Average`), so a short training needs no other one. None: the weights themselves.
         devices: processes that share each step, one per GPU or, on a CPU, with a share of its cores each; more than one
             takes Lightning (`keepdrop[lightning]`). `batch_size` is still that of a step.
+        graphs: on a GPU, whether a whole step is captured as a CUDA graph and replayed, without which a small network
+            waits for the host; one that cannot be captured runs step by step, after a notice. Rounding differs.
         sync_batch_norm: with several devices, whether batch normalisation takes the images of all of them together, as
             one device does; false: each its own share.
     """
@@ -64,6 +66,7 @@ class TrainSettings:
     ema: float | None = field(default=None, repr=False)
     devices: int = field(default=1, repr=False)
     sync_batch_norm: bool = field(default=False, repr=False)
+    graphs: bool = field(default=True, repr=False)
 
     def __post_init__(self) -> None:
         if self.schedule not in ("cosine", "linear", "constant"):

@@ -16,12 +16,11 @@ from keepdrop.envs.one_shot import OneShotTask
 from keepdrop.envs.repair.reconstruction import ReconstructionSettings
 from keepdrop.envs.surgery.targets import Target
 from keepdrop.errors import UserError
-from keepdrop.experiments.pruning.halving import Candidate, Halving, HalvingSettings, Remembering, Training
+from keepdrop.experiments.pruning.halving import Candidate, Halving, HalvingSettings, Training
 from keepdrop.experiments.pruning.network_search import NetworkAgent, NetworkSearchSettings
 from keepdrop.experiments.training.augment import RandomCropFlip
 from keepdrop.experiments.training.loop import fit_network
 from keepdrop.experiments.training.train_settings import TrainSettings
-from torch import nn
 
 REPAIR = ReconstructionSettings(images=100, places=8)
 TARGET = Target(0.5, "network")
@@ -156,27 +155,6 @@ def test_a_kill_amid_the_rungs_loses_nothing(one_shot, tmp_path, monkeypatch):
     assert len(trained) == (total - 3) + total
     assert agents[0].facts == agents[1].facts
     assert all(torch.equal(mask, masks[1][name]) for name, mask in masks[0].items())
-
-
-def test_the_teacher_answers_the_same_images_once():
-    calls = []
-
-    class Counted(nn.Flatten):
-        def forward(self, images):
-            calls.append(len(images))
-            return super().forward(images)
-
-    teacher = Remembering(Counted())
-    images = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    for _ in range(2):
-        assert torch.equal(teacher(images), images.flatten(1))
-    teacher(images.to(memory_format=torch.channels_last))
-    teacher(images + 1)
-    assert len(calls) == 3
-    teacher.room = 0
-    for _ in range(2):
-        teacher(images + 2)
-    assert len(calls) == 5
 
 
 @pytest.mark.parametrize(
