@@ -118,7 +118,7 @@ class Graphed:
 
     def __call__(self, tensors: Tensors, numbers: Sequence[float] = ()) -> Tensors:
         """What the function returns."""
-        shapes = [(each.shape, each.stride(), each.dtype) for each in tensors]
+        shapes = [(each.shape, each.dtype) for each in tensors]
         if self._shapes is None:
             self._shapes = shapes
             self._numbers = tuple(torch.zeros((), device=tensors[0].device) for _ in numbers)

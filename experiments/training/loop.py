@@ -26,6 +26,7 @@ from ...envs.networks.modes import modes_restored
 from ...errors import UserError
 from .augment import Augment, RandomCropFlip
 from .averaging import Average
+from .compiling import Compiled
 from .descent import begin_momentum, descend, optimizer_of
 from .devices import Team, quiet, stepping, synchronised, working_together
 from .feed import Feed
@@ -157,10 +158,11 @@ class _Run:
         self.ahead = runs_ahead(self.device) and self.settings.devices == 1
         self.average: Average | None = None
         self.team: Team | None = None
-        self.called: nn.Module = self.model
+        self.called: Callable[[Tensor], Any] = self.model
         self.taught: Teacher | None = None
         self.capture: Capture | None = None
         self.graphed: Graphed | None = None
+        self.places: list[int] = []
 
     @contextmanager
     def prepared(self) -> Iterator[None]:
@@ -215,7 +217,8 @@ class _Run:
             self.capture = capture_of(self.device)
         if self.capture is not None:
             begin_momentum(self.optimizer)
-            self.graphed = Graphed(self._take, self.capture, "The step of this training")
+        if self.settings.compile:
+            self.called = Compiled(self.model, self.settings.batch_size)
         self.taught = self._taught()
         try:
             yield
@@ -223,6 +226,13 @@ class _Run:
             if self.graphed is not None:
                 self.optimizer.zero_grad()  # gradients lie in the graph's memory
             self.capture = self.graphed = self.taught = None
+            self.called = self.model
+
+    def _graph(self) -> None:
+        """The step as a graph; a new one where somebody has moved weights in memory between two epochs."""
+        places = [value.data_ptr() for value in (*self.model.parameters(), *self.model.buffers())]
+        if self.capture is not None and places != self.places:
+            self.graphed, self.places = Graphed(self._take, self.capture, "The step of this training"), places
 
     def _taught(self) -> Teacher | None:
         """The teacher, if the loss asks for one; on a GPU a copy with weights in the order that suits it."""
@@ -233,9 +243,11 @@ class _Run:
             network = copied(network).to(self.device).requires_grad_(False)
             order_weights(network, self._layout(self.data.batch(torch.arange(2))[0].to(self.device)))
 
+        called = Compiled(network, self.settings.batch_size) if self.settings.compile else network
+
         def answer(images: Tensor) -> Tensor:
             with torch.no_grad(), self._precision():
-                return output_of(network(images))
+                return output_of(called(images))
 
         n_images = len(self.data) if self.augment is None and self.settings.devices == 1 else None
         if self.capture is None:
@@ -317,6 +329,7 @@ class _Run:
         self.tally = Tally(self.objective, PATIENCE if self.ahead else 1)
         started = time.perf_counter()
         streaming = nullcontext() if self.capture is None else self.capture.streaming()
+        self._graph()
         with _global_rng_seeded(self._stream(2 * epoch), self.device), streaming:
             # One generator per epoch: an epoch is the same whether or not the ones before ran in this process.
             generator = torch.Generator().manual_seed(_mix(self.seed, 2 * epoch + 1))

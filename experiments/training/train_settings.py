@@ -44,6 +44,8 @@ class TrainSettings:
             takes Lightning (`keepdrop[lightning]`). `batch_size` is still that of a step.
         graphs: on a GPU, whether a whole step is captured as a CUDA graph and replayed, without which a small network
             waits for the host; one that cannot be captured runs step by step, after a notice. Rounding differs.
+        compile: whether network and teacher go through `torch.compile` first, half a minute to a minute each time: it
+            pays where a training takes many minutes. Rounding differs. Not with several devices.
         sync_batch_norm: with several devices, whether batch normalisation takes the images of all of them together, as
             one device does; false: each its own share.
     """
@@ -67,6 +69,7 @@ class TrainSettings:
     devices: int = field(default=1, repr=False)
     sync_batch_norm: bool = field(default=False, repr=False)
     graphs: bool = field(default=True, repr=False)
+    compile: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.schedule not in ("cosine", "linear", "constant"):

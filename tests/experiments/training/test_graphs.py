@@ -106,6 +106,23 @@ def test_resumes_from_its_snapshot_to_the_same_weights(data, captured, tmp_path)
     assert hash_state(resumed) == hash_state(whole) and len(result.history) == 1
 
 
+def test_weights_that_move_in_memory_are_followed(data, captured):
+    """As where somebody loads or orders weights between two epochs: a graph would go on with those that were."""
+    kept = []
+
+    def move(record):
+        for parameter in model.parameters():
+            kept.append(parameter.data)
+            parameter.data = parameter.data.clone()
+
+    found = []
+    for reasons in ((), ("it is looked at",)):
+        capture, model = captured(*reasons), network()
+        fit_network(model, data, SETTINGS, seed=3, teacher=network(1), epoch_ends=move)
+        found.append((hash_state(model), capture.captures))
+    assert found[0][0] == found[1][0] and (found[0][1], found[1][1]) == (4, 0)
+
+
 def test_few_steps_and_graphs_off_capture_nothing(data, captured):
     for settings in (replace(SETTINGS, epochs=1), replace(SETTINGS, graphs=False)):
         capture = captured()
