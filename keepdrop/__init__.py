@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .envs.data.average_precision import MeanAveragePrecision
     from .envs.data.boxes import boxes_of
     from .envs.data.datasets import from_datasets
+    from .envs.data.image_folder import from_folder
     from .envs.data.metrics import (
         F1,
         BalancedAccuracy,
@@ -85,6 +86,7 @@ _HOME = {
     "fetch_agent": "experiments.pruning.agent_places",
     "find_groups": "envs.groups.finding",
     "from_datasets": "envs.data.datasets",
+    "from_folder": "envs.data.image_folder",
     "load_profile": "envs.surgery.latency_profile",
     "load_pruned": "envs.files.pruned_network",
     "profile": "experiments.deploy.profiling",
@@ -129,6 +131,7 @@ __all__ = [
     "fetch_agent",
     "find_groups",
     "from_datasets",
+    "from_folder",
     "load_profile",
     "load_pruned",
     "profile",

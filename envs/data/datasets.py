@@ -9,14 +9,17 @@ Shape suffixes: B images of a batch.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import math
+import warnings
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ...errors import UserError
+from ...errors import Notice, UserError
 from .boxes import as_boxes, holds_boxes, padded
 from .images import ArrayImages, LabelledData, LabelledImages, as_targets
 from .items import (
@@ -32,13 +35,14 @@ from .items import (
     target_of,
 )
 from .packing import Packing, is_several, packed_batch
-from .randomness import randomness_restored
+from .randomness import random_states, randomness_restored
+from .read_ahead import Workers, in_batches, item_seed, job_size, read_ahead
 
 PROBES = 32  # items by which labels that a dataset lists are compared with those it gives
 HASHED_ITEMS = 512  # of a split, whose pixels go into its digest
 
 
-def from_datasets(train: Any, test: Any, n_classes: int | None = None) -> LabelledData:
+def from_datasets(train: Any, test: Any, n_classes: int | None = None, workers: int | None = None) -> LabelledData:
     """Training and test images from what you have; `keepdrop.from_datasets`.
 
     Args:
@@ -51,13 +55,18 @@ def from_datasets(train: Any, test: Any, n_classes: int | None = None) -> Labell
             {'boxes': (n, 4) as x1, y1, x2, y2, 'labels': (n,)}, any number of them per image (`boxes`).
         n_classes: labels lie in [0, n_classes). None: as many as the labels of both parts need. 0: targets are not
             labels, integers neither.
+        workers: processes that read items ahead, in the order in which they are asked for; 0 reads in this process.
+            None: the `num_workers` of a DataLoader (with its `worker_init_fn`), else 0. What a data set draws at random
+            is then seeded item by item, the same for any number of workers above 0.
 
     Raises:
         UserError: items of another form, NaN in pairs, no items, or two parts that do not fit together.
     """
     if n_classes is None:
         n_classes = next((each.n_classes for each in (train, test) if _is_labelled_images(each)), None)
-    ours, theirs = labelled_images(train, "train", n_classes), labelled_images(test, "test", n_classes)
+    ours, theirs = (
+        labelled_images(source, name, n_classes, workers) for source, name in ((train, "train"), (test, "test"))
+    )
     counted = n_classes is None and min(ours.n_classes, theirs.n_classes) > 0
     if counted and isinstance(ours, _OURS) and isinstance(theirs, _OURS):
         ours.n_classes = theirs.n_classes = max(ours.n_classes, theirs.n_classes)
@@ -69,7 +78,7 @@ def from_datasets(train: Any, test: Any, n_classes: int | None = None) -> Labell
     return LabelledData(ours, theirs)
 
 
-def labelled_images(source: Any, name: str, n_classes: int | None = None) -> LabelledImages:
+def labelled_images(source: Any, name: str, n_classes: int | None = None, workers: int | None = None) -> LabelledImages:
     """One part of `from_datasets`; a `LabelledImages` stays as it is. `name` stands in errors."""
     if isinstance(source, tuple | list) and len(source) == 2 and all(isinstance(part, ARRAYS) for part in source):
         return images_in_memory(target_of(source[0]), target_of(source[1]), name, n_classes)
@@ -80,11 +89,14 @@ def labelled_images(source: Any, name: str, n_classes: int | None = None) -> Lab
         images.packing = packing
         return images
     if _is_labelled_images(source):
-        return source
+        return source.read_by(workers) if workers is not None and hasattr(source, "read_by") else source
+    readers = Workers.chosen(source, workers)
     if isinstance(source, DataLoader):
         source = loaded(source, name)
     if hasattr(source, "__getitem__") and hasattr(source, "__len__") and not isinstance(source, Mapping | str):
-        return DatasetImages(source, n_classes)
+        images = DatasetImages(source, n_classes, workers=readers)
+        images.check_randomness()
+        return images
     raise UserError(
         f"{name} is a {type(source).__name__}; expected a map-style dataset of (image tensor, integer label), a "
         "DataLoader of one, or a pair (images, labels) of tensors or numpy arrays."
@@ -140,8 +152,10 @@ class DatasetImages:
         n_classes: int | None = None,
         indices: Tensor | None = None,
         box_room: int | None = None,
+        workers: Workers | None = None,
     ) -> None:
         self._dataset = dataset
+        self._workers = workers or Workers()
         self.box_room = box_room
         self.packing: Packing | None = None
         self._indices = torch.arange(len(dataset)) if indices is None else indices
@@ -199,8 +213,45 @@ class DatasetImages:
             with randomness_restored():
                 self._labels = self._listed_labels()
                 if self._labels is None:
-                    self._labels = torch.tensor([self._label(each) for each in range(len(self))])
+                    jobs = torch.arange(len(self)).split(PROBES)
+                    read = read_ahead(self._read_labels, jobs, self._workers, self._item_bytes, 4 * PROBES)
+                    self._labels = torch.cat([labels for _, labels in read])
         return self._labels
+
+    def read_by(self, workers: int) -> Self:
+        """The same images, read by so many processes; 0: by this one."""
+        readers = replace(self._workers, count=Workers.chosen(None, workers).count)
+        chosen = type(self)(self._dataset, self.n_classes, self._indices, self.box_room, readers)
+        chosen._labels = self._labels
+        chosen.check_randomness()
+        return chosen
+
+    def check_randomness(self) -> None:
+        """Find out where random numbers of the items come from, before workers read them.
+
+        A generator that the data set holds would be copied into every worker and start anew in every epoch: such a data
+        set is read in this process, which a `Notice` says, unless a `worker_init_fn` takes care of it.
+        """
+        if not self._workers.usable:
+            return
+        with randomness_restored():
+            before = random_states()
+            repeats = self._repeats_itself()
+            draws = random_states() != before
+        self._workers = replace(self._workers, seeded=draws)
+        if not (repeats or draws or self._workers.ready):
+            self._workers = Workers()
+            warnings.warn(
+                "A data set draws random numbers from a generator of its own, of which every worker would hold a copy; "
+                "it is read in this process: draw from torch, numpy.random or random for workers, or give a DataLoader "
+                "with a worker_init_fn.",
+                Notice,
+                stacklevel=4,
+            )
+
+    def _read_labels(self, indices: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """No images and the labels, as a worker reads them."""
+        return torch.empty(len(indices), 0), torch.tensor([self._label(int(each)) for each in indices])
 
     def _label(self, position: int) -> int:
         return label_of(pair_of(read_item(self._dataset, int(self._indices[position])))[1])
@@ -221,7 +272,32 @@ class DatasetImages:
 
         UserError for NaN, bad labels and targets that differ in shape.
         """
-        items = [self._item(int(index)) for index in indices]
+        if self._workers.usable and len(indices) > job_size(self._item_bytes):
+            return next(self.batches([indices]))
+        return self._checked([self._item(int(index)) for index in indices])
+
+    def batches(self, parts: Sequence[Tensor], pinned: bool = False) -> Generator[tuple[Tensor, Tensor], None, None]:
+        """The batch of each of `parts`, in their order; by the workers, if there are any, ahead of its turn."""
+        if self._workers.usable and len(parts) > 0:
+            yield from in_batches(self._read, parts, self._workers, self._item_bytes, pinned)
+        else:
+            yield from map(self.batch, parts)
+
+    @property
+    def _item_bytes(self) -> int:
+        return 4 * math.prod(self.image_shape)
+
+    def _read(self, indices: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """A batch as a worker reads it: where the data set draws at random, every item from a seed of its own."""
+        if not self._workers.seeded:
+            return self._checked([self._item(int(index)) for index in indices])
+        items = []
+        for index in indices:
+            with randomness_restored(item_seed(seed, int(self._indices[index]))):
+                items.append(self._item(int(index)))
+        return self._checked(items)
+
+    def _checked(self, items: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         shapes = {tuple(image.shape) for image, _ in items}
         if shapes != {self.image_shape}:
             raise UserError(f"Dataset images differ in shape: {sorted(shapes)}, the first was {self.image_shape}.")
@@ -251,7 +327,7 @@ class DatasetImages:
 
     def select(self, indices: Tensor) -> Self:
         """Only the images at `indices` int64, in that order (a view)."""
-        selected = type(self)(self._dataset, self.n_classes, self._indices[indices], self.box_room)
+        selected = type(self)(self._dataset, self.n_classes, self._indices[indices], self.box_room, self._workers)
         selected._labels = None if self._labels is None else self._labels[indices]
         return selected
 
@@ -272,8 +348,8 @@ class DatasetImages:
             for position in range(len(self)):  # one by one: maps of all images may not fit into memory
                 digest.update(self._item(position)[1].contiguous().numpy().tobytes())
         if self._repeats_itself():
-            for position in evenly(len(self), HASHED_ITEMS):
-                digest.update(self._item(position)[0].to(torch.float32).contiguous().numpy().tobytes())
+            for images, _ in self.batches(torch.tensor(evenly(len(self), HASHED_ITEMS)).split(64)):
+                digest.update(images.numpy().tobytes())
         return digest.hexdigest()
 
     def _repeats_itself(self) -> bool:

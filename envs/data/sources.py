@@ -6,17 +6,17 @@ What the user has in Python goes through `datasets.from_datasets`.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ...errors import UserError
 from .arrays import from_arrays, read_npz
 from .datasets import DatasetImages, from_datasets
+from .image_folder import from_folder, image_folder
 from .images import ArrayImages, LabelledData, LabelledImages
 
 __all__ = [
@@ -26,12 +26,11 @@ __all__ = [
     "LabelledImages",
     "digits",
     "from_datasets",
+    "from_folder",
     "image_folder",
     "npz",
     "torchvision_dataset",
 ]
-
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".webp", ".tif", ".tiff"})
 
 
 def digits(seed: int = 0, test_fraction: float = 0.25) -> LabelledData:
@@ -94,86 +93,6 @@ def torchvision_dataset(
         arrays[f"x_{part}"] = pixels[..., None] if pixels.ndim == 3 else pixels
         arrays[f"y_{part}"] = np.asarray(dataset.targets)
     return from_arrays(arrays, mean, std, name=name)
-
-
-def image_folder(root: str, size: int, mean: Sequence[float], std: Sequence[float]) -> LabelledData:
-    """Images in `root/train/CLASS/*` and `root/test/CLASS/*` (or `val`): short side to `size`, centre `size` x `size`.
-
-    Images are read when needed, in RGB, scaled to [0, 1] and normalised; 16 bits of grey are scaled to 8 first. Needs
-    the extra `vision` (only Pillow of it). Raises UserError for a missing folder, no images, classes that differ
-    between train and test, and images of floating or 32-bit values, whose white nobody knows.
-    """
-    base = Path(root)
-    test = next((base / name for name in ("test", "val") if (base / name).is_dir()), base / "test")
-    transform = _centre_crop(size, mean, std)
-    ours, theirs = ImageFolder(base / "train", transform), ImageFolder(test, transform)
-    if ours.classes != theirs.classes:
-        odd = sorted(set(ours.classes) ^ set(theirs.classes))
-        raise UserError(f"Train and test folders under '{root}' differ in their classes: {', '.join(odd[:5])}.")
-    return from_datasets(ours, theirs, len(ours.classes))
-
-
-class ImageFolder:
-    """A map-style dataset over `folder/CLASS/image files`; classes are numbered in alphabetical order."""
-
-    def __init__(self, folder: Path, transform: Callable[[Any], Tensor]) -> None:
-        if not folder.is_dir():
-            raise UserError(f"There is no image folder '{folder}'; expected one sub-folder per class in it.")
-        self.classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
-        self.files = [
-            (path, label)
-            for label, name in enumerate(self.classes)
-            for path in sorted((folder / name).rglob("*"))
-            if path.suffix.lower() in IMAGE_SUFFIXES
-        ]
-        if not self.files:
-            raise UserError(f"The image folder '{folder}' holds no images in class sub-folders.")
-        self.targets = [label for _, label in self.files]
-        self._transform = transform
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        from PIL import Image, UnidentifiedImageError
-
-        path, label = self.files[index]
-        try:
-            with Image.open(path) as image:
-                return self._transform(_rgb(image, path)), label
-        except (UnidentifiedImageError, OSError) as error:
-            raise UserError(f"'{path}' is not a readable image; fix or remove it.") from error
-
-
-def _rgb(image: Any, path: Path) -> Any:
-    """A Pillow image in RGB. Pillow itself would clip grey of 16 bits at 255: nearly all of it white."""
-    if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        from PIL import Image
-
-        values = np.asarray(image)
-        # Files of 16 bits open as "I;16", with older versions of Pillow as "I".
-        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-            raise UserError(
-                f"'{path}' holds {'floating' if image.mode == 'F' else '32-bit'} values from {values.min()} to "
-                f"{values.max()}, whose white is unknown; save it with 8 or 16 bits per channel."
-            )
-        image = Image.fromarray((values.astype(np.float64) / 257).round().astype(np.uint8))
-    # A palette with transparency goes through RGBA, as Pillow asks for.
-    return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
-
-
-def _centre_crop(size: int, mean: Sequence[float], std: Sequence[float]) -> Callable[[Any], Tensor]:
-    try:
-        from PIL import ImageOps
-    except ImportError as error:
-        raise UserError("Image folders need Pillow; install it with: pip install 'keepdrop[vision]'.") from error
-    shift, scale = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
-
-    def transform(image: Any) -> Tensor:
-        pixels = torch.from_numpy(np.array(ImageOps.fit(image, (size, size)))).permute(2, 0, 1)
-        return (pixels / 255 - shift) / scale
-
-    return transform
 
 
 def _torchvision_datasets() -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import pydoc
 import sys
 from collections.abc import Callable
@@ -86,15 +87,30 @@ def _root_cause(error: BaseException) -> BaseException:
 
 def build_data(node: DictConfig) -> LabelledData:
     """The data source; a pair of datasets (train, test) of the user's is wrapped."""
+    node, workers = _own_workers(node)
     source = build(node, "data")
     if isinstance(source, LabelledData):
-        return source
+        return source if workers is None else from_datasets(source.train, source.test, workers=workers)
     if isinstance(source, tuple | list) and len(source) == 2:
-        return from_datasets(*source)
+        return from_datasets(*source, workers=workers)
     raise UserError(
         f"data._target_={node['_target_']} returned {type(source).__name__}; expected LabelledData or a pair (train, "
         "test) of datasets, DataLoaders or arrays (images, labels)."
     )
+
+
+def _own_workers(node: DictConfig) -> tuple[DictConfig, int | None]:
+    """`workers` of a data source whose function does not take it, and the rest: they then read what it returns."""
+    if "workers" not in node or "_target_" not in node or OmegaConf.is_missing(node, "_target_"):
+        return node, None
+    find_users_code(node["_target_"])
+    try:
+        function: Any = pydoc.locate(current_target(node["_target_"]))
+        if "workers" in inspect.signature(function).parameters:
+            return node, None
+    except (pydoc.ErrorDuringImport, TypeError, ValueError):
+        pass  # `build` explains what is wrong
+    return OmegaConf.masked_copy(node, [key for key in node if key != "workers"]), node["workers"]
 
 
 def build_splits(config: DictConfig) -> Splits:

@@ -16,7 +16,6 @@ from keepdrop.envs.data.sources import (
     LabelledData,
     digits,
     from_datasets,
-    image_folder,
     npz,
     torchvision_dataset,
 )
@@ -203,49 +202,6 @@ def test_datasets_of_another_form_are_refused():
     ragged = [images[0], images[1, :, :3]]
     with pytest.raises(UserError, match="Dataset images differ in shape"):
         DatasetImages(Pairs(ragged, [0, 1]), 2).batch(torch.arange(2))
-
-
-def test_image_folder_reads_crops_and_numbers_classes(tmp_path):
-    image = pytest.importorskip("PIL.Image", reason="Pillow (extra vision) is not installed")
-    for part in ("train", "val"):
-        for name, colour in (("cat", (255, 0, 0)), ("ant", (0, 255, 0))):
-            (tmp_path / part / name).mkdir(parents=True)
-            image.new("RGB", (20, 12), colour).save(tmp_path / part / name / "one.png")
-    data = image_folder(str(tmp_path), size=8, mean=(0.5,) * 3, std=(0.5,) * 3)
-    images, labels = data.test.batch(torch.arange(2))
-    assert images.shape == (2, 3, 8, 8) and labels.tolist() == [0, 1]
-    assert images[:, :, 4, 4].tolist() == [[-1, 1, -1], [1, -1, -1]]
-    (tmp_path / "val" / "cat" / "one.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"one.png' is not a readable image; fix or remove it\."):
-        data.test.batch(torch.arange(2))
-    (tmp_path / "val" / "bee").mkdir()
-    with pytest.raises(UserError, match="differ in their classes: bee"):
-        image_folder(str(tmp_path), 8, (0.5,) * 3, (0.5,) * 3)
-    with pytest.raises(UserError, match="There is no image folder"):
-        image_folder(str(tmp_path / "gone"), 8, (0.5,) * 3, (0.5,) * 3)
-
-
-def test_image_folder_scales_16_bits_and_reads_palettes(tmp_path):
-    image = pytest.importorskip("PIL.Image", reason="Pillow (extra vision) is not installed")
-    folder = tmp_path / "train" / "cat"
-    folder.mkdir(parents=True)
-    ramp = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1040
-    image.fromarray(ramp).save(folder / "a16.png")
-    image.fromarray((ramp // 257).astype(np.uint8)).save(folder / "b8.png")
-    palette = image.new("P", (8, 8), 1)
-    palette.putpalette([0, 0, 0, 255, 0, 51, *[9] * 762])
-    palette.save(folder / "c.png", transparency=bytes([0, 128]))
-    (tmp_path / "test").symlink_to(tmp_path / "train")
-    data = image_folder(str(tmp_path), size=8, mean=(0,) * 3, std=(1,) * 3)
-    images, _ = data.train.batch(torch.arange(3))
-    assert (images[0] - images[1]).abs().max() <= 1 / 255 and images[0].max() > 0.9 and images[0].mean() < 0.6
-    assert images[2, :, 3, 3].tolist() == pytest.approx([1, 0, 0.2])
-    image.fromarray(np.full((8, 8), 0.5, np.float32)).save(folder / "d.tiff")
-    data = image_folder(str(tmp_path), size=8, mean=(0,) * 3, std=(1,) * 3)
-    with pytest.raises(
-        UserError, match=r"d\.tiff' holds floating values from 0\.5 to 0\.5, whose white is unknown; save"
-    ):
-        data.train.batch(torch.tensor([3]))
 
 
 def test_torchvision_datasets_become_arrays(monkeypatch):
