@@ -12,7 +12,8 @@ TORCH_FIRST := $(PIP) install --quiet --constraint constraints.txt --no-deps --r
     --index-url $(TORCH_INDEX) torch 2> $(VENV)/torch.log || echo "No torch from $(TORCH_INDEX): taking pip's own."
 EXTRAS := detection,dev,docs,hub,lightning,onnx,peers,plots,ray,s3,s3-tests,sb3,stats,sweeps,transformers
 
-.PHONY: demo test test-all test-extras coverage lint typecheck docs docs-serve build-package install extras clean
+.PHONY: demo test test-all test-extras coverage lint typecheck docs docs-serve build-package benchmark-gpu install extras \
+    clean
 
 install: $(VENV)/.installed
 
@@ -50,6 +51,11 @@ lint: install
 
 coverage: install
 	$(BIN)/python -m pytest -n 2 --cov --cov-report=term:skip-covered
+
+# What wants a GPU, in under fifteen minutes: DATA=cifar10.npz CHECKPOINTS=folder BEFORE=folder of an earlier keepdrop.
+benchmark-gpu: install
+	$(BIN)/python benchmarks/gpu.py $(if $(DATA),--data $(DATA)) $(if $(CHECKPOINTS),--checkpoints $(CHECKPOINTS)) \
+	    $(if $(BEFORE),--before $(BEFORE))
 
 # Static analysis does not follow the folder mapping, so the built package is what gets checked and documented.
 build-package: install
