@@ -17,12 +17,12 @@ from ...envs.networks.copying import copied
 from ...envs.networks.inputs import as_call, mapped, tensors_of
 from ...envs.networks.module_kinds import Inputs, run
 from ...errors import UserError, summarised
+from ..training.graphs import WARM, capture_of
 from .export import INSTALL, RUNTIME, export_onnx, missing_packages, onnx_session
 
 CUDA_GRAPHS = "cuda-graphs"
 RUNTIMES = ("eager", "compile", "onnxruntime", CUDA_GRAPHS)
 ALL = "all"
-WARM_UP = 3  # passes before a graph is captured: libraries choose their kernels and take their memory in the first ones
 COMPILERS = ("g++", "clang++", "c++", "cl")
 Runner = Callable[[Inputs], Any]
 
@@ -88,48 +88,28 @@ def runner(model: nn.Module, runtime: str, example: Inputs) -> Runner:
     return _compiled(model, example) if runtime == "compile" else _in_onnxruntime(model, example)
 
 
-class CapturedPass:
-    """The kernels of one pass as a CUDA graph, which the processor starts all at once.
-
-    As PyTorch's notes on CUDA semantics ask for: warmed up and captured on a stream of its own, static memory.
-
-    Args:
-        call: makes the pass; reads inputs that stay where they are in memory.
-        device: the GPU.
-    """
-
-    def __init__(self, call: Callable[[], Any], device: torch.device) -> None:
-        self._graph = torch.cuda.CUDAGraph()
-        # PyTorch's own stream for captures is of the GPU that captured first, and stays the current one if one fails.
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.device(device), torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                call()
-            with torch.cuda.graph(self._graph, stream=stream):
-                self._outputs = call()
-        torch.cuda.synchronize(device)
-
-    def replay(self) -> Any:
-        """The outputs, in the same memory every time."""
-        self._graph.replay()
-        return self._outputs
-
-
 def _as_graphs(model: nn.Module, example: Inputs) -> Runner:
+    device = tensors_of(example)[0].device
+    capture = capture_of(device)
+    if capture is None:
+        raise UserError(f"runtimes has {CUDA_GRAPHS}, which {why_not(CUDA_GRAPHS, device)}")
     # One graph for each shape of inputs, which are copied into the graph's own, as they are in use.
-    captured: dict[Any, tuple[list[torch.Tensor], CapturedPass]] = {}
+    captured: dict[Any, tuple[list[torch.Tensor], Any, Callable[[], None]]] = {}
 
     def call(inputs: Inputs) -> Any:
         tensors = tensors_of(inputs)
         shapes = tuple((each.shape, each.stride(), each.dtype) for each in tensors)
         if shapes not in captured:
             static = mapped(inputs, torch.Tensor.clone)
-            captured[shapes] = tensors_of(static), CapturedPass(lambda: run(model, static), tensors[0].device)
-        own, graph = captured[shapes]
+            with capture.streaming():
+                for _ in range(WARM):
+                    run(model, static)
+                captured[shapes] = tensors_of(static), *capture.record(lambda: run(model, static))
+        own, outputs, replay = captured[shapes]
         for mine, theirs in zip(own, tensors, strict=True):
             mine.copy_(theirs)
-        return graph.replay()
+        replay()
+        return outputs
 
     try:
         call(example)

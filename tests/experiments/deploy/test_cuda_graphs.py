@@ -9,59 +9,49 @@ from keepdrop.experiments.deploy import latency, runtimes
 from keepdrop.experiments.deploy.fastest import code_of
 from keepdrop.experiments.deploy.latency import measure_latency
 from keepdrop.experiments.deploy.runtimes import check_runtimes, chosen_runtimes, not_timed, runner
+from recorded_graphs import RecordedCapture
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
-class Captured:
-    """`CapturedPass` without a GPU: the kernels are those of the call itself, on the memory it was captured with."""
-
-    made = 0
-
-    def __init__(self, call, device):
-        type(self).made += 1
-        self._call = call
-
-    def replay(self):
-        return self._call()
-
-
 @pytest.fixture
-def captured(monkeypatch):
-    """The class that counts captures, in place of the real one."""
-    monkeypatch.setattr(Captured, "made", 0)
-    monkeypatch.setattr(runtimes, "CapturedPass", Captured)
-    return Captured
+def capture(monkeypatch):
+    """Graphs without a GPU, in place of those of the device."""
+    recorded = RecordedCapture()
+    monkeypatch.setattr(runtimes, "capture_of", lambda device: recorded)
+    return recorded
 
 
 @torch.no_grad()
-def test_one_graph_for_each_shape_and_new_values_are_copied_into_it(captured):
+def test_one_graph_for_each_shape_and_new_values_are_copied_into_it(capture):
     model, images = small_cnn().eval(), torch.randn(2, 1, 8, 8)
     run = runner(model, "cuda-graphs", images)
     others = torch.randn(2, 1, 8, 8)
     before = others.clone()
-    assert torch.equal(run(images), model(images)) and torch.equal(run(others), model(others))
-    assert captured.made == 1 and torch.equal(others, before)
-    assert torch.equal(run(others[:1]), model(others[:1])) and captured.made == 2
+    for each in (images, others):
+        assert torch.allclose(run(each), model(each), atol=1e-6)
+    assert (capture.captures, capture.replays) == (1, 3) and torch.equal(others, before)
+    assert torch.allclose(run(others[:1]), model(others[:1]), atol=1e-6) and capture.captures == 2
 
 
 @torch.no_grad()
-def test_inputs_by_name_are_copied_as_well(captured):
+def test_inputs_by_name_are_copied_as_well(capture):
     class Sum(torch.nn.Module):
         def forward(self, a, *, b):
-            return a + b
+            return {"sum": a + b}
 
     run = runner(Sum(), "cuda-graphs", {"a": torch.zeros(2), "b": torch.zeros(2)})
-    assert run({"a": torch.ones(2), "b": torch.full((2,), 2.0)}).tolist() == [3.0, 3.0] and captured.made == 1
+    assert run({"a": torch.ones(2), "b": torch.full((2,), 2.0)})["sum"].tolist() == [3.0, 3.0] and capture.captures == 1
 
 
-def test_a_network_that_cannot_be_captured_is_one_sentence(monkeypatch):
-    def refuse(call, device):
-        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
+class Reads(torch.nn.Module):
+    def forward(self, x):
+        return x * x.sum().item()
 
-    monkeypatch.setattr(runtimes, "CapturedPass", refuse)
-    with pytest.raises(UserError, match=r"CUDA graphs cannot take the network \(RuntimeError: CUDA error: operation"):
-        runner(small_cnn().eval(), "cuda-graphs", torch.zeros(1, 1, 8, 8))
+
+def test_a_network_that_reads_values_back_is_one_sentence(capture):
+    with pytest.raises(UserError, match=r"CUDA graphs cannot take the network \(RuntimeError: operation not permitted"):
+        runner(Reads(), "cuda-graphs", torch.ones(2))
 
 
 def test_on_a_processor_it_is_refused_and_not_missed(keepdrop):
@@ -77,9 +67,11 @@ def test_on_a_processor_it_is_refused_and_not_missed(keepdrop):
     assert "cuda-graphs" not in chosen_runtimes(["all"]) and "cuda-graphs" not in not_timed(["eager"])
     assert "cuda-graphs" in chosen_runtimes(["all"], "cuda") and "cuda-graphs" in not_timed(["eager"], "cuda")
     check_runtimes(["cuda-graphs"], "cuda:1")
+    with pytest.raises(UserError, match=f"^runtimes has {sentence}"):
+        measure_latency({"a": small_cnn()}, torch.zeros(1, 1, 8, 8), runtimes=["cuda-graphs"])
 
 
-def test_the_latency_card_times_it_by_events_on_its_own_gpu(captured, monkeypatch):
+def test_the_latency_card_times_it_by_events_on_its_own_gpu(capture, monkeypatch):
     said = []
 
     class Event:
@@ -129,10 +121,6 @@ def test_a_real_graph_answers_as_the_network_and_is_profiled(tmp_path):
 
 @GPU
 def test_a_network_that_reads_values_back_is_refused_and_the_gpu_still_works():
-    class Reads(torch.nn.Module):
-        def forward(self, x):
-            return x * x.sum().item()
-
     images = torch.ones(2, device="cuda")
     with pytest.raises(UserError, match="CUDA graphs cannot take the network"), torch.inference_mode():
         runner(Reads(), "cuda-graphs", images)
