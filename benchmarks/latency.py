@@ -5,10 +5,10 @@
 
 Of every network the device is profiled first (onnxruntime, batch 1, `--threads`), then an agent decides on all groups
 at `target.latency=0.6`, and another at a target of MACs, which is moved until both networks are within half a point of
-each other on the report split, repaired and untrained. Both are timed in onnxruntime beside the dense network: they
-take turns, and a ratio is the median of the ratios of single turns. `mobilenetv2` is trained here first, for
-`--epochs`, as no trained one is at hand; the others were trained elsewhere. Resumes where it stopped; profiles,
-weights and masks lie in `--work`.
+each other on the report split, repaired and untrained, as is a target of time with whole blocks. All are timed in
+onnxruntime beside the dense network: they take turns, and a ratio is the median of the ratios of single turns.
+`mobilenetv2` is trained here first, for `--epochs`, as no trained one is at hand; the others were trained elsewhere.
+Resumes where it stopped; profiles, weights and masks lie in `--work`.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--updates", type=int, default=12)
     parser.add_argument("--images", type=int, default=300, help="reward images per mask")
     parser.add_argument("--repair-images", type=int, default=1000)
-    parser.add_argument("--epochs", type=float, default=4, help="of mobilenetv2")
+    parser.add_argument("--epochs", type=float, default=8, help="of mobilenetv2")
     parser.add_argument("--json", type=Path, default=STORE)
     parser.add_argument("--show", action="store_true", help="measure nothing")
     return parser.parse_args()
@@ -250,33 +250,34 @@ class Bench:
         return images if self.options.judged is None else images.select(torch.arange(self.options.judged))
 
     def search(self) -> None:
-        """The network of every kind: that of a time first, those of MACs at its accuracy."""
+        """The network of every kind: that of a time first, the others at its accuracy."""
         torch.set_num_threads(1)
         for kind in self.options.kinds:
             known = self.row.setdefault(kind, {"searches": []})
-            if kind.startswith("latency") and not known["searches"]:
+            if kind == "latency" and not known["searches"]:
                 self._searched(kind, Target(latency=LATENCY))
-            while kind.startswith("macs") and not self._is_matched(known["searches"]):
-                removed = self._next_removed(known["searches"])
-                self._searched(kind, Target(round(removed, 4), "network"))
+            while kind != "latency" and not self._is_matched(known["searches"]):
+                of_time = kind.startswith("latency")
+                gone = round(self._next_gone(known["searches"], of_time), 4)
+                self._searched(kind, Target(latency=round(1 - gone, 4)) if of_time else Target(gone, "network"))
 
     def _is_matched(self, searches: Sequence[dict[str, Any]]) -> bool:
         """Whether one is of the same accuracy, or enough were tried."""
         near = [abs(each["accuracy"] - wanted(self.row)["accuracy"]) <= EQUAL for each in searches]
         return any(near) or len(searches) >= MOST_SEARCHES
 
-    def _next_removed(self, searches: Sequence[dict[str, Any]]) -> float:
-        """The share of MACs to try: first what the network of the time has lost, then along the line of two tries."""
+    def _next_gone(self, searches: Sequence[dict[str, Any]], of_time: bool) -> float:
+        """The share to try, of MACs or of the time: first that of the network of the time, then along two tries."""
         aim = wanted(self.row)
         if not searches:
-            return float(aim["removed"])
+            return 1 - LATENCY if of_time else float(aim["removed"])
         near = sorted(searches, key=lambda each: abs(each["accuracy"] - aim["accuracy"]))
+        gone = [1 - float(each["target"].split("=")[1]) if of_time else each["removed"] for each in near]
         slope = SLOPE
-        if len(near) > 1 and near[0]["removed"] != near[1]["removed"]:
-            slope = (near[0]["accuracy"] - near[1]["accuracy"]) / (near[0]["removed"] - near[1]["removed"])
-            slope = min(slope, SLOPE / 4)
+        if len(near) > 1 and gone[0] != gone[1]:
+            slope = min((near[0]["accuracy"] - near[1]["accuracy"]) / (gone[0] - gone[1]), SLOPE / 4)
         step = (aim["accuracy"] - near[0]["accuracy"]) / slope
-        return min(0.95, max(0.02, near[0]["removed"] + max(-0.15, min(0.15, step))))
+        return min(0.95, max(0.02, gone[0] + max(-0.15, min(0.15, step))))
 
     def _searched(self, kind: str, target: Target) -> None:
         started, one_shot = time.perf_counter(), self._tasks(kind)
