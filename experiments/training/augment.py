@@ -64,8 +64,9 @@ class RandomCropFlip:
 
 def drawn_apart(augment: Augment | None) -> RandomCropFlip | None:
     """The augmentation if what it draws does not depend on images, else None; a subclass may call itself otherwise."""
-    known = isinstance(augment, RandomCropFlip) and type(augment).__call__ is RandomCropFlip.__call__
-    return augment if known else None
+    if isinstance(augment, RandomCropFlip) and type(augment).__call__ is RandomCropFlip.__call__:
+        return augment
+    return None
 
 
 def suits(data: LabelledImages) -> bool:

@@ -7,10 +7,11 @@ the CPU would be frozen as it was once. Networks that do so are found out in the
 
 from __future__ import annotations
 
+import pickle
 import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Protocol
 
 import numpy as np
@@ -83,8 +84,14 @@ class CudaCapture:
     def record(self, function: Callable[[], Tensors]) -> tuple[Tensors, Callable[[], None]]:
         """See `Capture`. Other threads, which may read images ahead, are left alone."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-            results = function()
+        try:
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+                results = function()
+        except Exception:
+            with suppress(Exception):  # a capture that failed leaves the generator of dropout waiting for its end
+                generator = torch.cuda.default_generators[self.stream.device_index]
+                generator.graphsafe_set_state(generator.clone_state())
+            raise
         return results, graph.replay
 
 
@@ -154,7 +161,7 @@ class Graphed:
         try:
             self._results, replay = self.capture.record(lambda: self.function(self._inputs, self._numbers))
         except Exception as error:  # whatever a network's code may raise where nothing may be waited for
-            self._refuse(first_line(error))
+            self._refuse(first_line(error.__context__ or error))  # the end of a capture that failed fails as well
             return None
         return replay
 
@@ -191,5 +198,4 @@ def _noted(value: Any) -> Any:
 
 def _host_randomness() -> Sequence[Any]:
     """The state of every generator on the CPU that a network may draw from."""
-    kind, keys, *rest = np.random.get_state(legacy=True)
-    return [torch.get_rng_state().numpy().tobytes(), random.getstate(), kind, np.asarray(keys).tobytes(), rest]
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), pickle.dumps(np.random.get_state(legacy=False))

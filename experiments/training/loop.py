@@ -387,7 +387,7 @@ class _Run:
     def _take(
         self,
         tensors: Tensors,
-        numbers: tuple[Any, Any],
+        numbers: tuple[Any, ...],
         dense: Callable[[], Tensor | None] | None = None,
         sharing: Team | None = None,
     ) -> Tensors:

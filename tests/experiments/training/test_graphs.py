@@ -221,7 +221,7 @@ def test_a_gpu_trains_by_graphs_what_it_trains_step_by_step(data, bf16, monkeypa
     found = {}
     for graphs in (True, False):
         with warnings.catch_warnings():
-            warnings.simplefilter("error")
+            warnings.simplefilter("error", Notice)
             _, found[graphs] = trained(data, replace(SETTINGS, bf16=bf16, graphs=graphs), device="cuda")
     losses = [[record.loss for record in found[graphs].history] for graphs in (True, False)]
     torch.testing.assert_close(*losses, rtol=0.01, atol=0)
