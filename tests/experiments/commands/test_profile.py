@@ -1,5 +1,6 @@
 """`keepdrop profile` and `keepdrop.profile`, with a clock that knows what a pass costs: nothing here is timed."""
 
+import random
 from dataclasses import replace
 
 import keepdrop as package
@@ -50,6 +51,17 @@ def test_the_command_measures_writes_and_shows(keepdrop, clock):
     assert profile.tables[1].dense_seconds == pytest.approx(2e-3 * parameters)
     assert str(profile.conditions) in result.out and "written: p.json" in result.out
     assert profile.conditions.device in result.out and "thread" in str(profile.conditions)
+
+
+def test_turns_that_are_far_apart_are_said_of_every_table(keepdrop, clock, monkeypatch):
+    """What threads do that wait for each other on a busy machine: some turns take many times as long."""
+    chance = random.Random(0)
+    monkeypatch.setattr(profiling, "one_turn", lambda *of: chance.choice([1e-3, 1e-3, 9e-3]))
+    result = keepdrop("profile", *SMALL)
+    assert result.code == 0 and "written: p.json" in result.out
+    for size in (1, 2):
+        assert f"16 copies; eager, batch {size}, " in result.err
+    assert result.err.count("the machine was busy; measure it again when it is not.") == 2
 
 
 def test_fractions_are_those_of_the_clock(clock):
