@@ -12,6 +12,7 @@ import hashlib
 import math
 import warnings
 from collections.abc import Generator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Self
 
@@ -214,7 +215,7 @@ class DatasetImages:
                 self._labels = self._listed_labels()
                 if self._labels is None:
                     jobs = torch.arange(len(self)).split(PROBES)
-                    read = read_ahead(self._read_labels, jobs, self._workers, self._item_bytes, 4 * PROBES)
+                    read = read_ahead(self._read_labels, jobs, self._workers, torch.empty(1), 4 * PROBES)
                     self._labels = torch.cat([labels for _, labels in read])
         return self._labels
 
@@ -249,9 +250,9 @@ class DatasetImages:
                 stacklevel=4,
             )
 
-    def _read_labels(self, indices: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """No images and the labels, as a worker reads them."""
-        return torch.empty(len(indices), 0), torch.tensor([self._label(int(each)) for each in indices])
+    def _read_labels(self, indices: Tensor, seed: int, place: Tensor) -> Tensor:
+        """The labels alone, as a worker reads them."""
+        return torch.tensor([self._label(each) for each in indices.tolist()])
 
     def _label(self, position: int) -> int:
         return label_of(pair_of(read_item(self._dataset, int(self._indices[position])))[1])
@@ -272,30 +273,27 @@ class DatasetImages:
 
         UserError for NaN, bad labels and targets that differ in shape.
         """
-        if self._workers.usable and len(indices) > job_size(self._item_bytes):
+        if self._workers.usable and len(indices) > job_size(4 * math.prod(self.image_shape)):
             return next(self.batches([indices]))
         return self._checked([self._item(int(index)) for index in indices])
 
     def batches(self, parts: Sequence[Tensor], pinned: bool = False) -> Generator[tuple[Tensor, Tensor], None, None]:
         """The batch of each of `parts`, in their order; by the workers, if there are any, ahead of its turn."""
         if self._workers.usable and len(parts) > 0:
-            yield from in_batches(self._read, parts, self._workers, self._item_bytes, pinned)
+            yield from in_batches(self._read, parts, self._workers, torch.empty(self.image_shape), pinned)
         else:
             yield from map(self.batch, parts)
 
-    @property
-    def _item_bytes(self) -> int:
-        return 4 * math.prod(self.image_shape)
-
-    def _read(self, indices: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    def _read(self, indices: Tensor, seed: int, place: Tensor) -> Tensor:
         """A batch as a worker reads it: where the data set draws at random, every item from a seed of its own."""
-        if not self._workers.seeded:
-            return self._checked([self._item(int(index)) for index in indices])
         items = []
-        for index in indices:
-            with randomness_restored(item_seed(seed, int(self._indices[index]))):
-                items.append(self._item(int(index)))
-        return self._checked(items)
+        for index in indices.tolist():
+            seeded = self._workers.seeded
+            with randomness_restored(item_seed(seed, int(self._indices[index]))) if seeded else nullcontext():
+                items.append(self._item(index))
+        images, targets = self._checked(items)
+        place.copy_(images)
+        return targets
 
     def _checked(self, items: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         shapes = {tuple(image.shape) for image, _ in items}

@@ -70,7 +70,8 @@ class Decoder:
             with pillow().open(path, formats=FORMATS) as image:
                 short = 2 * (self.resize or self.size)
                 image.draft(None, (short, short))
-                upright = _upright(_plain(image, path).convert(MODES[self.channels]), image)
+                plain, mode = _plain(image, path), MODES[self.channels]
+                upright = _upright(plain if plain.mode == mode else plain.convert(mode), image)
                 pixels = np.asarray(self._fitted(upright))
         except UserError:
             raise
@@ -82,7 +83,8 @@ class Decoder:
         from PIL import Image, ImageOps
 
         if self.resize is None or self.resize == self.size:
-            return ImageOps.fit(image, (self.size, self.size))
+            wanted = (self.size, self.size)
+            return image if image.size == wanted else ImageOps.fit(image, wanted)
         side = min(image.size) * self.size / self.resize
         left, top = ((each - side) / 2 for each in image.size)
         box = (left, top, left + side, top + side)
@@ -100,6 +102,8 @@ def pillow() -> Any:
 
 def _upright(image: Any, file: Any) -> Any:
     """An image as its file's EXIF says it was taken; as it is where that cannot be read."""
+    if file.format == "JPEG" and "exif" not in file.info:
+        return image
     try:
         orientation = file.getexif().get(ORIENTATION, 1)
     except Exception:

@@ -65,7 +65,9 @@ class ImageCache:
     def keep(self, indices: Tensor, images: Tensor) -> None:
         """Copy images uint8 (B, C, H, W), as many of them as there is room for."""
         for index, image in zip(indices.tolist(), images, strict=True):
-            if self._places[index] >= 0 or not self._has_room(image):
+            if not self._has_room(image):
+                break
+            if self._places[index] >= 0:
                 continue
             self._places[index] = self._used
             self._used += 1

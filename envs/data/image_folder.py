@@ -6,6 +6,7 @@ Shapes: B images of a batch, S their side, C channels.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import sys
 import warnings
@@ -17,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import get_worker_info
 
 from ...errors import UserError
 from ...ranges import NOT_NEGATIVE, SEED, check_number
@@ -25,7 +25,7 @@ from .decoding import SUFFIXES, Decoder, check_file
 from .image_cache import Budget, ImageCache
 from .images import LabelledData
 from .items import evenly
-from .read_ahead import MOST_WORKERS, Workers, job_size, read_ahead
+from .read_ahead import MOST_WORKERS, Buffers, Workers, job_size, read_ahead
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std that most trained networks take
 TESTS = ("test", "val", "valid", "validation")
@@ -259,18 +259,25 @@ class FolderImages:
     def batches(self, parts: Sequence[Tensor], pinned: bool = False) -> Generator[tuple[Tensor, Tensor], None, None]:
         """The batch of each of `parts`, in their order; what is not cached is decoded by the workers meanwhile."""
         wanted = [self._indices[part] for part in parts]
-        missing = [each[~self.cache.holds(each)] for each in wanted]
-        item_bytes = int(np.prod(self.decoder.shape))
-        jobs = [each.split(job_size(item_bytes)) if len(each) else () for each in missing]
+        cached = [self.cache.holds(each) for each in wanted]
+        workers = self._workers(sum(int((~each).sum()) for each in cached))
+        like = torch.empty(self.decoder.shape, dtype=torch.uint8)
+        size, buffers = job_size(like.numel()), Buffers(pinned)
+        jobs = [each[~there].split(size) if not there.all() else () for each, there in zip(wanted, cached, strict=True)]
         ahead = 2 * max(map(len, wanted), default=0)
-        workers = self._workers(sum(map(len, missing)))
-        stream = read_ahead(self._decode, [job for each in jobs for job in each], workers, item_bytes, ahead)
+        stream = read_ahead(self._decode, [job for each in jobs for job in each], workers, like, ahead)
         with closing(stream):
-            for indices, each in zip(wanted, jobs, strict=True):
-                read = [(job, next(stream)[0]) for job in each]
-                yield self._normalised(self._pixels(indices, read), pinned), self.files.labels[indices]
-                for job, pixels in read:
+            for indices, there, each in zip(wanted, cached, jobs, strict=True):
+                images = buffers.empty((len(indices), *self.decoder.shape))
+                places = (~there).nonzero()[:, 0].split(size)
+                for job, rows in zip(each, places, strict=False):
+                    pixels, _ = next(stream)
+                    self._normalise(pixels, images, rows)
                     self.cache.keep(job, pixels)
+                for rows in there.nonzero()[:, 0].split(self._at_once) if there.any() else ():
+                    kept = torch.stack([self.cache.image(index) for index in indices[rows].tolist()])
+                    self._normalise(kept, images, rows)
+                yield images.permute(0, 3, 1, 2), self.files.labels[indices]
 
     def _workers(self, n_missing: int) -> Workers:
         """Those that were asked for, or as many as there are cores, where workers start in no time."""
@@ -278,31 +285,30 @@ class FolderImages:
             return Workers(self.workers or 0)
         return Workers(min(MOST_WORKERS_UNASKED, len(os.sched_getaffinity(0))))
 
-    def _decode(self, indices: Tensor, seed: int = 0) -> tuple[Tensor, ...]:
-        """Pixels uint8 (B, S, S, C) of files, in memory that processes share where this one is a worker."""
-        pixels = torch.empty((len(indices), *self.decoder.shape), dtype=torch.uint8)
-        if get_worker_info() is not None:
-            pixels.share_memory_()
+    def _decode(self, indices: Tensor, seed: int, place: Tensor) -> Tensor:
+        """Pixels of files go to their place, uint8 (B, S, S, C); returns nothing that is used."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of odd metadata and large images
-            for row, index in enumerate(indices.tolist()):
-                pixels[row].numpy()[...] = self.decoder(self.files.paths[index])
-        return (pixels,)
+            for pixels, index in zip(place.numpy(), indices.tolist(), strict=True):
+                pixels[...] = self.decoder(self.files.paths[index])
+        return torch.empty(0)
 
-    def _pixels(self, indices: Tensor, read: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
-        """The pixels (S, S, C) of each index, from what was read or from the cache."""
-        fresh = {index: image for job, images in read for index, image in zip(job.tolist(), images, strict=True)}
-        return [fresh[index] if index in fresh else self.cache.image(index) for index in indices.tolist()]
+    @property
+    def _at_once(self) -> int:
+        """Images that are normalised together: as many as a processor's cache holds."""
+        return max(1, CHUNK_BYTES // math.prod(self.decoder.shape))
 
-    def _normalised(self, pixels: Sequence[Tensor], pinned: bool) -> Tensor:
-        images = torch.empty((len(pixels), *self.decoder.shape), pin_memory=pinned)
-        step = max(1, CHUNK_BYTES // int(np.prod(self.decoder.shape)))
-        for start in range(0, len(pixels), step):
-            some = torch.stack(list(pixels[start : start + step]))
-            rows = images[start : start + step].view(-1, self.decoder.size * self.decoder.channels)
-            torch.div(some.view(rows.shape), 255, out=rows)
-            rows.sub_(self._shift).div_(self._scale)
-        return images.permute(0, 3, 1, 2)
+    def _normalise(self, pixels: Tensor, images: Tensor, rows: Tensor) -> None:
+        """Pixels uint8 (n, S, S, C) -> `images` float32 (B, S, S, C), at ascending rows int64 (n,)."""
+        for some, places in zip(pixels.split(self._at_once), rows.split(self._at_once), strict=True):
+            first, last = int(places[0]), int(places[-1]) + 1
+            side_by_side = last - first == len(places)
+            target = images[first:last] if side_by_side else torch.empty(some.shape)
+            flat = target.view(-1, len(self._shift))
+            torch.div(some.reshape(flat.shape), 255, out=flat)
+            flat.sub_(self._shift).div_(self._scale)
+            if not side_by_side:
+                images[places] = target
 
     def select(self, indices: Tensor) -> FolderImages:
         """Only the images at `indices` int64, in that order (a view with the same cache)."""
@@ -317,7 +323,7 @@ class FolderImages:
     def resident(self) -> FolderImages:
         """The same images, decoded once and kept, outside the budget: uint8, len * S * S * C bytes."""
         files = self.files.at(self._indices.numpy())
-        cache = ImageCache(len(files.paths), Budget(len(files.paths) * int(np.prod(self.decoder.shape))))
+        cache = ImageCache(len(files.paths), Budget(len(files.paths) * math.prod(self.decoder.shape)))
         kept = FolderImages(files, self.decoder, self.mean, self.std, self.workers, cache)
         for _ in kept.batches(torch.arange(len(kept)).split(FEW)):
             pass

@@ -16,12 +16,14 @@ import shutil
 import signal
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -29,12 +31,14 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from ...errors import UserError, first_line
 from ...ranges import check_number
 
-Fetch = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # of indices, and of the seed of an epoch
+# Of indices int64 (n,), the seed of an epoch, and where their n images go; returns their targets.
+Fetch = Callable[[Tensor, int, Tensor], Tensor]
 JOB_BYTES = 4 * 2**20  # of what a worker reads before it hands it over
 MOST_PER_JOB = 128  # images of it
 AHEAD_BYTES = 256 * 2**20  # of what lies read and waits, of all workers together
 SHARED = Path("/dev/shm")  # where processes hand over tensors on Linux
 MOST_WORKERS = (0, 256)
+MOST_BUFFERS = 3
 
 
 @dataclass(frozen=True)
@@ -83,32 +87,36 @@ def job_size(item_bytes: int) -> int:
 
 
 def read_ahead(
-    fetch: Fetch, jobs: Sequence[Tensor], workers: Workers, item_bytes: int, wanted: int
+    fetch: Fetch, jobs: Sequence[Tensor], workers: Workers, like: Tensor, wanted: int
 ) -> Generator[tuple[Tensor, Tensor], None, None]:
-    """`fetch(job, torch's seed)` of each of `jobs`, int64 (n,) each, in their order; errors as they were raised.
+    """Images and targets that `fetch` reads for each of `jobs`, int64 (n,) each, in their order; errors as raised.
 
-    `wanted` items of `item_bytes` are to be ready when their turn comes, if that is no more than 256 MiB or half of the
-    shared memory. A single job is read by this process. Raises UserError where a worker ends before its time.
+    Images (n, ...), of the shape and type of `like` each, lie in memory that is used again: they hold until the next
+    ones are asked for. `wanted` of them are to be ready when their turn comes, if that is no more than 256 MiB or half
+    of the shared memory. A single job is read by this process. Raises UserError where a worker ends before its time.
     """
-    if not workers.usable or len(jobs) < 2:
-        seed = torch.initial_seed()
-        yield from (fetch(job, seed) for job in jobs)
+    if not jobs:
         return
     largest = max(map(len, jobs))
-    factor = _prefetch(largest * item_bytes, math.ceil(wanted / largest), workers.count)
-    with _started(fetch, jobs, workers, factor) as results:
-        while True:
+    if not workers.usable or len(jobs) < 2:
+        images, seed = like.new_empty((largest, *like.shape)), torch.initial_seed()
+        for job in jobs:
+            yield images[: len(job)], fetch(job, seed, images[: len(job)])
+        return
+    factor = _prefetch(largest * like.numel() * like.element_size(), math.ceil(wanted / largest), workers.count)
+    # A place for each job that waits, for the one that is looked at, and for one that is about to be.
+    shared = like.new_empty((factor * workers.count + 2, largest, *like.shape)).share_memory_()
+    with _started(fetch, jobs, workers, factor, shared) as results:
+        for number, job in enumerate(jobs):
             try:
-                found = next(results)
-            except StopIteration:
-                return
+                targets = next(results)
             except RuntimeError as error:
                 if not str(error).startswith("DataLoader "):
                     raise
                 raise _ended(error, workers.count) from error
-            if isinstance(found, UserError):
-                raise found
-            yield found
+            if isinstance(targets, UserError):
+                raise targets
+            yield shared[number % len(shared), : len(job)], torch.from_numpy(targets)
 
 
 def _prefetch(job_bytes: int, jobs: int, count: int) -> int:
@@ -120,7 +128,9 @@ def _prefetch(job_bytes: int, jobs: int, count: int) -> int:
 
 
 @contextmanager
-def _started(fetch: Fetch, jobs: Sequence[Tensor], workers: Workers, factor: int) -> Iterator[Iterator[Any]]:
+def _started(
+    fetch: Fetch, jobs: Sequence[Tensor], workers: Workers, factor: int, shared: Tensor
+) -> Iterator[Iterator[Any]]:
     """The iterator of a DataLoader whose workers run; they have ended afterwards."""
     seed = torch.initial_seed()
     with warnings.catch_warnings():
@@ -128,9 +138,9 @@ def _started(fetch: Fetch, jobs: Sequence[Tensor], workers: Workers, factor: int
         warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
         warnings.filterwarnings("ignore", message=".*fork", category=DeprecationWarning)
         loader: DataLoader[Any] = DataLoader(
-            _Jobs(fetch, seed),
+            _Jobs(fetch, seed, shared),
             batch_size=None,
-            sampler=jobs,
+            sampler=[(job, number % len(shared)) for number, job in enumerate(jobs)],
             num_workers=workers.count,
             collate_fn=_as_it_is,
             timeout=workers.patience,
@@ -148,18 +158,17 @@ def _started(fetch: Fetch, jobs: Sequence[Tensor], workers: Workers, factor: int
 
 
 class _Jobs(Dataset[Any]):
-    """Each job as an item; what the user has to fix comes back as it was raised, not as text."""
+    """Jobs as items: the images go to their place, and targets come back, or what the user has to fix as raised."""
 
-    def __init__(self, fetch: Fetch, seed: int) -> None:
-        self.fetch, self.seed = fetch, seed
+    def __init__(self, fetch: Fetch, seed: int, shared: Tensor) -> None:
+        self.fetch, self.seed, self.shared = fetch, seed, shared
 
-    def __getitem__(self, job: Tensor) -> Any:
+    def __getitem__(self, job: tuple[Tensor, int]) -> Any:
+        indices, place = job
         try:
-            found = self.fetch(job, self.seed)
+            return self.fetch(indices, self.seed, self.shared[place, : len(indices)]).numpy()
         except UserError as error:
             return error
-        # Here and not in the thread that sends it, whose errors nobody hears of.
-        return tuple(each.share_memory_() for each in found)
 
 
 def _as_it_is(found: Any) -> Any:
@@ -195,22 +204,37 @@ def _ended(error: RuntimeError, count: int) -> UserError:
     )
 
 
-def joined(pieces: Sequence[Tensor], pinned: bool) -> Tensor:
-    """Pieces of a batch, one after the other; in page-locked memory if wanted."""
-    if len(pieces) == 1 and not pinned:
-        return pieces[0]
-    size = (sum(map(len, pieces)), *pieces[0].shape[1:])
-    return torch.cat(list(pieces), out=torch.empty(size, dtype=pieces[0].dtype, pin_memory=pinned))
+class Buffers:
+    """Memory for batches that is used again once nobody holds the batch any more: fresh pages are slow to come by."""
+
+    def __init__(self, pinned: bool) -> None:
+        self.pinned = pinned
+        self._lent: list[tuple[np.ndarray, weakref.ref[np.ndarray]]] = []
+
+    def empty(self, shape: tuple[int, ...]) -> Tensor:
+        """float32 of this shape; in page-locked memory, of which torch keeps a stock of its own, if wanted."""
+        if self.pinned:
+            return torch.empty(shape, pin_memory=True)
+        free = next((array for array, view in self._lent if array.shape == shape and view() is None), None)
+        array = np.empty(shape, dtype=np.float32) if free is None else free
+        view = array[...]  # lives as long as a tensor that was made of it
+        others = [each for each in self._lent if each[0] is not array]
+        self._lent = [*others[-MOST_BUFFERS + 1 :], (array, weakref.ref(view))]
+        return torch.from_numpy(view)
 
 
 def in_batches(
-    fetch: Fetch, parts: Sequence[Tensor], workers: Workers, item_bytes: int, pinned: bool
+    fetch: Fetch, parts: Sequence[Tensor], workers: Workers, like: Tensor, pinned: bool
 ) -> Generator[tuple[Tensor, Tensor], None, None]:
     """Images and targets of each of `parts`, read in smaller jobs, with two parts ready ahead of their turn."""
-    size = job_size(item_bytes)
-    jobs = [part.split(size) for part in parts]
-    stream = read_ahead(fetch, [job for each in jobs for job in each], workers, item_bytes, 2 * max(map(len, parts)))
+    size = job_size(like.numel() * like.element_size())
+    jobs, buffers = [part.split(size) for part in parts], Buffers(pinned)
+    stream = read_ahead(fetch, [job for each in jobs for job in each], workers, like, 2 * max(map(len, parts)))
     with closing(stream):
-        for each in jobs:
-            images, targets = zip(*(next(stream) for _ in each), strict=True)
-            yield joined(images, pinned), joined(targets, pinned)
+        for part, each in zip(parts, jobs, strict=True):
+            images, targets = buffers.empty((len(part), *like.shape)), []
+            for rows in images.split(size)[: len(each)]:
+                read, found = next(stream)
+                rows.copy_(read)
+                targets.append(found)
+            yield images, torch.cat(targets)
