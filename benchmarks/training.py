@@ -6,7 +6,8 @@
 
 A row is a network, a batch size, with or without a dense teacher of the same kind (distillation), and a precision.
 Every loop trains on the same random images (3, 32, 32), shifted and mirrored, in a process of its own, which stays;
-they take turns. Hand-written, each as fast as we could make it:
+they take turns. `ours` is `fit_network`, `ours_compiled` the same with `compile=True`. Hand-written, each as fast as we
+could make it:
 
 - `eager`: images on the device, channels-last images and weights, autocast, nobody waits inside an epoch;
 - `graph` (GPU): the same step captured as one CUDA graph;
@@ -29,6 +30,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ TEACHERS, PRECISIONS = ("teacher", "alone"), ("bfloat16", "float32")
 STEPS = {"cpu": 4, "cuda": 40}  # of an epoch
 EPOCHS = {"cpu": (0, 1), "cuda": (1, 2)}  # before the clock starts, and timed
 WEIGHT, TEMPERATURE, PADDING = 0.5, 4.0, 4
+RATIOS = {"ratio": ("ours", ""), "ratio_compiled": ("ours_compiled", ""), "ratio_before": ("ours", "before")}
 
 
 def main() -> None:
@@ -88,6 +91,7 @@ def compare(options: argparse.Namespace) -> None:
         "eager",
         *(["graph"] if kind == "cuda" else []),
         "compiled",
+        "ours_compiled",
         *(["before"] if options.before else []),
     ]
     processes = {name: started(name, options) for name in names}
@@ -95,7 +99,7 @@ def compare(options: argparse.Namespace) -> None:
         if row in found["rows"] or time.perf_counter() - began > options.seconds:
             continue
         compiles = row in options.compiled if options.compiled is not None else kind == "cpu"
-        taking = {name: each for name, each in processes.items() if name != "compiled" or compiles}
+        taking = {name: each for name, each in processes.items() if "compiled" not in name or compiles}
         found["rows"][row] = measured(row, taking, options.rounds)
         found["machine"] = machine(options.device)
         options.json.parent.mkdir(exist_ok=True)
@@ -148,28 +152,32 @@ def measured(row: str, processes: dict[str, subprocess.Popen[str]], rounds: int)
         {name: each["images"] / each["seconds"] for name, each in turn.items() if "images" in each} for turn in turns
     ]
     found["images_per_second"] = {
-        name: round(statistics.median(turn[name] for turn in speeds if name in turn), 1) for name in taking
+        name: round(statistics.median(turn[name] for turn in speeds), 1)
+        for name in taking
+        if all(name in turn for turn in speeds)
     }
     theirs = [name for name in ("eager", "graph", "compiled") if name in found["images_per_second"]]
     best = max(theirs, key=found["images_per_second"].__getitem__)
     found["best"] = best
-    for name, other in (("ratio", best), ("ratio_before", "before")):
-        if other in taking and "ours" in taking:
-            found[name] = round(statistics.median(turn["ours"] / turn[other] for turn in speeds), 3)
+    for name, (mine, other) in RATIOS.items():
+        pairs = [(turn.get(mine), turn.get(other or best)) for turn in speeds]
+        if all(None not in pair for pair in pairs):
+            found[name] = round(statistics.median(a / b for a, b in pairs), 3)
     return found
 
 
 def table(rows: dict[str, Any]) -> str:
     """Markdown."""
-    names = ["before", "eager", "graph", "compiled", "ours"]
+    names = ["before", "eager", "graph", "compiled", "ours", "ours_compiled"]
     names = [name for name in names if any(name in row["images_per_second"] for row in rows.values())]
-    lines = [f"| network | batch | | precision | {' | '.join(names)} | ours / best | ours / before |"]
-    lines.append(f"|---|--:|---|---|{'--:|' * len(names)}--:|--:|")
+    shown = " | ".join(names).replace("ours_compiled", "ours, compiled")
+    lines = [f"| network | batch | | precision | {shown} | ours / best | ours, compiled / best | ours / before |"]
+    lines.append(f"|---|--:|---|---|{'--:|' * len(names)}--:|--:|--:|")
     for key, row in rows.items():
         speeds = [
             f"{row['images_per_second'][name]:,.0f}" if name in row["images_per_second"] else "" for name in names
         ]
-        ratios = [f"{row[name]:.2f}" if name in row else "" for name in ("ratio", "ratio_before")]
+        ratios = [f"{row[name]:.2f}" if name in row else "" for name in RATIOS]
         lines.append(f"| {' | '.join([*key.replace('alone', '').split('/'), *speeds, *ratios])} |")
     return "\n".join(lines)
 
@@ -196,7 +204,7 @@ def serve(options: argparse.Namespace) -> None:
 
 
 def ours(
-    network: str, batch: str, teacher: str, precision: str, device: torch.device
+    network: str, batch: str, teacher: str, precision: str, device: torch.device, **more: Any
 ) -> Callable[[], dict[str, float]]:
     """`fit_network` as fine-tuning calls it."""
     from keepdrop.envs.data.sources import ArrayImages
@@ -206,7 +214,7 @@ def ours(
     pixels, labels = images_of(int(batch), device.type)
     data = ArrayImages(pixels, labels, [0.5] * 3, [0.25] * 3, 10)
     warm, timed = EPOCHS[device.type]
-    chosen: dict[str, Any] = {"distill_weight": WEIGHT} if teacher == "teacher" else {}
+    chosen = more | ({"distill_weight": WEIGHT} if teacher == "teacher" else {})
     settings = TrainSettings(
         epochs=warm + timed, batch_size=int(batch), lr=0.01, schedule="constant", bf16=precision == "bfloat16", **chosen
     )
@@ -355,7 +363,8 @@ class Loop:
         return step
 
 
-LOOPS = {"ours": ours, "eager": by_hand("eager"), "graph": by_hand("graph"), "compiled": by_hand("compiled")}
+LOOPS = {kind: by_hand(kind) for kind in ("eager", "graph", "compiled")}
+LOOPS |= {"ours": ours, "ours_compiled": partial(ours, compile=True)}
 
 
 def images_of(batch: int, kind: str) -> tuple[Tensor, Tensor]:

@@ -36,10 +36,9 @@ from ..pruning.network_schedule import NetworkSchedule
 from ..pruning.recover import Recover, RecoverySettings
 from ..pruning.schedule import LayerRecord, Recovery, Schedule
 from ..runs.seeds import derive_seed
-from ..training.augment import Augment
+from ..training.augment import Augment, check_augment
 from ..training.devices import check_devices, leads
 from ..training.guarded import Judgement, fine_tune, keep_better
-from ..training.loop import check_augment
 from ..training.train_settings import TrainSettings
 from .data import three_splits
 from .job_folder import open_folder

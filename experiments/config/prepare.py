@@ -33,8 +33,8 @@ from ..pruning.pretrained import load_pretrained
 from ..pruning.trained_agents import agents_of, load_agents
 from ..runs.console import Terminal
 from ..runs.seeds import derive_seed
-from ..training.augment import RandomCropFlip, suits
-from ..training.loop import TrainSettings, check_augment
+from ..training.augment import RandomCropFlip, check_augment, suits
+from ..training.loop import TrainSettings
 from .build import (
     NetworkConstructor,
     build_augment,

@@ -79,3 +79,30 @@ def suits(data: LabelledImages) -> bool:
     objective, targets = objective_of(data), data.batch(torch.arange(1))[1]
     classes = bool(objective.binary) or bool(getattr(objective.metric, "needs_classes", False))
     return classes and targets.shape[-2:] != data.image_shape[-2:]
+
+
+def check_augment(augment: Augment | None, data: LabelledImages) -> None:
+    """UserError where an augmentation cannot move these images, or would not move the maps that are their targets."""
+    if isinstance(augment, RandomCropFlip) and len(data.image_shape) != 3:
+        raise UserError(
+            f"{type(augment).__name__} shifts and mirrors images (channels, height, width), and these are "
+            f"{data.image_shape}; leave it out",
+            python="(augment=None), or give a function of your own.",
+            typed="(augment=null), or give a function of your own.",
+        )
+    if augment is None or data.n_classes > 0:
+        return
+    if isinstance(augment, RandomCropFlip) and objective_of(data).needs_boxes:
+        raise UserError(
+            f"{type(augment).__name__} moves the images and not the boxes that are their targets; leave it out",
+            python="(augment=None) and augment in your own data set.",
+            typed="(augment=null) and augment in your own data set.",
+        )
+    targets = data.batch(torch.arange(1))[1]
+    if targets.shape[-2:] == data.image_shape[-2:]:
+        raise UserError(
+            f"Targets of shape {tuple(targets.shape[1:])} are maps of the images, and augmentation moves the images "
+            "only; leave it out",
+            python="(augment=None) and augment in your own data set.",
+            typed="(augment=null) and augment in your own data set.",
+        )

@@ -44,6 +44,12 @@ class Feed:
         bare = self.data.images if isinstance(self.data, ImagesWithObjective) else self.data
         return type(bare) is ArrayImages and (self.augment is None or self.apart is not None)
 
+    @property
+    def is_binary(self) -> bool:
+        """Whether the targets, all of them in memory, are 0 and 1."""
+        targets = self.data.labels if self.is_reproducible else torch.full((1,), 2)
+        return bool(((targets == 0) | (targets == 1)).all())
+
     def epoch(
         self, order: Sequence[Tensor], generator: torch.Generator, team: Team | None = None
     ) -> Generator[tuple[Tensor, Tensor], None, None]:

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from ...envs.data.images import LabelledImages, batches_of
+from ...envs.data.metrics import targets_known
 from ...envs.data.objective import TOP1, Objective, objective_of, output_of
 from ...envs.networks.copying import copied
 from ...envs.networks.memory_layout import CONTIGUOUS, common_layout, layout_of, order_weights, weights_in_order
 from ...envs.networks.modes import modes_restored
 from ...errors import UserError
-from .augment import Augment, RandomCropFlip
+from .augment import Augment, check_augment
 from .averaging import Average
 from .compiling import Compiled
 from .descent import begin_momentum, descend, optimizer_of
@@ -163,14 +164,12 @@ class _Run:
         self.capture: Capture | None = None
         self.graphed: Graphed | None = None
         self.places: list[int] = []
+        self.known = False
 
     @contextmanager
     def prepared(self) -> Iterator[None]:
         """The average begins; on a GPU weights lie in the order that suits it inside, and as they did afterwards."""
-        layout = CONTIGUOUS
-        if self.ahead and self.device.type == "cuda" and self.n_steps:
-            layout = self._layout(self.data.batch(torch.arange(2))[0].to(self.device))
-        with weights_in_order(self.model, layout):
+        with weights_in_order(self.model, self._weight_layout()):
             self.average = None if self.settings.ema is None else Average(self.model, self.settings.ema)
             yield
 
@@ -195,6 +194,7 @@ class _Run:
             self.teacher.eval()
         left = self.n_steps - step
         self.feed = Feed(self.data, self.augment, self.device, stay=self.ahead and left >= self.steps_per_epoch)
+        self.known = self.ahead and self.feed.is_binary
         if team is None:
             with self._equipped():
                 yield
@@ -241,8 +241,7 @@ class _Run:
         network = bare(self.teacher)
         if self.ahead and self.device.type == "cuda":
             network = copied(network).to(self.device).requires_grad_(False)
-            order_weights(network, self._layout(self.data.batch(torch.arange(2))[0].to(self.device)))
-
+            order_weights(network, self._weight_layout())
         called = Compiled(network, self.settings.batch_size) if self.settings.compile else network
 
         def answer(images: Tensor) -> Tensor:
@@ -337,7 +336,8 @@ class _Run:
             order = order[: last_step - first_step]
             with closing(self.feed.epoch(order, generator, self.team)) as batches:
                 for step, (indices, batch) in enumerate(zip(order, batches, strict=True), first_step):
-                    self._step(step, indices, *batch)
+                    with targets_known(self.known):
+                        self._step(step, indices, *batch)
             self._refuse(step, self.tally.look())
         loss, points = self.tally.loss, self.tally.all_points()
         self._refuse_divergence(epoch, loss)
@@ -412,6 +412,14 @@ class _Run:
         taken = common_layout(teachers, images)
         return taken if taken == CONTIGUOUS else layout_of(self.model, images, training=True)
 
+    def _weight_layout(self) -> torch.memory_format:
+        """Of weights while they train: on a GPU that of the images, on a CPU the network's own."""
+        if not (self.ahead and self.device.type == "cuda" and self.n_steps):
+            return CONTIGUOUS
+        with torch.random.fork_rng([]):
+            images, _ = self.data.batch(torch.arange(2))
+        return self._layout(images.to(self.device))
+
     def _loss(self, images: Tensor, labels: Tensor, teacher: Callable[[], Tensor | None]) -> tuple[Tensor, Tensor]:
         weight, objective = self.settings.distill_weight, self.objective
         with self._precision():
@@ -453,33 +461,6 @@ def _steps_per_epoch(data: LabelledImages, settings: TrainSettings) -> int:
 
 class DivergedError(UserError):
     """Training whose loss or weights are no longer finite."""
-
-
-def check_augment(augment: Augment | None, data: LabelledImages) -> None:
-    """UserError where an augmentation cannot move these images, or would not move the maps that are their targets."""
-    if isinstance(augment, RandomCropFlip) and len(data.image_shape) != 3:
-        raise UserError(
-            f"{type(augment).__name__} shifts and mirrors images (channels, height, width), and these are "
-            f"{data.image_shape}; leave it out",
-            python="(augment=None), or give a function of your own.",
-            typed="(augment=null), or give a function of your own.",
-        )
-    if augment is None or data.n_classes > 0:
-        return
-    if isinstance(augment, RandomCropFlip) and objective_of(data).needs_boxes:
-        raise UserError(
-            f"{type(augment).__name__} moves the images and not the boxes that are their targets; leave it out",
-            python="(augment=None) and augment in your own data set.",
-            typed="(augment=null) and augment in your own data set.",
-        )
-    targets = data.batch(torch.arange(1))[1]
-    if targets.shape[-2:] == data.image_shape[-2:]:
-        raise UserError(
-            f"Targets of shape {tuple(targets.shape[1:])} are maps of the images, and augmentation moves the images "
-            "only; leave it out",
-            python="(augment=None) and augment in your own data set.",
-            typed="(augment=null) and augment in your own data set.",
-        )
 
 
 @torch.no_grad()

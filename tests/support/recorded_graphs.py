@@ -51,7 +51,8 @@ class _Recorder(TorchDispatchMode):
         self.operations, self.before, self.made = [], {}, set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.name().startswith(FORBIDDEN):
+        masks = [each for each in _tensors(args[1:]) if each.dtype == torch.bool]
+        if func.name().startswith(FORBIDDEN) or (func.name() == "aten::index.Tensor" and masks):
             raise RuntimeError("operation not permitted when stream is capturing\nand more")
         kwargs = kwargs or {}
         for each in _tensors((args, kwargs)):

@@ -13,8 +13,7 @@ from keepdrop.envs.evaluation.mask_evaluator import MaskEvaluator, MaskMemory, a
 from keepdrop.envs.task import PruningTask
 from keepdrop.errors import UserError
 from keepdrop.experiments.oracle.single_removals import filter_oracle
-from keepdrop.experiments.training.augment import RandomCropFlip
-from keepdrop.experiments.training.loop import check_augment
+from keepdrop.experiments.training.augment import RandomCropFlip, check_augment
 from torch import nn
 from torch.utils.data import DataLoader
 

@@ -29,7 +29,8 @@ from keepdrop.envs.observation import STATISTIC_NAMES, observe
 from keepdrop.envs.task import PruningTask
 from keepdrop.errors import UserError
 from keepdrop.experiments.oracle.single_removals import filter_oracle
-from keepdrop.experiments.training.loop import check_augment, fit_network
+from keepdrop.experiments.training.augment import check_augment
+from keepdrop.experiments.training.loop import fit_network
 from keepdrop.experiments.training.train_settings import TrainSettings
 from torch import nn
 from torch.nn import functional

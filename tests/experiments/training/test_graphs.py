@@ -5,15 +5,18 @@ Without a GPU a recorder of operations stands for the graphs (`recorded_graphs`)
 
 import random
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from keepdrop.envs.data.sources import digits
+from keepdrop.envs.data.metrics import BinaryAccuracy
+from keepdrop.envs.data.objective import ImagesWithObjective, Objective
+from keepdrop.envs.data.sources import ArrayImages, digits
 from keepdrop.envs.networks.built_in import small_cnn
 from keepdrop.envs.networks.checkpoint import hash_state
-from keepdrop.errors import Notice
+from keepdrop.errors import Notice, UserError
 from keepdrop.experiments.training import feed, loop
 from keepdrop.experiments.training.augment import RandomCropFlip
 from keepdrop.experiments.training.graphs import WARM, Graphed, _host_randomness
@@ -128,6 +131,19 @@ def test_few_steps_and_graphs_off_capture_nothing(data, captured):
         capture = captured()
         trained(data, settings)
         assert capture.captures == 0
+
+
+@pytest.mark.parametrize("odd", [False, True])
+def test_one_logit_per_target_is_captured_where_all_targets_are_known(data, captured, odd):
+    """To look at targets asks the device for them; a third value is an error, as ever."""
+    images, labels = data.batch(torch.arange(len(data)))
+    binary = ArrayImages(images, (labels % 2).float()[:, None], [0.0], [1.0], 0)
+    binary.labels[7] += 5 * odd
+    binary = ImagesWithObjective(binary, Objective(BinaryAccuracy(), binary=True))
+    capture = captured()
+    with pytest.raises(UserError, match=r"targets hold [56]; expected 0 and 1") if odd else nullcontext():
+        fit_network(network(kind=lambda: small_cnn(n_classes=1)), binary, replace(SETTINGS, distill_weight=0.0), seed=0)
+    assert capture.captures == (not odd)
 
 
 class Asking(Dropping):
