@@ -15,6 +15,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -132,29 +133,50 @@ def _started(
     fetch: Fetch, jobs: Sequence[Tensor], workers: Workers, factor: int, shared: Tensor
 ) -> Iterator[Iterator[Any]]:
     """The iterator of a DataLoader whose workers run; they have ended afterwards."""
-    seed = torch.initial_seed()
-    with warnings.catch_warnings():
-        # More workers than cores are the caller's choice; a fork beside other threads is what DataLoader does.
-        warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
-        warnings.filterwarnings("ignore", message=".*fork", category=DeprecationWarning)
-        loader: DataLoader[Any] = DataLoader(
-            _Jobs(fetch, seed, shared),
-            batch_size=None,
-            sampler=[(job, number % len(shared)) for number, job in enumerate(jobs)],
-            num_workers=workers.count,
-            collate_fn=_as_it_is,
-            timeout=workers.patience,
-            worker_init_fn=_Ready(workers, os.getpid()),
-            multiprocessing_context=workers.method or ("fork" if sys.platform == "linux" else None),
-            generator=torch.Generator().manual_seed(seed),  # or it would draw from the one that training draws from
-            prefetch_factor=factor,
-        )
-        results: Any = iter(loader)
+    results: Any = None
     try:
+        with warnings.catch_warnings(), _without_interrupts():
+            # More workers than cores are the caller's choice; a fork beside other threads is what DataLoader does.
+            warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
+            warnings.filterwarnings("ignore", message=".*fork", category=DeprecationWarning)
+            results = iter(_loader(fetch, jobs, workers, factor, shared))
         yield results
     finally:
-        # What torch does when the iterator goes; an error's traceback may hold it until a later fork copies it.
-        results._shutdown_workers()
+        if results is not None:
+            # As torch does when it goes; an error's traceback may hold it until a later fork copies it.
+            results._shutdown_workers()
+
+
+def _loader(fetch: Fetch, jobs: Sequence[Tensor], workers: Workers, factor: int, shared: Tensor) -> DataLoader[Any]:
+    seed = torch.initial_seed()
+    return DataLoader(
+        _Jobs(fetch, seed, shared),
+        batch_size=None,
+        sampler=[(job, number % len(shared)) for number, job in enumerate(jobs)],
+        num_workers=workers.count,
+        collate_fn=_as_it_is,
+        timeout=workers.patience,
+        worker_init_fn=_Ready(workers, os.getpid()),
+        multiprocessing_context=workers.method or ("fork" if sys.platform == "linux" else None),
+        generator=torch.Generator().manual_seed(seed),  # or it would draw from the one that training draws from
+        prefetch_factor=factor,
+    )
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Ctrl-C waits until afterwards: in the middle of a fork Python would lose it, or a new worker print it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+    if came:
+        signal.raise_signal(signal.SIGINT)
 
 
 class _Jobs(Dataset[Any]):

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from keepdrop.envs.data import read_ahead as read_ahead_module
 from keepdrop.envs.data.datasets import DatasetImages, from_datasets
 from keepdrop.envs.data.images import batches_of
 from keepdrop.envs.data.objective import Objective, with_objective
@@ -203,3 +204,27 @@ def running(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
         return False
+
+
+class Interrupted:
+    """A loader at whose start somebody presses Ctrl-C."""
+
+    def __iter__(self):
+        signal.raise_signal(signal.SIGINT)
+        return self
+
+    def __next__(self):
+        raise StopIteration
+
+    def _shutdown_workers(self):
+        self.ended = True
+
+
+def test_ctrl_c_while_workers_start_is_not_lost(monkeypatch):
+    """Python drops what is raised inside a fork; the interrupt is to come right after it."""
+    loader = Interrupted()
+    monkeypatch.setattr(read_ahead_module, "_loader", lambda *arguments: loader)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), read_ahead_module._started(None, [], Workers(1), 1, torch.empty(1)):
+        pass
+    assert signal.getsignal(signal.SIGINT) is before and loader.ended
