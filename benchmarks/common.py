@@ -35,7 +35,13 @@ def make_task(
 
 
 def random_task(
-    model: nn.Module, size: int, parts: tuple[int, int], reward_from: str, reward_size: int, layers: Any = None
+    model: nn.Module,
+    size: int,
+    parts: tuple[int, int],
+    reward_from: str,
+    reward_size: int,
+    layers: Any = None,
+    device: str = "cpu",
 ) -> PruningTask:
     """A network on random images (3, size, size), `parts` to train on and to test: how well it answers is made up.
 
@@ -44,9 +50,9 @@ def random_task(
     images, labels = torch.randn(sum(parts), 3, size, size), torch.randint(10, (sum(parts),))
     rows = slice(parts[0]), slice(parts[0], None)
     data = LabelledData(*(ArrayImages(images[each], labels[each], [0.0] * 3, [1.0] * 3, 10) for each in rows))
-    base = DenseBaseline(torch.rand(reward_size) < 0.9, count_cost(model, images[:1]))
+    base = DenseBaseline(torch.rand(reward_size) < 0.9, count_cost(model, images[:1].to(device)))
     splits = split(data, reward_from=reward_from, reward_size=reward_size, seed=0)
-    return PruningTask(model, splits, base=base, layers=layers)
+    return PruningTask(model, splits, base=base, layers=layers, device=device)
 
 
 def opened(path: Path, about: dict[str, Any], parts: str) -> dict[str, Any]:

@@ -90,6 +90,7 @@ class DescribedTask(OneShotTask):
     @property
     def even(self) -> dict[str, Tensor]:
         """Scores (N,) by group name that keep the same fraction of every group, in the order of l2."""
+        self._see()
         return even_scores({layer.group.name: layer.observation.statistics for layer in self.layers})
 
     @cached_property

@@ -6,7 +6,7 @@ filter, S samples of a filter's activation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..errors import UserError
 from .data.objective import TOP1, Objective
+from .networks.batch_size import gradient_batch
 from .networks.hooks import removed_after
 from .networks.modes import evaluating
 from .networks.module_kinds import is_transposed
@@ -42,6 +43,9 @@ STATISTIC_NAMES: tuple[str, ...] = (
 )
 
 
+BATCH = 128  # images per pass, of small images
+
+
 @dataclass(frozen=True)
 class Observation:
     """Weights (N, D) and statistics (N, F), both float32; columns of the latter are `STATISTIC_NAMES`."""
@@ -59,7 +63,7 @@ def observe(
     group: FilterGroup,
     images: Tensor,
     labels: Tensor,
-    batch: int = 128,
+    batch: int | None = None,
     objective: Objective = TOP1,
 ) -> Observation:
     """Read one filter group of `model` (evaluation mode, left as it was found).
@@ -69,12 +73,29 @@ def observe(
         group: the filter group.
         images: (B, C, H, W) float images that may be looked at freely (the fit split).
         labels: (B,) int64, or other targets (B, ...).
-        batch: images per pass; it does not change the result beyond rounding.
+        batch: images per pass, which does not change the result beyond rounding; None: 128, fewer of large images.
         objective: whose loss the Taylor statistic is about.
 
     `l1` and `l2` are means over a filter's weights (mean absolute value, root mean square), so that they do not grow
     with D. Raises UserError for a network whose activations or gradients are not finite.
     """
+    return observe_all(model, [group], images, labels, batch, objective)[0]
+
+
+def observe_all(
+    model: nn.Module,
+    groups: Sequence[FilterGroup],
+    images: Tensor,
+    labels: Tensor,
+    batch: int | None = None,
+    objective: Objective = TOP1,
+) -> list[Observation]:
+    """`observe` for many groups by the same passes over the images, bit for bit what each one gives alone."""
+    read = _activation_columns(model, groups, images, labels, batch or gradient_batch(images, BATCH), objective)
+    return [_observation(model, group, columns) for group, columns in zip(groups, read, strict=True)]
+
+
+def _observation(model: nn.Module, group: FilterGroup, read: dict[str, Tensor]) -> Observation:
     weights = filter_weights(model, group)
     columns = {
         "l1": weights.abs().mean(1),
@@ -82,7 +103,7 @@ def observe(
         "weight_mean": weights.mean(1),
         "weight_std": weights.std(1, correction=0),
         **_batch_norm_columns(model, group),
-        **_activation_columns(model, group, images, labels, batch, objective),
+        **read,
         **_consumer_columns(model, group),
     }
     statistics = torch.stack([columns[name].float().cpu() for name in STATISTIC_NAMES], dim=1)
@@ -143,34 +164,37 @@ def _consumer_columns(model: nn.Module, group: FilterGroup) -> dict[str, Tensor]
 
 
 def _activation_columns(
-    model: nn.Module, group: FilterGroup, images: Tensor, labels: Tensor, batch: int, objective: Objective
-) -> dict[str, Tensor]:
-    """What the consumers read of each filter: mean activation, APoZ, Taylor and redundancy.
+    model: nn.Module, groups: Sequence[FilterGroup], images: Tensor, labels: Tensor, batch: int, objective: Objective
+) -> list[dict[str, Tensor]]:
+    """What the consumers read of each filter of each group: mean activation, APoZ, Taylor and redundancy.
 
     Samples are the values of a filter that consumers read, over images, positions, channels of the filter, consumers
     and their calls. APoZ is the share of them that is not positive (Hu et al. 2016, arXiv 1607.03250, eq. 1); Taylor
     is the mean over images of |mean over samples of activation x its gradient| (Molchanov et al. 2017, eq. 8).
     """
-    sums, taylor = _Sums(group.n_filters), torch.zeros(group.n_filters, dtype=torch.float64)
+    sums = [_Sums(group.n_filters) for group in groups]
     for start in range(0, len(images), batch):
-        rows, before = slice(start, start + batch), sums.n_samples
-        slope = _slope(model, group, images[rows], labels[rows], sums, objective)
-        per_image = (sums.n_samples - before) / len(slope)
-        taylor += (slope / max(per_image, 1)).abs().sum(0)
-    n_samples = max(sums.n_samples, 1)
-    return {
-        "mean_activation": sums.activation / n_samples,
-        "apoz": 1 - sums.positive / n_samples,
-        "taylor": taylor / len(images),
-        "redundancy": _redundancy(sums.gram),
-    }
+        rows, before = slice(start, start + batch), [each.n_samples for each in sums]
+        slopes = _slopes(model, groups, images[rows], labels[rows], sums, objective)
+        for own, slope, earlier in zip(sums, slopes, before, strict=True):
+            per_image = (own.n_samples - earlier) / len(slope)
+            own.taylor += (slope / max(per_image, 1)).abs().sum(0)
+    return [
+        {
+            "mean_activation": own.activation / max(own.n_samples, 1),
+            "apoz": 1 - own.positive / max(own.n_samples, 1),
+            "taylor": own.taylor / len(images),
+            "redundancy": _redundancy(own.gram),
+        }
+        for own in sums
+    ]
 
 
 class _Sums:
-    """Sums over samples, in float64 so that their order hardly matters: (N,), (N,) and (N, N)."""
+    """Sums over samples, in float64 so that their order hardly matters, (N,) and (N, N); and over images, `taylor`."""
 
     def __init__(self, n_filters: int) -> None:
-        self.activation, self.positive = torch.zeros(2, n_filters, dtype=torch.float64)
+        self.activation, self.positive, self.taylor = torch.zeros(3, n_filters, dtype=torch.float64)
         self.gram = torch.zeros(n_filters, n_filters, dtype=torch.float64)
         self.n_samples = 0
 
@@ -183,23 +207,31 @@ class _Sums:
         self.n_samples += samples.shape[1]
 
 
-def _slope(
-    model: nn.Module, group: FilterGroup, images: Tensor, labels: Tensor, sums: _Sums, objective: Objective
-) -> Tensor:
-    """Each image's loss slope along a gate on each filter, (B, N) float64; what the consumers read goes into `sums`.
+def _slopes(
+    model: nn.Module,
+    groups: Sequence[FilterGroup],
+    images: Tensor,
+    labels: Tensor,
+    sums: Sequence[_Sums],
+    objective: Objective,
+) -> list[Tensor]:
+    """Each image's loss slope along a gate on each filter of each group, (B, N) float64 a group.
 
-    The gate multiplies a filter wherever it is read: its slope at 1 is the sum of activation x gradient over all
-    samples, whatever the number of consumers and calls. No parameter gets a gradient.
+    What the consumers read goes into `sums`. The gate multiplies a filter wherever it is read: its slope at 1 is the
+    sum of activation x gradient over all samples, whatever the number of consumers and calls. No parameter gets a
+    gradient.
     """
-    gate = torch.ones(len(images), group.n_filters, device=images.device, requires_grad=True)
+    gates = [torch.ones(len(images), group.n_filters, device=images.device, requires_grad=True) for group in groups]
     hooks = (
-        model.get_submodule(cut.module).register_forward_pre_hook(_gated(cut, gate, sums)) for cut in group.consumers
+        model.get_submodule(cut.module).register_forward_pre_hook(_gated(cut, gate, own))
+        for group, gate, own in zip(groups, gates, sums, strict=True)
+        for cut in group.consumers
     )
     with removed_after(hooks), evaluating(model), _frozen(model), torch.enable_grad():
         # Summed, not averaged: then an image's slope does not depend on the others in its batch.
         loss = objective.summed_loss(model(images), labels)
-        (slope,) = torch.autograd.grad(loss, gate, materialize_grads=True)
-    return slope.cpu().double()
+        slopes = torch.autograd.grad(loss, gates, materialize_grads=True)
+    return [slope.cpu().double() for slope in slopes]
 
 
 @contextmanager
@@ -225,11 +257,31 @@ def _gated(cut: Cut, gate: Tensor, sums: _Sums) -> Callable[[nn.Module, tuple[Te
         per_image = gate.to(value.dtype).repeat_interleave(len(value) // len(gate), dim=0)
         scale = torch.ones(value.shape[:2], device=value.device, dtype=value.dtype)
         scale[:, rows] = per_image[:, :, None]
-        # A copy, since the network may overwrite in place what autograd still needs.
-        gated = value.clone() * scale.reshape(*scale.shape, *[1] * (value.dim() - 2))
+        gated: Any = _Open.apply(value, scale.reshape(*scale.shape, *[1] * (value.dim() - 2)))
         return (gated.movedim((0, 1), dims), *inputs[1:])
 
     return hook
+
+
+class _Open(torch.autograd.Function):
+    """`value * gate` for a gate of ones, which need not be multiplied by: one map is kept, which its reader keeps too.
+
+    A copy, since the network may overwrite in place what autograd still needs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gate: Tensor) -> Tensor:
+        """The same values."""
+        out = value.clone()
+        ctx.save_for_backward(out)
+        ctx.gate_shape = gate.shape
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        """Of the value as it comes, of the gate summed over what it was spread over."""
+        (value,) = ctx.saved_tensors
+        return gradient, (gradient * value).sum_to_size(ctx.gate_shape)
 
 
 def _redundancy(gram: Tensor) -> Tensor:

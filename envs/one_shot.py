@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..rewards.outcome import Outcome
 from .evaluation.mask_evaluator import correct_flags
 from .networks.memory_layout import layout_of, order_weights
-from .observation import Observation
+from .observation import Observation, observe_all
 from .repair.judging import Judge
 from .repair.reconstruction import Reconstruction, ReconstructionSettings
 from .surgery.cutting import checked_masks, prune
@@ -79,6 +79,7 @@ class OneShotTask:
     @cached_property
     def observation(self) -> OneShotObservation:
         """What is seen of every filter, group after group."""
+        self._see()
         seen = [layer.observation for layer in self.layers]
         widest = max(each.weights.shape[1] for each in seen)
         return OneShotObservation(
@@ -86,6 +87,21 @@ class OneShotTask:
             np.concatenate([each.statistics for each in seen]),
             np.repeat(np.arange(len(seen), dtype=np.float32), [len(each.weights) for each in seen]),
         )
+
+    def _see(self) -> None:
+        """Observe all layers of which nothing was seen yet, by the same passes over the images."""
+        task = self.task
+        unseen = [each for each in self.layers if each.task is task and "observation" not in vars(each)]
+        if len(unseen) < 2:
+            return
+        images, labels = task.fit_images(task.settings.statistics_images)
+        groups = [layer.group for layer in unseen]
+        try:
+            found = observe_all(task.model, groups, images, labels, objective=task.objective)
+        except RuntimeError:
+            return  # a GPU's memory, or a network that writes over what it has read: each one when it is asked for
+        for layer, each in zip(unseen, found, strict=True):
+            layer.observation = each
 
     @cached_property
     def reconstruction(self) -> Reconstruction | None:

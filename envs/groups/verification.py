@@ -21,6 +21,7 @@ from ..networks.module_kinds import Inputs, run
 from ..surgery.cutting import prune
 from ..surgery.filter_group import Branch, FilterGroup
 from ..surgery.masking import masked_inputs
+from ..surgery.whole_blocks import is_within
 from .label_tracing import Shapes, shapes_in_training, shapes_of
 from .operator_rules import HARD_SIZE
 
@@ -116,12 +117,21 @@ class Verifier:
         return self._failure_in_training(smaller)
 
     def vanishing(self, groups: Sequence[FilterGroup]) -> set[Branch]:
-        """The branches of these groups that can be trusted to vanish: alone, and beside cuts of all other groups."""
-        branches = dict.fromkeys(group.branch for group in groups if group.branch is not None)
-        return {branch for branch in branches if self._vanishes(branch, groups)}
+        """The branches of these groups that can be trusted to vanish: alone, and beside cuts of all other groups.
 
-    def _vanishes(self, branch: Branch, groups: Sequence[FilterGroup]) -> bool:
-        none = {group: torch.zeros(group.n_filters, dtype=torch.bool) for group in groups if group.branch == branch}
+        As with cuts, many go at once first, but never one inside another, which would hide what becomes of it.
+        """
+        branches = list(dict.fromkeys(group.branch for group in groups if group.branch is not None))
+        trusted: set[Branch] = set()
+        for apart in _side_by_side(branches):
+            if len(apart) > 1 and self._vanish(apart, groups):
+                trusted.update(apart)
+            else:
+                trusted.update(branch for branch in apart if self._vanish([branch], groups))
+        return trusted
+
+    def _vanish(self, branches: Sequence[Branch], groups: Sequence[FilterGroup]) -> bool:
+        none = {group: torch.zeros(group.n_filters, dtype=torch.bool) for group in groups if group.branch in branches}
         others = {group: self._keep(group, 0.7) for group in groups if group not in none}
         for choices, inputs in itertools.product((none, none | others), self._trials):
             try:
@@ -175,6 +185,25 @@ class Verifier:
     def _keep(self, group: FilterGroup, share: float) -> Tensor:
         order = torch.randperm(group.n_filters, generator=self._generator)
         return order < max(1, round(group.n_filters * share))
+
+
+def _side_by_side(branches: Sequence[Branch]) -> list[list[Branch]]:
+    """The branches in as few lists as may be, none of which holds a branch and another one inside it."""
+    found: list[list[Branch]] = []
+    for branch in branches:
+        own = (*branch.inside, branch.tail)
+        free = (
+            each
+            for each in found
+            if not any(is_within(name, (*other.inside, other.tail)) for other in each for name in own)
+            and not any(is_within(name, own) for other in each for name in (*other.inside, other.tail))
+        )
+        place = next(free, None)
+        if place is None:
+            found.append([branch])
+        else:
+            place.append(branch)
+    return found
 
 
 def difference(model: nn.Module, choices: Mapping[FilterGroup, Tensor], inputs: Inputs) -> float:

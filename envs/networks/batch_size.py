@@ -15,6 +15,7 @@ from torch import Tensor
 # The first one is taken unless another is clearly better.
 BATCHES = {"cpu": (128, 64, 256, 512), "cuda": (1024, 4096, 16384)}
 IN_CACHE_BYTES = 2**20  # of images that a processor takes together, so that what layers make of them stays in its cache
+SMALL_IMAGE = 3 * 64 * 64  # numbers of an image
 CALIBRATION_SECONDS = {"cpu": 0.4, "cuda": 0.1}
 
 
@@ -28,6 +29,15 @@ def cached_batch(images: Tensor) -> int:
     if images.device.type != "cpu" or len(images) == 0:
         return 256
     return max(16, min(256, IN_CACHE_BYTES // max(1, images[0].numel() * images.element_size()) // 16 * 16))
+
+
+def gradient_batch(images: Tensor, most: int) -> int:
+    """Images per pass where all layers' values stay in memory, for gradients: `most` up to 64 x 64 pixels of 3 colours.
+
+    Of larger ones as many as have as many numbers, so that ResNet-50 at 224 pixels takes a few GiB and not dozens.
+    """
+    size = images[0].numel() if len(images) else 1
+    return most if size <= SMALL_IMAGE else max(2, most * SMALL_IMAGE // size)
 
 
 def _kind(device: torch.device) -> str:

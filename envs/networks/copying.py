@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import copyreg
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +17,12 @@ from ...errors import UserError, summarised
 
 NetworkT = TypeVar("NetworkT", bound=nn.Module)
 _CONTAINERS = (list, tuple, set, frozenset, Mapping)
+# What deepcopy returns as it is, of what modules hold most.
+_ATOMS = frozenset(
+    (bool, int, float, str, type(None), torch.Size, torch.dtype, torch.device, type, FunctionType, BuiltinFunctionType)
+)
+# By what a class may take part in its own copies, and what `nn.Module` has there.
+_PROTOCOL = ("__new__", "__reduce__", "__reduce_ex__", "__getstate__")
 
 
 def copied(model: NetworkT) -> NetworkT:
@@ -26,7 +35,7 @@ def copied(model: NetworkT) -> NetworkT:
     Raises UserError, which names the attribute, for an object that refuses and holds parts of the network.
     """
     try:
-        return copy.deepcopy(model)
+        return _deep(model, {})
     except Exception:
         memo = _eased(model)
     try:
@@ -37,6 +46,42 @@ def copied(model: NetworkT) -> NetworkT:
             f"The network cannot be copied: its attribute {name!r} ({type(value).__name__}) holds parts of the network "
             f"and refuses copy.deepcopy ({summarised(error)}); take it off before pruning: del model.{name}."
         ) from error
+
+
+def _deep(model: NetworkT, memo: dict[int, Any]) -> NetworkT:
+    """`copy.deepcopy(model, memo)`; modules, most of what a network holds, without its general way through `pickle`."""
+    if id(model) in memo:
+        return memo[id(model)]  # type: ignore[no-any-return]
+    kind = type(model)
+    if not _is_copied_plainly(model):
+        return copy.deepcopy(model, memo)
+    made = memo[id(model)] = kind.__new__(kind)
+    made.__setstate__({key: _deep_value(value, memo) for key, value in vars(model).items()})
+    return made  # type: ignore[no-any-return]
+
+
+def _is_copied_plainly(module: nn.Module) -> bool:
+    """Whether deepcopy would make an empty module of the class and fill in copies of its attributes."""
+    kind = type(module)
+    own = any(getattr(kind, name, None) is not getattr(nn.Module, name, None) for name in _PROTOCOL)
+    named = "__deepcopy__" in vars(module) or any(hasattr(kind, each) for each in ("__deepcopy__", "__getnewargs__"))
+    more = isinstance(module, (list, dict)) or any(vars(each).get("__slots__") for each in kind.__mro__)
+    return not (own or named or more or hasattr(kind, "__getnewargs_ex__") or kind in copyreg.dispatch_table)
+
+
+def _deep_value(value: Any, memo: dict[int, Any]) -> Any:
+    kind = type(value)
+    if kind in _ATOMS or (kind is tuple and all(type(each) in _ATOMS for each in value)):
+        return value
+    if isinstance(value, nn.Module):
+        return _deep(value, memo)
+    if (kind is dict or kind is OrderedDict) and not getattr(value, "__dict__", None):
+        if id(value) not in memo:
+            made = memo[id(value)] = kind()
+            for key, each in value.items():
+                made[_deep_value(key, memo)] = _deep_value(each, memo)
+        return memo[id(value)]
+    return copy.deepcopy(value, memo)
 
 
 def _eased(model: nn.Module) -> dict[int, Any]:

@@ -47,6 +47,12 @@ def layout_of(model: nn.Module, inputs: Inputs, *, training: bool = False) -> to
     return known[key]
 
 
+def inherit_layout(model: nn.Module, source: nn.Module) -> None:
+    """Take over for `model` what was tried on `source`, whose classes it shares: it reshapes and pools alike."""
+    if source in _known:
+        _known.setdefault(model, {}).update(_known[source])
+
+
 def common_layout(models: Iterable[nn.Module], inputs: Inputs) -> torch.memory_format:
     """Channels-last where all these networks take it, in evaluation mode."""
     return CHANNELS_LAST if all(layout_of(model, inputs) == CHANNELS_LAST for model in models) else CONTIGUOUS

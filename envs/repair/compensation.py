@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UserError
-from ..networks.batch_size import cached_batch, chunks
+from ..networks.batch_size import cached_batch, chunks, gradient_batch
 from ..networks.copying import copied
 from ..networks.hooks import removed_after
 from ..networks.modes import evaluating
@@ -67,7 +67,7 @@ class Compensation:
         dense: nn.Module | None = None,
         dense_group: FilterGroup | None = None,
         ridge: float = 1e-3,
-        batch: int = 256,
+        batch: int | None = None,
     ) -> Compensation:
         """Measure what the consumers of `group` read.
 
@@ -80,7 +80,7 @@ class Compensation:
             dense_group: the same group as found in `dense`; needed where the consumer's channels are numbered
                 otherwise there (concatenations with pruned neighbours).
             ridge: > 0; it draws the solution towards plain masking.
-            batch: images per pass.
+            batch: images whose samples are held at once; None: 256, fewer of large images.
 
         Raises UserError for a ridge that is not positive, or a dense network whose group does not fit.
         """
@@ -88,6 +88,7 @@ class Compensation:
             raise UserError(f"The ridge of a compensation must be greater than 0, got {ridge}.")
         cuts, skipped = _usable(model, group)
         targets = _targets(cuts, model, dense, dense_group or group)
+        batch = batch or gradient_batch(images, 256)
         moments = _moments(model, cuts, dense, targets, images, batch) if cuts else {}
         consumers = {cut.module: copied(model.get_submodule(cut.module)) for cut in cuts}
         return Compensation(group, ridge, moments, consumers, skipped)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ...errors import UserError
 from ..data.objective import TOP1, Objective
+from ..networks.batch_size import gradient_batch
 from ..networks.hooks import removed_after
 from ..networks.modes import evaluating
 from ..surgery.cutoff import keep_best
@@ -287,8 +288,9 @@ def _read(model: nn.Module, readings: Sequence[_Reading], images: Tensor, labels
         for parameter in frozen:
             parameter.requires_grad_(False)
         with removed_after(hooks), evaluating(model), torch.enable_grad():
-            for start in range(0, len(images), BATCH):
-                rows = slice(start, start + BATCH)
+            batch = gradient_batch(images, BATCH)
+            for start in range(0, len(images), batch):
+                rows = slice(start, start + batch)
                 loss = objective.summed_loss(model(images[rows]), labels[rows])
                 probes = [(reading, probe) for reading in readings for probe in reading.take_probes()]
                 gradients = torch.autograd.grad(loss, [probe for _, probe in probes], materialize_grads=True)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ...errors import UserError
 from ..networks.copying import copied
+from ..networks.memory_layout import inherit_layout
 from .filter_group import Branch, FilterGroup, vanished
 from .shared_weights import shared_parameters, tie_again
 from .slicing import Rows, axes_of, checked_rows, is_tensor_axis, slice_axes, slice_tensor, width
@@ -88,6 +89,7 @@ def cut_channels(
                 slice_axes(name, module, axes)
     tie_again(smaller, shared)
     vanish(smaller, branches, values)
+    inherit_layout(smaller, model)
     return smaller
 
 

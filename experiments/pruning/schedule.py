@@ -125,12 +125,15 @@ class Schedule:
         kept, records = KeptChannels(), []
         for position, name in enumerate(names):
             stage = f"layers/{position:02d}-{file_name(name)}"
+            points = None
             if not (folder / stage).is_dir():
                 layer = task.layer(name)
                 watcher.layer_begins(position, len(names), layer)
                 with folder.stage(stage) as working:
-                    self._finish_layer(layer, kept, working)
+                    points = self._finish_layer(layer, kept, working)
             task, kept, record = _finished_layer(folder / stage, task, kept)
+            if points is not None:
+                task.correct = points  # of the same network, measured right before it was written
             records.append(record)
             watcher.layer_ends(position, len(names), record)
         return task, kept, records
@@ -145,22 +148,27 @@ class Schedule:
             groups.sort(key=lambda group: pruned_cost(task.model, task.cost, {group: 1})[0] - whole)
         return [group.name for group in groups]
 
-    def _finish_layer(self, layer: LayerTask, kept: KeptChannels, working: Path) -> None:
-        """Decide, verify, cut, recover, and leave everything in the layer's working folder."""
+    def _finish_layer(self, layer: LayerTask, kept: KeptChannels, working: Path) -> Tensor:
+        """Decide, verify, cut, recover, and leave everything in the layer's working folder.
+
+        Returns the points of the network that is left on the reward split, (B,).
+        """
         seed = derive_seed(self.seed, layer.group.name)
         started = time.perf_counter()
         decision = self._decided(layer, working, seed)
         keep, decided_by, masked_accuracy = self._verified(layer, decision)
         model = layer.cut(keep)
-        accuracy, problem = _measured(layer, keep, model, masked_accuracy)
+        points, problem = _measured(layer, keep, model, masked_accuracy)
         if problem:
             keep, decided_by = torch.ones(layer.n_filters, dtype=torch.bool), f"skipped: {problem}"
-            model, accuracy = layer.task.model, layer.task.accuracy
+            model, points = layer.task.model, layer.task.correct
+        accuracy = layer.task.objective.fraction(points)
         left = replace_model(layer.task, model, kept.after(layer.task.model, {layer.group: keep}))
         searched = time.perf_counter()
         recovered = model
         if self.recover is not None and not bool(keep.all()):
             recovered = self.recover(left, derive_seed(seed, "recovery"), working)
+        left_points = points if recovered is model else replace_model(left, recovered).correct
         record = LayerRecord(
             name=layer.group.name,
             n_filters=layer.n_filters,
@@ -168,7 +176,7 @@ class Schedule:
             keep=keep.tolist(),
             decided_by=decided_by,
             pruned_accuracy=accuracy,
-            recovered_accuracy=accuracy if recovered is model else replace_model(left, recovered).accuracy,
+            recovered_accuracy=layer.task.objective.fraction(left_points),
             within_bound=self._fits(layer, accuracy),
             search_seconds=searched - started,
             recovery_seconds=time.perf_counter() - searched,
@@ -176,6 +184,7 @@ class Schedule:
         )
         save_weights(recovered, working / NETWORK)
         (working / "decision.json").write_text(json.dumps(asdict(record), indent=2, allow_nan=False) + "\n")
+        return left_points
 
     def _decided(self, layer: LayerTask, working: Path, seed: int) -> Decision:
         """The decision with the limits of the surgery held, so that what is verified is what is cut."""
@@ -206,24 +215,26 @@ class Schedule:
         return self.drop_bound is None or layer.task.base.accuracy - accuracy <= self.drop_bound + 1e-9
 
 
-def _measured(layer: LayerTask, keep: Tensor, model: nn.Module, masked_accuracy: float) -> tuple[float, str | None]:
-    """Accuracy of the cut network on the reward split, and what is wrong with it, if anything is.
+def _measured(layer: LayerTask, keep: Tensor, model: nn.Module, masked_accuracy: float) -> tuple[Tensor, str | None]:
+    """Points of the cut network on the reward split, (B,), and what is wrong with it, if anything is.
 
     Every group was verified before it was offered; here the decision itself is, on real weights and images: masked and
     cut give the same logits, and the same accuracy with everything folded in. A network that chooses its path by its
-    data may still surprise. Then the layer stays as it was and is named.
+    data may still surprise. Then the layer stays as it was and is named. Where nothing was cut, nothing is measured.
     """
     task, images = layer.task, layer.task.reward_images[0][:IMAGES]
+    if bool(keep.all()):
+        return task.correct, None
     try:
-        accuracy = replace_model(task, model).accuracy
+        points = replace_model(task, model).correct
         with evaluating(task.model):
             apart = difference(task.model, {layer.group: keep}, images)
     except (RuntimeError, IndexError, ValueError, TypeError) as error:
-        return 0.0, f"the cut network does not run ({first_line(error)})"
+        return task.correct, f"the cut network does not run ({first_line(error)})"
     # One image may always change sides: of fewer than 200 it is more than the tolerance.
     tolerance = max(TOLERANCE, 1 / len(task.splits.reward) + 1e-9)
-    agree = abs(accuracy - masked_accuracy) <= tolerance and apart <= LOGITS_TOLERANCE
-    return accuracy, None if agree else "masked and cut network disagree"
+    agree = abs(task.objective.fraction(points) - masked_accuracy) <= tolerance and apart <= LOGITS_TOLERANCE
+    return points, None if agree else "masked and cut network disagree"
 
 
 def _judged(layer: LayerTask, keep: Tensor) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from keepdrop.envs.groups.finding import find_groups
 from keepdrop.envs.groups.verification import randomised
 from keepdrop.envs.networks.built_in import small_cnn
-from keepdrop.envs.observation import STATISTIC_NAMES, filter_weights, observe
+from keepdrop.envs.observation import STATISTIC_NAMES, filter_weights, observe, observe_all
 from keepdrop.envs.surgery.masking import batch_dim, channel_dim, masked_inputs
 from keepdrop.errors import UserError
 from torch import nn
@@ -122,6 +122,14 @@ def test_activations_as_recorded(name):
         shown, samples = observe(model, group, images, labels), _samples(model, group, images)
         assert torch.allclose(_column(shown, "mean_activation"), samples.mean((0, 2)), rtol=1e-5, atol=1e-7)
         assert torch.allclose(_column(shown, "apoz"), (samples <= 0).double().mean((0, 2)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_all_groups_by_the_same_passes_as_each_alone(name):
+    model, images, labels, groups = _prepared(name)
+    for group, shown in zip(groups, observe_all(model, groups, images, labels, batch=3), strict=True):
+        alone = observe(model, group, images, labels, batch=3)
+        assert np.array_equal(shown.statistics, alone.statistics) and np.array_equal(shown.weights, alone.weights)
 
 
 @pytest.mark.parametrize("name", ZOO)

@@ -4,11 +4,12 @@ import pytest
 import torch
 from blocks import MAKERS, NONE_VANISH, trained_looking
 from keepdrop.envs.evaluation.masked_network import MaskedNetwork
+from keepdrop.envs.groups import verification
 from keepdrop.envs.groups.finding import find_groups
 from keepdrop.envs.networks.built_in import cifar_resnet
 from keepdrop.envs.networks.cost import count_cost
 from keepdrop.envs.surgery.cutting import prune
-from keepdrop.envs.surgery.filter_group import coupled
+from keepdrop.envs.surgery.filter_group import Branch, coupled
 from keepdrop.envs.surgery.group_cost import pruned_cost
 from keepdrop.envs.surgery.group_matching import regrouped
 from keepdrop.envs.surgery.masking import masked_inputs
@@ -120,6 +121,34 @@ class FixedSize(nn.Module):
 def test_a_branch_that_does_not_run_without_its_channels_stays():
     model = trained_looking(lambda: nn.Sequential(nn.Conv2d(3, 8, 1), FixedSize(), nn.Flatten(), nn.Linear(8 * 169, 3)))
     assert all(group.least == 1 for group in find_groups(model, IMAGES, whole_blocks=True).groups)
+
+
+def test_branches_that_go_together_are_trusted_as_each_alone(monkeypatch):
+    model, asked = trained_looking(MAKERS["basic"]), []
+    together = find_groups(model, IMAGES, whole_blocks=True)
+    monkeypatch.setattr(verification, "_side_by_side", lambda found: asked.extend(found) or [[each] for each in found])
+    alone = find_groups(model, IMAGES, whole_blocks=True)
+    assert [(each.name, each.least) for each in together.groups] == [(each.name, each.least) for each in alone.groups]
+    assert len(asked) == len([each for each in alone.groups if each.least == 0]) == 3
+
+
+def test_one_branch_that_cannot_go_leaves_the_others(monkeypatch):
+    usual, asked = verification.Verifier._vanish, []
+
+    def but_one(self, branches, groups):
+        asked.append(len(branches))
+        return not any(each.tail.startswith("blocks.1") for each in branches) and usual(self, branches, groups)
+
+    monkeypatch.setattr(verification.Verifier, "_vanish", but_one)
+    plan = find_groups(trained_looking(MAKERS["basic"]), IMAGES, whole_blocks=True)
+    assert [each.name for each in plan.groups if each.least == 0] == ["blocks.0.conv1", "blocks.2.conv1"]
+    assert asked == [3, 1, 1, 1]
+
+
+def test_a_branch_and_one_inside_it_are_never_looked_at_together():
+    first, outer = Branch(("a.conv2",), ("a.conv1",), (), False), Branch(("b.conv2",), ("b.conv1", "b.in"), (), False)
+    inner, last = Branch(("b.in.conv2",), ("b.in.conv1",), (), False), Branch(("c",), ("d",), (), False)
+    assert verification._side_by_side([first, inner, outer, last]) == [[first, inner, last], [outer]]
 
 
 def test_followed_groups_are_those_of_the_cut_network():

@@ -123,3 +123,37 @@ def test_ordinary_networks_are_deep_copied():
     model = nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 3)), nn.Linear(3, 3))
     twin = copied(model)
     assert all(torch.equal(a, b) and a is not b for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+class Tied(nn.Module):
+    """Layers, buffers and containers that are there twice, and a class with a copy of its own."""
+
+    class Own(nn.ReLU):
+        def __deepcopy__(self, memo):
+            return type(self)(inplace=True)
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.own = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), self.Own()
+        self.again, self.unnamed, self.sizes = self.norm, [self.conv, (1, 2)], {"a": [3, 4]}
+        self.same_sizes = self.sizes
+        self.register_buffer("mean", self.norm.running_mean[:2])
+        self.conv.register_forward_hook(self.noted)
+        self.calls = []
+
+    def noted(self, _module, _inputs, _output):
+        self.calls.append(1)
+
+    def forward(self, x):
+        return self.own(self.norm(self.conv(x)))
+
+
+def test_copies_keep_what_belongs_together():
+    model = Tied().eval()
+    twin = copied(model)
+    assert vars(twin).keys() == vars(copy.deepcopy(model)).keys()
+    assert twin.again is twin.norm is not model.norm and twin.unnamed[0] is twin.conv
+    assert twin.sizes == model.sizes and twin.same_sizes is twin.sizes is not model.sizes
+    assert twin.sizes["a"] is not model.sizes["a"] and twin.own.inplace
+    assert twin.mean.data_ptr() == twin.norm.running_mean.data_ptr() != model.mean.data_ptr()
+    assert torch.equal(twin(IMAGES), model(IMAGES)) and (len(model.calls), len(twin.calls)) == (1, 1)

@@ -12,6 +12,7 @@ from keepdrop.envs.networks.checkpoint import hash_state
 from keepdrop.envs.networks.cost import count_cost
 from keepdrop.envs.networks.memory_layout import CHANNELS_LAST, CONTIGUOUS, arranged, common_layout, layout_of, suited
 from keepdrop.envs.repair.reconstruction import Reconstruction
+from keepdrop.envs.surgery.cutting import prune
 from keepdrop.experiments.deploy.latency import measure_latency
 from keepdrop.experiments.oracle.single_removals import filter_oracle
 from torch import nn
@@ -137,3 +138,14 @@ def test_images_in_an_order_that_the_network_takes():
     assert found.is_contiguous() and torch.equal(found, images)
     assert count_cost(viewed, images[:1]) == count_cost(viewed, found[:1])
     assert find_groups(viewed, images).names == find_groups(viewed, found).names
+
+
+@pytest.mark.parametrize(("make", "layout"), [(ResidualStream, CHANNELS_LAST), (Viewed, CONTIGUOUS)])
+def test_a_cut_network_has_the_layout_of_its_source(make, layout, monkeypatch):
+    model = make().eval()
+    groups = find_groups(model, IMAGES).groups
+    smaller = prune(model, {groups[0]: torch.arange(groups[0].n_filters) > 0})  # before anything is known
+    assert layout_of(model, IMAGES) == layout_of(smaller, IMAGES) == layout
+    smaller = prune(model, {groups[0]: torch.arange(groups[0].n_filters) > 0})
+    monkeypatch.setattr(memory_layout, "_tried", lambda *_: pytest.fail("tried again"))
+    assert layout_of(smaller, IMAGES) == layout

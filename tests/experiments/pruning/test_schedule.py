@@ -7,6 +7,8 @@ import shutil
 import pytest
 import torch
 from digits_task import QUICK, make_task
+from keepdrop.envs import task as tasks
+from keepdrop.envs.evaluation.mask_evaluator import correct_flags
 from keepdrop.envs.repair.reconstruction import ReconstructionSettings
 from keepdrop.experiments.pruning.decide import Decision
 from keepdrop.experiments.pruning.network_decide import NetworkDecision
@@ -93,6 +95,17 @@ def test_once_recovery_has_trained_compensation_leaves_the_dense_network_behind(
     shutil.rmtree(tmp_path / "layers/02-conv3")
     _, _, again = schedule.run(task, folder, Unwatched())
     assert again[2].pruned_accuracy == records[2].pruned_accuracy
+
+
+@pytest.mark.parametrize("recover", [None, away_from_the_dense_network])
+def test_what_is_left_is_measured_once(tmp_path, recover, monkeypatch):
+    task, measured = make_task(QUICK), []
+    monkeypatch.setattr(tasks, "correct_flags", lambda *a, **k: measured.append(1) or correct_flags(*a, **k))
+    left, _, records = Schedule(drop_one_then_nothing, None, 0.05, recover).run(task, RunFolder(tmp_path), Unwatched())
+    assert [bool(all(each.keep)) for each in records] == [False, True, True]
+    assert len(measured) == (1 if recover is None else 2)  # after the one cut, and once it has recovered
+    points = correct_flags(left.model, *task.reward_images)
+    assert torch.equal(left.correct, points) and left.accuracy == records[-1].recovered_accuracy
 
 
 def test_without_a_recovery_drift_is_corrected_from_the_dense_network(tmp_path):
