@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import combinations
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -122,8 +125,25 @@ def splits_at(
         positions = np.ascontiguousarray(indices[role], dtype=np.int64)
         whole = len(positions) == len(source) and bool((positions == np.arange(len(source))).all())
         parts[role] = with_objective(source if whole else source.select(torch.from_numpy(positions)), objective)
+        if role == "reward":
+            _check_room(parts[role])
         hashes[role] = hashlib.sha256(positions.tobytes() + parts[role].digest().encode()).hexdigest()
     return Splits(parts["fit"], parts["reward"], parts["report"], dict(indices), dict(sources), hashes)
+
+
+def _check_room(reward: LabelledImages) -> None:
+    """UserError where the reward images, which are judged again and again, do not fit into memory as float32."""
+    with suppress(OSError, StopIteration):  # Linux says how much is left
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        free = 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
+        wanted = 4 * len(reward) * math.prod(reward.image_shape)
+        if wanted > free:
+            raise UserError(
+                f"The reward split of {len(reward)} images {reward.image_shape} takes {wanted / 2**30:,.1f} GiB of "
+                f"memory, and {free / 2**30:,.1f} GiB are free;",
+                python="lower Settings(reward_size=...).",
+                typed="lower split.reward_size.",
+            )
 
 
 def _check_positions(role: str, positions: np.ndarray, n_images: int) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import torch
 
 from ...envs.data.datasets import images_in_memory
+from ...envs.data.image_folder import FolderImages
 from ...envs.data.images import ArrayImages, LabelledData
 from ...envs.data.objective import TOP1, ImagesWithObjective, Objective, with_objective
 from ...envs.data.splits import Source, Splits, split
@@ -17,7 +18,7 @@ MOST_REWARD_IMAGES = 2000
 def three_splits(
     data: LabelledData, reward_from: Source, reward_size: int | None, seed: int, objective: Objective = TOP1
 ) -> Splits:
-    """Fit, reward and report; the reward images are read once and stay in memory.
+    """Fit, reward and report; the reward images are read once and stay in memory, those of a folder as uint8.
 
     `reward_size` None takes a fifth of the source, at most 2,000 images. `objective` goes with all three.
     """
@@ -27,6 +28,8 @@ def three_splits(
     bare = splits.reward.images if isinstance(splits.reward, ImagesWithObjective) else splits.reward
     if isinstance(bare, ArrayImages):
         return splits
+    if isinstance(bare, FolderImages):
+        return dataclasses.replace(splits, reward=with_objective(bare.resident(), objective))
     images, labels = bare.batch(torch.arange(len(bare)))
     in_memory = images_in_memory(images, labels, "reward", bare.n_classes)
     return dataclasses.replace(splits, reward=with_objective(in_memory, objective))

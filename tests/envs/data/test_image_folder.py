@@ -3,6 +3,7 @@
 import io
 import pickle
 import re
+import sys
 
 import keepdrop
 import numpy as np
@@ -10,14 +11,17 @@ import pytest
 import torch
 from keepdrop.envs.data.datasets import from_datasets
 from keepdrop.envs.data.image_cache import Budget, ImageCache
-from keepdrop.envs.data.image_folder import from_folder, image_folder
+from keepdrop.envs.data.image_folder import FolderImages, from_folder, image_folder
 from keepdrop.envs.data.images import batches_of
 from keepdrop.envs.data.sources import LabelledData
+from keepdrop.envs.data.splits import splits_at
 from keepdrop.errors import UserError
+from keepdrop.experiments.api.data import three_splits
 from torch.utils.data import Dataset
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow (extra vision) is not installed")
 ImageOps = pytest.importorskip("PIL.ImageOps")
+SOURCES = {"fit": "train", "reward": "train", "report": "test"}
 PLAIN = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
 
 
@@ -275,3 +279,20 @@ def test_images_that_are_kept_need_their_files_no_more(folder):
     for path in data.train.files.paths:
         (folder / path).unlink()
     assert all(map(torch.equal, everything(kept), wanted)) and kept.cache.n_bytes == 10 * 8 * 8 * 3
+
+
+def test_reward_images_of_a_folder_stay_as_bytes(folder):
+    data = from_folder(folder, 8)
+    splits = three_splits(data, "train", 4, 0)
+    images, labels = splits.reward.batch(torch.arange(4))
+    wanted, found = data.train.batch(torch.from_numpy(splits.indices["reward"]))
+    assert torch.equal(images, wanted) and torch.equal(labels, found) and splits.reward.cache.n_bytes == 4 * 8 * 8 * 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="how much memory is left is told by Linux")
+def test_a_reward_split_beyond_memory_is_refused(folder, monkeypatch):
+    data = from_folder(folder, 8)
+    monkeypatch.setattr(FolderImages, "image_shape", property(lambda images: (3, 2**20, 2**20)))
+    with pytest.raises(UserError, match=r"The reward split of 4 images \(3, .*\) takes 49,152\.0 GiB of") as caught:
+        splits_at(data, {"fit": np.arange(4, 10), "reward": np.arange(4), "report": np.arange(4)}, SOURCES)
+    assert "split.reward_size" in caught.value.typed
