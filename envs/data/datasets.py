@@ -95,9 +95,9 @@ def labelled_images(source: Any, name: str, n_classes: int | None = None, worker
     if isinstance(source, DataLoader):
         source = loaded(source, name)
     if hasattr(source, "__getitem__") and hasattr(source, "__len__") and not isinstance(source, Mapping | str):
-        images = DatasetImages(source, n_classes, workers=readers)
-        images.check_randomness()
-        return images
+        read = DatasetImages(source, n_classes, workers=readers)
+        read.check_randomness()
+        return read
     raise UserError(
         f"{name} is a {type(source).__name__}; expected a map-style dataset of (image tensor, integer label), a "
         "DataLoader of one, or a pair (images, labels) of tensors or numpy arrays."

@@ -92,7 +92,7 @@ def build_data(node: DictConfig) -> LabelledData:
     if isinstance(source, LabelledData):
         return source if workers is None else from_datasets(source.train, source.test, workers=workers)
     if isinstance(source, tuple | list) and len(source) == 2:
-        return from_datasets(*source, workers=workers)
+        return from_datasets(source[0], source[1], workers=workers)
     raise UserError(
         f"data._target_={node['_target_']} returned {type(source).__name__}; expected LabelledData or a pair (train, "
         "test) of datasets, DataLoaders or arrays (images, labels)."
@@ -110,7 +110,7 @@ def _own_workers(node: DictConfig) -> tuple[DictConfig, int | None]:
             return node, None
     except (pydoc.ErrorDuringImport, TypeError, ValueError):
         pass  # `build` explains what is wrong
-    return OmegaConf.masked_copy(node, [key for key in node if key != "workers"]), node["workers"]
+    return OmegaConf.masked_copy(node, [str(key) for key in node if key != "workers"]), node["workers"]
 
 
 def build_splits(config: DictConfig) -> Splits:
