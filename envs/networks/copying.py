@@ -51,13 +51,13 @@ def copied(model: NetworkT) -> NetworkT:
 def _deep(model: NetworkT, memo: dict[int, Any]) -> NetworkT:
     """`copy.deepcopy(model, memo)`; modules, most of what a network holds, without its general way through `pickle`."""
     if id(model) in memo:
-        return memo[id(model)]  # type: ignore[no-any-return]
+        return memo[id(model)]
     kind = type(model)
     if not _is_copied_plainly(model):
         return copy.deepcopy(model, memo)
     made = memo[id(model)] = kind.__new__(kind)
     made.__setstate__({key: _deep_value(value, memo) for key, value in vars(model).items()})
-    return made  # type: ignore[no-any-return]
+    return made
 
 
 def _is_copied_plainly(module: nn.Module) -> bool:
