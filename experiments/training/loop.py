@@ -239,7 +239,7 @@ class _Run:
         if self.teacher is None or self.settings.distill_weight <= 0:
             return None
         network = bare(self.teacher)
-        if self.ahead and self.device.type == "cuda":
+        if self._weight_layout() != CONTIGUOUS:
             network = copied(network).to(self.device).requires_grad_(False)
             order_weights(network, self._weight_layout())
         called = Compiled(network, self.settings.batch_size) if self.settings.compile else network
@@ -413,8 +413,9 @@ class _Run:
         return taken if taken == CONTIGUOUS else layout_of(self.model, images, training=True)
 
     def _weight_layout(self) -> torch.memory_format:
-        """Of weights while they train: on a GPU that of the images, on a CPU the network's own."""
-        if not (self.ahead and self.device.type == "cuda" and self.n_steps):
+        """Of weights while they train: on a GPU, and compiled, that of the images; else contiguous, and left alone."""
+        on_gpu = self.ahead and self.device.type == "cuda"
+        if not ((on_gpu or self.settings.compile) and self.settings.devices == 1 and self.n_steps):
             return CONTIGUOUS
         with torch.random.fork_rng([]):
             images, _ = self.data.batch(torch.arange(2))

@@ -38,9 +38,11 @@ def test_full_batches_are_compiled_and_ragged_ones_are_not(data, monkeypatch):
     plain, expected = trained(data)
     monkeypatch.setattr(torch, "compile", compiler)
     model, losses = trained(data, compile=True)
-    assert losses == expected
+    assert losses == pytest.approx(expected, rel=1e-4)  # weights lie channels-last, which rounds otherwise
     assert seen == [(True, 16), (False, 16)] * 4
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
+        assert ours.stride() == theirs.stride()
 
 
 def test_what_does_not_compile_runs_as_it_is_after_one_sentence(data, monkeypatch):
@@ -55,7 +57,7 @@ def test_what_does_not_compile_runs_as_it_is_after_one_sentence(data, monkeypatc
         "Sequential does not compile (no C++ compiler); it runs operation by operation, which is slower and as right."
     )
     assert [str(each.message) for each in said] == [text] * 2  # network and teacher
-    assert losses == expected
+    assert losses == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.slow
