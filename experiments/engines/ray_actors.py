@@ -229,8 +229,8 @@ class _Team(Workers):
     def _lost_cluster(self) -> UserError:
         self.gone = True
         return UserError(
-            "The Ray cluster is gone: nothing answers there any more; start it again, or use engine=local, and resume the "
-            "run (resume=RUN_DIR)."
+            "The Ray cluster is gone: nothing answers there any more; start it again, or use engine=local, and resume "
+            "the run (resume=RUN_DIR)."
         )
 
     def _came_up(self, reference: Any) -> None:
