@@ -15,7 +15,7 @@ import math
 import operator
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,9 @@ from ..surgery.slicing import Rows, width
 from ..surgery.whole_blocks import Vanished, find_module
 from .patches import chosen_ridge, inputs_at, obstacle, outputs_at, regress
 
+VALUE_BYTES = 3 * 2**30  # that values of all images may take together
+SAMPLE_BYTES = 2 * 2**30  # that outputs of the dense network may take which layers are regressed on
+FEWEST_IMAGES = 32
 _SUMS = {operator.add, operator.iadd, torch.add}
 
 
@@ -119,7 +122,7 @@ class Reconstruction:
 
     Args:
         model: the dense network, untouched.
-        images: (B, ...) of the fit split.
+        images: (B, ...) of the fit split; the first ones are taken where not all fit into memory.
         settings: how.
 
     `sites` are the layers that can be solved, by graph node; `skipped` the others, with the reason. Raises UserError
@@ -132,11 +135,25 @@ class Reconstruction:
         self.images = arranged(images, layout_of(model, images))
         self.traced = follow(copied(model).eval().requires_grad_(False), self.images[:2])
         self.sites, self.skipped = find_sites(self.traced, self.settings.max_inputs)
+        self._spare_memory()
         recorder = _Recorder(self.traced, self.sites, self.places)
         with torch.no_grad():
             recorder.run(self.images)
         self.wanted = recorder.wanted
         self._means: dict[str, Tensor] = {}
+
+    def _spare_memory(self) -> None:
+        """Take fewer images, at more places each, where values of all would not fit; fewer places, where samples."""
+        asked, settings = len(self.images), self.settings
+        n_images = min(asked, max(FEWEST_IMAGES, VALUE_BYTES // (3 * _largest_value(self.traced, self.images[:2]))))
+        places = math.ceil(settings.places * asked / n_images)
+        per_sample = sum(self._sample_bytes(site) for site in self.sites.values())
+        places = min(places, max(1, SAMPLE_BYTES // max(1, per_sample * n_images)))
+        self.images, self.settings = self.images[:n_images], replace(settings, places=places)
+
+    def _sample_bytes(self, site: Site) -> int:
+        weight = _tensor(self.traced.get_submodule(site.module), "weight")
+        return len(weight) * weight.element_size() * (1 if site.partner is None else 2)
 
     def cut(self, choices: Mapping[FilterGroup, Tensor]) -> nn.Module:
         """`prune(model, choices)`, repaired; the same choices always give the same network.
@@ -274,6 +291,22 @@ def follow(model: nn.Module, images: Tensor) -> fx.GraphModule:
         ) from error
     shortcuts_first(traced)
     return traced
+
+
+def _largest_value(traced: fx.GraphModule, some: Tensor) -> int:
+    """Bytes per image of the largest value of a pass."""
+    sizes = [some.numel() * some.element_size()]
+
+    class Sizing(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            if isinstance(value, Tensor):
+                sizes.append(value.numel() * value.element_size())
+            return value
+
+    with torch.no_grad():
+        Sizing(traced).run(some)
+    return max(1, max(sizes) // len(some))
 
 
 class _Recorder(fx.Interpreter):

@@ -8,6 +8,7 @@ from digits_task import make_task
 from keepdrop.envs.groups.finding import find_groups
 from keepdrop.envs.groups.verification import randomised
 from keepdrop.envs.networks.built_in import cifar_resnet, small_cnn
+from keepdrop.envs.repair import reconstruction as module
 from keepdrop.envs.repair.patches import inputs_at, obstacle, outputs_at, patches_at, regress
 from keepdrop.envs.repair.reconstruction import Reconstruction, ReconstructionSettings
 from keepdrop.envs.surgery.cutting import prune
@@ -205,3 +206,15 @@ def test_bad_input_is_refused_in_one_sentence():
     group = find_groups(model, torch.zeros(1, 1, 8, 8)).groups[0]
     with pytest.raises(UserError, match="keeps none"):
         Reconstruction(model, torch.randn(4, 1, 8, 8)).cut({group: torch.zeros(4, dtype=torch.bool)})
+
+
+def test_what_does_not_fit_takes_fewer_images_or_places(monkeypatch):
+    model, images = small_cnn().eval(), torch.randn(80, 1, 8, 8)
+    whole = Reconstruction(model, images, ReconstructionSettings(images=80, places=6))
+    assert len(whole.images) == 80 and whole.settings.places == 6
+    first = next(each for each in model.modules() if isinstance(each, nn.Conv2d))
+    monkeypatch.setattr(module, "VALUE_BYTES", 3 * 4 * first(images[:1]).numel() * 40)
+    fewer = Reconstruction(model, images, ReconstructionSettings(images=80, places=6))
+    assert torch.equal(fewer.images, images[:40]) and fewer.settings.places == 12
+    monkeypatch.setattr(module, "SAMPLE_BYTES", 1)
+    assert Reconstruction(model, images, ReconstructionSettings(images=80, places=6)).settings.places == 1
