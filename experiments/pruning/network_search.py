@@ -54,7 +54,7 @@ class NetworkSearchSettings:
         masks: an update, even.
         images: of the reward split, the same ones for all masks of an update; None takes all.
         repair_images, repair_places: what the repair of a searched mask is measured on, `ROUGH_SAMPLES` per weight of
-            a filter at most; coarser than that of the final cut, it ranks masks as well at a quarter of the cost.
+            a filter at most; coarser than that of the final cut, it ranks masks as well at a third of the cost.
         warm_start: the statistic that ranks the filters at the start.
         start: how much of each layer the untrained agent keeps: what "reconstruction" does, the criterion that needs
             no search, the same fraction everywhere ("uniform"), or what an agent says that was trained over other
@@ -65,8 +65,8 @@ class NetworkSearchSettings:
 
     masks: int = 10
     images: int | None = 300
-    repair_images: int = 384
-    repair_places: int = 24
+    repair_images: int = 512
+    repair_places: int = 16
     warm_start: str = "l2"
     start: str = RECONSTRUCTION
     agent: NetworkAgentSettings = field(default_factory=NetworkAgentSettings)
