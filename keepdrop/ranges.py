@@ -46,6 +46,13 @@ def check_number(name: str, value: Any, bounds: tuple[float, float]) -> None:
             raise UserError(f"{name} is {each!r}; expected a whole number from {_shown(low)} to {_shown(high)}.")
 
 
+def check_given(name: str, value: Any, bounds: tuple[float, float]) -> None:
+    """The same for one number that has to be there: None and lists are refused, too."""
+    check_number(name, [value], bounds)
+    if value is None:
+        raise UserError(f"{name} is not given; expected a number from {_shown(bounds[0])} to {_shown(bounds[1])}.")
+
+
 def _shown(value: float) -> str:
     """Whole numbers with all their digits."""
     return f"{int(value):,}" if math.isfinite(value) and float(value).is_integer() else f"{value:g}"

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import UserError, summarised
-from ...ranges import check_number
+from ...ranges import check_given, check_number
 
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "WEBP", "TIFF")
 SUFFIXES = frozenset({"jpg", "jpeg", "png", "bmp", "gif", "ppm", "pgm", "webp", "tif", "tiff"})
@@ -48,8 +48,8 @@ class Decoder:
     channels: int = 3
 
     def __post_init__(self) -> None:
-        check_number("size", self.size, SIDE)
-        check_number("resize", self.resize, SIDE)
+        check_given("size", self.size, SIDE)
+        check_number("resize", [self.resize], SIDE)
         if self.resize is not None and self.resize < self.size:
             raise UserError(f"resize is {self.resize}; expected at least the size that is cut out, {self.size}.")
         if self.channels not in MODES:
@@ -138,6 +138,9 @@ def unreadable(path: str, error: BaseException) -> UserError:
 def check_file(path: str, decoder: Decoder) -> None:
     """UserError for a file that is no image, or that was cut off: JPEG and PNG by their ends, without decoding them."""
     try:
+        if not Path(path).is_file():  # a pipe would be waited for
+            Path(path).stat()
+            raise OSError("no regular file")
         with Path(path).open("rb") as file:
             start = file.read(4)
             file.seek(0, 2)

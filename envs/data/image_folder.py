@@ -10,9 +10,10 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
-from ...ranges import NOT_NEGATIVE, SEED, check_number
+from ...ranges import NOT_NEGATIVE, SEED, check_given, check_number
 from .decoding import SUFFIXES, Decoder, check_file
 from .image_cache import Budget, ImageCache
 from .images import LabelledData
@@ -33,14 +34,15 @@ MOST_WORKERS_UNASKED = 8
 FEW = 256  # images that are decoded sooner than workers start
 HASHED = 512  # images whose pixels go into the digest
 MOST_CHECKED = 50_000  # files whose beginning and end are looked at before anything else
+LARGEST = 1e6  # of a mean or std
 CHUNK_BYTES = 2**18  # of pixels that are normalised at a time, in a processor's cache
 
 
 def from_folder(
     path: str | os.PathLike[str],
     size: int = 224,
-    mean: Sequence[float] = IMAGENET[0],
-    std: Sequence[float] = IMAGENET[1],
+    mean: float | Sequence[float] = IMAGENET[0],
+    std: float | Sequence[float] = IMAGENET[1],
     resize: int | None = None,
     test_fraction: float | None = None,
     seed: int = 0,
@@ -69,9 +71,12 @@ def from_folder(
         UserError: a folder, classes or images are missing, differ between train and test, or are of one class only; a
             file among the first 50,000 is damaged; Pillow is missing.
     """
-    check_number("workers", workers, MOST_WORKERS)
-    check_number("cache_gib", cache_gib, NOT_NEGATIVE)
-    if len(mean) != len(std) or min(std) <= 0:
+    check_number("workers", [workers], MOST_WORKERS)
+    check_given("cache_gib", cache_gib, NOT_NEGATIVE)
+    if not isinstance(path, str | os.PathLike):
+        raise UserError(f"The path of an image folder is {path!r}; expected a text.")
+    mean, std = _per_channel("mean", mean), _per_channel("std", std)
+    if len(mean) != len(std) or min(std, default=0) <= 0:
         raise UserError(f"Expected one mean and one positive std per channel, got mean={list(mean)}, std={list(std)}.")
     decoder = Decoder(size, resize, len(mean))
     listed = _both(Path(path).expanduser(), test_fraction, seed)
@@ -82,6 +87,14 @@ def from_folder(
         FolderImages(files, decoder, mean, std, workers, ImageCache(len(files.paths), budget)) for files in listed
     )
     return LabelledData(train, test)
+
+
+def _per_channel(name: str, values: float | Sequence[float]) -> tuple[float, ...]:
+    """Numbers of channels as a tuple; UserError for what is no finite number. One alone is that of the only channel."""
+    found = tuple(values) if isinstance(values, Iterable) and not isinstance(values, str) else (values,)
+    for each in found:
+        check_given(f"A number of {name}", each, (-LARGEST, LARGEST))
+    return found
 
 
 def image_folder(root: str, size: int, mean: Sequence[float], std: Sequence[float]) -> LabelledData:
@@ -156,14 +169,17 @@ def _both(base: Path, test_fraction: float | None, seed: int) -> tuple[Files, Fi
     if not base.is_dir():
         raise UserError(f"There is no image folder '{base}'; expected train/CLASS/* and test/CLASS/* (or val) in it.")
     train = base / "train"
-    test = next((base / name for name in TESTS if (base / name).is_dir() and _folders(base / name)), None)
+    tests = [base / name for name in TESTS if (base / name).is_dir() and _folders(base / name)]
+    if train.is_dir():  # a folder of images without labels lies beside it at times
+        tests.sort(key=lambda each: _folders(each) != _folders(train))
+    test = tests[0] if tests else None
     if test_fraction is None:
         if not train.is_dir() or test is None:
             raise _undivided(base)
         files = Files.under(train), Files.under(test)
     else:
-        check_number("seed", seed, SEED)
-        if not 0 < test_fraction < 1:
+        check_given("seed", seed, SEED)
+        if not (isinstance(test_fraction, Real) and 0 < test_fraction < 1):
             raise UserError(f"test_fraction must lie between 0 and 1, got {test_fraction}.")
         if train.is_dir() and test is not None:
             raise UserError(f"'{base}' holds test images in '{test.name}' already; leave test_fraction out.")

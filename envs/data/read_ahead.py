@@ -12,6 +12,7 @@ import hashlib
 import math
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import sys
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from ...errors import UserError, first_line
+from ...errors import UserError, first_line, summarised
 from ...ranges import check_number
 
 # Of indices int64 (n,), the seed of an epoch, and where their n images go; returns their targets.
@@ -40,6 +41,8 @@ AHEAD_BYTES = 256 * 2**20  # of what lies read and waits, of all workers togethe
 SHARED = Path("/dev/shm")  # where processes hand over tensors on Linux
 MOST_WORKERS = (0, 256)
 MOST_BUFFERS = 3
+_FAILED: list[UserError] = []  # in a worker: why it cannot begin
+ENDS = (signal.SIGINT, signal.SIGTERM)  # what ends a run, and often comes to all of its processes
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class Workers:
     def chosen(cls, source: Any, count: int | None) -> Workers:
         """`count` of them, or where that is None as many as `source` has, if it is a DataLoader; else none."""
         if count is not None:
-            check_number("workers", count, MOST_WORKERS)
+            check_number("workers", [count], MOST_WORKERS)
         if not isinstance(source, DataLoader):
             return cls(count or 0)
         context: Any = source.multiprocessing_context
@@ -139,7 +142,11 @@ def _started(
             # More workers than cores are the caller's choice; a fork beside other threads is what DataLoader does.
             warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
             warnings.filterwarnings("ignore", message=".*fork", category=DeprecationWarning)
-            results = iter(_loader(fetch, jobs, workers, factor, shared))
+            warnings.filterwarnings("ignore", message="Got pickle error", category=UserWarning)
+            try:
+                results = iter(_loader(fetch, jobs, workers, factor, shared))
+            except (TypeError, AttributeError, pickle.PicklingError) as error:
+                raise _not_copied(error) from error
         yield results
     finally:
         if results is not None:
@@ -152,7 +159,8 @@ def _loader(fetch: Fetch, jobs: Sequence[Tensor], workers: Workers, factor: int,
     return DataLoader(
         _Jobs(fetch, seed, shared),
         batch_size=None,
-        sampler=[(job, number % len(shared)) for number, job in enumerate(jobs)],
+        # As arrays: tensors would come by a thread of this process, which complains of a worker that ends meanwhile.
+        sampler=[(job.numpy(), number % len(shared)) for number, job in enumerate(jobs)],
         num_workers=workers.count,
         collate_fn=_as_it_is,
         timeout=workers.patience,
@@ -165,18 +173,19 @@ def _loader(fetch: Fetch, jobs: Sequence[Tensor], workers: Workers, factor: int,
 
 @contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """Ctrl-C waits until afterwards: in the middle of a fork Python would lose it, or a new worker print it."""
+    """Ctrl-C and SIGTERM wait until afterwards: in mid-fork Python would lose them, or a worker print them."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     came: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    before = {each: signal.signal(each, lambda number, frame: came.append(number)) for each in ENDS}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
-    if came:
-        signal.raise_signal(signal.SIGINT)
+        for each, handler in before.items():
+            signal.signal(each, handler or signal.SIG_DFL)
+    for number in came[:1]:
+        signal.raise_signal(number)
 
 
 class _Jobs(Dataset[Any]):
@@ -185,8 +194,10 @@ class _Jobs(Dataset[Any]):
     def __init__(self, fetch: Fetch, seed: int, shared: Tensor) -> None:
         self.fetch, self.seed, self.shared = fetch, seed, shared
 
-    def __getitem__(self, job: tuple[Tensor, int]) -> Any:
-        indices, place = job
+    def __getitem__(self, job: tuple[np.ndarray, int]) -> Any:
+        indices, place = torch.from_numpy(job[0]), job[1]
+        if _FAILED:
+            return _FAILED[0]
         try:
             return self.fetch(indices, self.seed, self.shared[place, : len(indices)]).numpy()
         except UserError as error:
@@ -199,13 +210,18 @@ def _as_it_is(found: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Ready:
-    """What a worker does first: it leaves Ctrl-C to the process that started it, and does not outlive that one."""
+    """What a worker does first: it leaves Ctrl-C to the process that started it, and does not outlive that one.
+
+    SIGTERM ends it without an error: batch systems send it to every process of a run, and torch would raise in the one
+    that started it, in the middle of its own ending, that a worker was killed.
+    """
 
     workers: Workers
     parent: int
 
     def __call__(self, number: int) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
         if sys.platform == "linux":
             with suppress(OSError, AttributeError):
                 ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a run's lock is inherited by a fork
@@ -213,16 +229,36 @@ class _Ready:
                 os._exit(1)
         if self.workers.ready is not None:
             object.__setattr__(get_worker_info(), "dataset", self.workers.dataset)
-            self.workers.ready(number)
+            try:
+                self.workers.ready(number)
+            except Exception as error:
+                _FAILED.append(
+                    UserError(f"The worker_init_fn of a DataLoader fails ({summarised(error)}); fix or leave it out.")
+                )
 
 
 def _ended(error: RuntimeError, count: int) -> UserError:
-    """The sentence for a worker that is gone, out of memory most of the time."""
+    """The sentence for a worker that is gone, out of memory most of the time, or that takes too long."""
+    if "timed out" in str(error):
+        return UserError(
+            f"A process that reads images takes longer than its DataLoader allows ({first_line(error)}); give it a "
+            "longer timeout, or 0 for any time."
+        )
     return UserError(
         f"One of {count} processes that read images ended ({first_line(error)}); memory, or the shared memory of a "
         "container (docker run --shm-size), may be too small for them:",
         python="read with fewer (workers=), or with none (workers=0).",
         typed="read with fewer (data.workers=1), or with none (data.workers=0).",
+    )
+
+
+def _not_copied(error: Exception) -> UserError:
+    """The sentence for a data set that cannot be handed to processes that are not forks of this one."""
+    return UserError(
+        f"A data set cannot be handed to the processes that read it ({summarised(error)}); leave out what cannot "
+        "be pickled, such as locks, open files and lambdas, or read in this process:",
+        python="workers=0.",
+        typed="data.workers=0.",
     )
 
 

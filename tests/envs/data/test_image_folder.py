@@ -1,6 +1,7 @@
 """Folders of images: what is read from which file, what is refused, workers and cache that change nothing."""
 
 import io
+import os
 import pickle
 import re
 import sys
@@ -199,6 +200,14 @@ def test_folders_that_cannot_be_used_are_refused_before_anything_is_read(folder,
         ({"size": 0}, "size is 0; expected a number from 1 to 8,192"),
         ({"workers": -1}, "workers is -1; expected a number from 0 to 256"),
         ({"cache_gib": float("nan")}, "cache_gib is nan; expected a number from 0"),
+        ({"cache_gib": None}, "cache_gib is not given; expected a number from 0"),
+        ({"size": None}, "size is not given; expected a number from 1"),
+        ({"size": [8, 8]}, "size is [8, 8]; expected a number from 1"),
+        ({"resize": (8, 8)}, "resize is (8, 8); expected a number from 1"),
+        ({"mean": ("a",) * 3}, "A number of mean is 'a'; expected a number from"),
+        ({"std": (float("nan"), 1, 1)}, "A number of std is nan; expected a number from"),
+        ({"mean": (), "std": ()}, "Expected one mean and one positive std per channel"),
+        ({"test_fraction": "a"}, "test_fraction must lie between 0 and 1, got a."),
         ({"mean": (0.5,) * 3, "std": (0.5,)}, "Expected one mean and one positive std per channel"),
         ({"mean": (0.5,) * 4, "std": (0.5,) * 4}, "have 3 channels (RGB) or 1 (grey), but mean and std hold 4"),
     ],
@@ -232,6 +241,28 @@ def test_a_damaged_file_is_named_before_anything_else(folder, kind):
     (folder / "train" / "ant" / "9.png").write_bytes(content)
     with pytest.raises(UserError, match=r"9\.png' is not .* remove it, and 1 more: .*3\.jpg\.$"):
         from_folder(folder, 8)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with a name")
+def test_a_pipe_among_the_files_is_not_waited_for(folder):
+    os.mkfifo(folder / "train" / "cat" / "pipe.jpg")
+    with pytest.raises(UserError, match=r"pipe\.jpg' is not a readable image \(OSError: no regular file\)"):
+        from_folder(folder, 8)
+
+
+def test_test_images_are_those_with_the_classes_of_training(folder):
+    """Contests put images without labels into one folder of `test`."""
+    put(folder / "test" / "unknown", "0.jpg", noise(0))
+    assert len(from_folder(folder, 8).test) == 4
+    (folder / "val").rename(folder / "other")
+    with pytest.raises(UserError, match=r"unknown \(only in test\)"):
+        from_folder(folder, 8)
+
+
+def test_one_number_as_mean_and_std_makes_images_grey(folder):
+    assert from_folder(folder, 8, mean=0.5, std=0.5).train.image_shape == (1, 8, 8)
+    with pytest.raises(UserError, match="path of an image folder is None"):
+        from_folder(None)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

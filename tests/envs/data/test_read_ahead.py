@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import closing
 from pathlib import Path
@@ -22,7 +23,7 @@ from keepdrop.envs.networks.built_in import small_cnn
 from keepdrop.envs.networks.checkpoint import hash_state
 from keepdrop.errors import Notice, UserError
 from keepdrop.experiments.training.loop import TrainSettings, fit_network
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 PARTS = torch.randperm(30, generator=torch.Generator().manual_seed(0)).split(8)
 
@@ -207,10 +208,13 @@ def running(pid):
 
 
 class Interrupted:
-    """A loader at whose start somebody presses Ctrl-C."""
+    """A loader at whose start somebody presses Ctrl-C, or a batch system ends the run."""
+
+    def __init__(self, number):
+        self.number = number
 
     def __iter__(self):
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(self.number)
         return self
 
     def __next__(self):
@@ -220,11 +224,84 @@ class Interrupted:
         self.ended = True
 
 
-def test_ctrl_c_while_workers_start_is_not_lost(monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_ends_a_run_while_workers_start_is_not_lost(number, monkeypatch):
     """Python drops what is raised inside a fork; the interrupt is to come right after it."""
-    loader = Interrupted()
+    loader = Interrupted(number)
     monkeypatch.setattr(read_ahead_module, "_loader", lambda *arguments: loader)
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), read_ahead_module._started(None, [], Workers(1), 1, torch.empty(1)):
-        pass
-    assert signal.getsignal(signal.SIGINT) is before and loader.ended
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with pytest.raises(KeyboardInterrupt), read_ahead_module._started(None, [], Workers(1), 1, torch.empty(1)):
+            pass
+        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, before[signal.SIGTERM])
+    assert signal.getsignal(signal.SIGINT) is before[signal.SIGINT] and loader.ended
+
+
+TERMINATED = """
+import os, signal, torch
+from keepdrop.envs.data.datasets import DatasetImages
+from keepdrop.envs.data.read_ahead import Workers
+
+class Items:
+    def __len__(self):
+        return 4000
+
+    def __getitem__(self, index):
+        return torch.zeros(1, 64, 64), index % 3
+
+def stop(number, frame):
+    raise SystemExit(143)
+
+signal.signal(signal.SIGTERM, stop)
+batches = DatasetImages(Items(), 3, workers=Workers(2)).batches(torch.arange(4000).split(400))
+next(batches)
+try:
+    for each in torch.multiprocessing.active_children():
+        os.kill(each.pid, signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)
+finally:
+    batches.close()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+def test_sigterm_to_all_processes_of_a_run_ends_it_without_an_error():
+    """As batch systems and `timeout` send it; torch would raise that a worker was killed."""
+    done = subprocess.run([sys.executable, "-c", TERMINATED], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (143, "")
+
+
+class Locked(TensorDataset):
+    """Not to be pickled."""
+
+    def __init__(self):
+        super().__init__(torch.zeros(80, 1, 2, 2), torch.arange(80) % 3)
+        self.lock = threading.Lock()
+
+
+def fails(number):
+    raise ValueError("no such device")
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"multiprocessing_context": "spawn"}, r"cannot be handed to .* \(TypeError: cannot pickle .*workers=0\.$"),
+        (
+            {"worker_init_fn": fails},
+            r"worker_init_fn of a DataLoader fails \(ValueError: no such device\); fix or",
+        ),
+    ],
+)
+def test_workers_that_cannot_begin_are_a_sentence(options, text):
+    loader = DataLoader(Locked(), num_workers=2, **options)
+    with pytest.raises(UserError, match=text):
+        list(from_datasets(loader, loader).train.batches(torch.arange(80).split(20)))
+
+
+def test_a_worker_that_takes_too_long_is_not_said_to_lack_memory():
+    error = read_ahead_module._ended(RuntimeError("DataLoader timed out after 1 seconds"), 2)
+    assert "longer timeout" in str(error) and "memory" not in str(error)
