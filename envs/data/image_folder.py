@@ -35,6 +35,7 @@ FEW = 256  # images that are decoded sooner than workers start
 HASHED = 512  # images whose pixels go into the digest
 MOST_CHECKED = 50_000  # files whose beginning and end are looked at before anything else
 LARGEST = 1e6  # of a mean or std
+ARCHIVERS = "__MACOSX"  # what archives of some systems hold beside their files
 CHUNK_BYTES = 2**18  # of pixels that are normalised at a time, in a processor's cache
 
 
@@ -153,7 +154,8 @@ class Files:
 
 
 def _folders(folder: Path) -> list[str]:
-    return sorted(each.name for each in folder.iterdir() if each.is_dir() and not each.name.startswith("."))
+    names = (each.name for each in folder.iterdir() if each.is_dir())
+    return sorted(name for name in names if not name.startswith(".") and name != ARCHIVERS)
 
 
 def _images(folder: Path) -> Iterator[str]:

@@ -60,6 +60,7 @@ def test_images_are_cropped_normalised_and_numbered_by_class(tmp_path):
             (tmp_path / part / name / "._one.png").write_bytes(b"of another system")
             (tmp_path / part / name / "notes.txt").write_text("no image")
         (tmp_path / part / ".ipynb_checkpoints").mkdir()
+        (tmp_path / part / "__MACOSX").mkdir()
     data = image_folder(str(tmp_path), size=8, mean=(0.5,) * 3, std=(0.5,) * 3)
     assert isinstance(data, LabelledData) and data.train.classes == ("ant", "cat")
     assert (len(data.train), data.train.image_shape, data.train.n_classes) == (2, (3, 8, 8), 2)
