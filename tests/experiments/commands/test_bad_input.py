@@ -233,7 +233,10 @@ def test_no_agents(refused, checkpoint, tmp_path):
         ("finetune.epochs=many", "finetune.epochs is 'many'; expected a number."),
         ("finetune=3", "finetune is '3'; expected settings below it: key.NAME=VALUE."),
         ("data=npz", "data.path is not set; expected a value: give data.path=VALUE."),
-        ("data=nz", "The group 'data' has no option 'nz'; did you mean 'npz'? It has custom, digits, folder, npz, scenes."),
+        (
+            "data=nz",
+            "The group 'data' has no option 'nz'; did you mean 'npz'? It has custom, digits, folder, npz, scenes.",
+        ),
     ],
 )
 def test_apply_overrides_what_it_inherits(refused, checkpoint, finished, override, sentence):
