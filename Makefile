@@ -36,7 +36,7 @@ demo: install
 	$(BIN)/keepdrop prune
 
 test: install
-	$(BIN)/python -m pytest -n 2 --skipped-to build/skipped.txt
+	$(BIN)/python -m pytest -n 2 --skipped-to=build/skipped.txt
 
 test-all: install
 	$(BIN)/python -m pytest -n 2 -m ""
