@@ -39,11 +39,11 @@ test: install
 	$(BIN)/python -m pytest -n 2 --skipped-to=build/skipped.txt
 
 test-all: install
-	$(BIN)/python -m pytest -n 2 -m ""
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m ""
 
 # What `make test` skipped, with every extra; a test that still misses a package fails.
 test-extras: extras
-	$(BIN)/python -m pytest -n 2 --extras @build/skipped.txt
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --extras @build/skipped.txt
 
 lint: install
 	$(BIN)/ruff check .

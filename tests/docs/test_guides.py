@@ -249,6 +249,7 @@ def run_program(line, *more):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("ray")
 def test_many_machines(folder, ray_folder):
     """The lines that need no second machine: processes, and clusters that runs start for themselves."""
     pytest.importorskip("ray", reason="ray is not installed (extra 'ray')")
@@ -273,6 +274,7 @@ def test_many_machines(folder, ray_folder):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("ray")
 @pytest.mark.parametrize("launcher", [None, *LAUNCHERS])
 def test_sweeps(launcher, folder, ray_folder):
     if launcher and importlib.util.find_spec(f"hydra_plugins.hydra_{LAUNCHERS[launcher]}_launcher") is None:

@@ -31,6 +31,7 @@ from ray.cluster_utils import Cluster
 from tiny_zoo import SMALL, write_zoo
 
 pytestmark = [
+    pytest.mark.xdist_group("ray"),  # one cluster at a time: its processes are counted, and its ports are fixed
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes are found in /proc"),
     # Ray's own, as it ends a cluster.
     pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),
