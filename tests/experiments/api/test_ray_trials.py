@@ -14,7 +14,10 @@ from keepdrop.envs.data.sources import digits
 from keepdrop.experiments.api.ray_trials import arguments_of, trainable
 from keepdrop.experiments.pruning.network_search import NetworkSearchSettings
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's and Tune's own
+pytestmark = [
+    pytest.mark.xdist_group("ray"),
+    pytest.mark.filterwarnings("ignore"),  # Ray's and Tune's own
+]
 EXAMPLES = Path(__file__).parents[3] / "examples"
 
 
