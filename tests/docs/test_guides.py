@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -141,8 +142,10 @@ def test_several_inputs(folder, capsys):
 
 
 @pytest.mark.filterwarnings("ignore::keepdrop.errors.Notice")
-def test_hugging_face(folder, capsys):
+def test_hugging_face(folder, capsys, request):
     pytest.importorskip("transformers", reason="transformers is not installed (extra 'transformers')")
+    if find_spec("torchvision"):  # transformers imports it
+        request.getfixturevalue("torchvision")
     write_files("hugging-face.md", folder)
     quick = {"masks": 4, "images": 60, "reward_size": 100, "agent": AgentSettings(updates=2)}
     result, again = importlib.import_module("flowers").main(**quick)

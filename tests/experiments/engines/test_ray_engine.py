@@ -81,12 +81,15 @@ def here(one_shot):
     return decided(one_shot)
 
 
-def actors():
-    """Ids of the processes that run our actors."""
+def actors(cluster):
+    """Ids of the processes that run our actors; another process may have a cluster of its own."""
+    nodes = [each for each in (cluster.head_node, *cluster.worker_nodes) if each is not None]
+    raylets = {each.process.pid for node in nodes for each in node.all_processes.get("raylet", [])}
     found = []
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if "ray::_Holder" in entry.read_text():
+            parent = int((entry.parent / "stat").read_text().rpartition(")")[2].split()[1])
+            if "ray::_Holder" in entry.read_text() and parent in raylets:
                 found.append(int(entry.parent.name))
         except OSError:  # ended meanwhile
             continue
@@ -99,10 +102,10 @@ def test_nodes_and_folders_are_looked_at(engine, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_any_number_of_workers_decides_the_same(engine, one_shot, here, workers):
+def test_any_number_of_workers_decides_the_same(cluster, engine, one_shot, here, workers):
     with spread_over(RayEngine(address=engine.address, workers=workers), one_shot) as spread:
         assert decided(spread) == here
-        assert 1 <= len(actors()) <= spread.spread.count == workers
+        assert 1 <= len(actors(cluster)) <= spread.spread.count == workers
     assert not ray.is_initialized()
 
 
@@ -133,17 +136,17 @@ def test_from_outside_the_cluster(cluster, pruned_here):
     assert not ray.is_initialized()
 
 
-def both_at_work(spread):
+def both_at_work(cluster, spread):
     """Judge masks until two actors have come up, which a busy machine takes its time for."""
     masks, deadline = torch.ones(2, spread.n_filters, dtype=torch.bool), time.monotonic() + 120
     masks[:, 0] = False
-    while len(actors()) < 2:
+    while len(actors(cluster)) < 2:
         assert time.monotonic() < deadline
         spread.outcomes(masks, torch.arange(4))
 
 
 def kill_worker(cluster):
-    os.kill(actors()[0], signal.SIGKILL)
+    os.kill(actors(cluster)[0], signal.SIGKILL)
 
 
 def kill_node(cluster):
@@ -157,7 +160,7 @@ def test_what_dies_in_mid_search_is_replaced(cluster, engine, one_shot, here, ki
             kill(cluster)
 
     with spread_over(engine, one_shot) as spread:
-        both_at_work(spread)
+        both_at_work(cluster, spread)
         assert decided(spread, report) == here
     if kill is kill_node:
         cluster.add_node(**NODE)
