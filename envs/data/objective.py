@@ -297,6 +297,11 @@ class ImagesWithObjective:
         return self.images.digest()
 
 
+def without_objective(images: LabelledImages) -> LabelledImages:
+    """The images themselves, which may go with the usual one."""
+    return images.images if isinstance(images, ImagesWithObjective) else images
+
+
 def with_objective(images: LabelledImages, objective: Objective) -> LabelledImages:
     """The images with `objective` for their answers. UserError for `Top1` where the targets are not labels."""
     if images.n_classes < 1:
@@ -311,7 +316,7 @@ def with_objective(images: LabelledImages, objective: Objective) -> LabelledImag
             typed="metric=mean_iou for class maps, metric=binary for yes-or-no labels, metric=mean_average_precision "
             "for boxes, metric=within for numbers.",
         )
-    bare = images.images if isinstance(images, ImagesWithObjective) else images
+    bare = without_objective(images)
     return bare if objective == TOP1 else ImagesWithObjective(bare, objective)
 
 

@@ -22,7 +22,7 @@ from ...errors import UserError
 from ..data.images import LabelledImages
 from ..data.objective import TOP1, Objective, objective_of, output_of
 from ..networks.batch_size import cached_batch, chunks, default_batch, fastest_batch
-from ..networks.memory_layout import CHANNELS_LAST, arranged, layout_of
+from ..networks.memory_layout import CHANNELS_LAST, arranged, is_channels_last, layout_of
 from ..networks.modes import evaluating
 from ..surgery.filter_group import FilterGroup
 from ..surgery.masking import MixKey
@@ -285,11 +285,6 @@ def _room(like: Tensor, rows: int) -> Tensor:
     """An empty tensor of `rows` rows in the memory order of `like`."""
     room = like.new_empty(rows, *like.shape[1:])
     return arranged(room, CHANNELS_LAST) if is_channels_last(like) else room
-
-
-def is_channels_last(value: Tensor) -> bool:
-    """Whether a 4d tensor lies in memory as channels_last."""
-    return value.dim() == 4 and value.is_contiguous(memory_format=CHANNELS_LAST)
 
 
 def correct_flags(

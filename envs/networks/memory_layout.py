@@ -68,6 +68,11 @@ def suited(model: nn.Module, inputs: Inputs) -> Any:
     return inputs if layout_of(model, inputs) == CHANNELS_LAST else arranged(inputs, CONTIGUOUS)
 
 
+def is_channels_last(value: Tensor) -> bool:
+    """Whether a 4d tensor lies in memory as channels_last."""
+    return value.dim() == 4 and value.is_contiguous(memory_format=CHANNELS_LAST)
+
+
 def order_weights(model: nn.Module, layout: torch.memory_format) -> None:
     """Put the weights of convolutions over images into channels-last order, in place, where images have it."""
     for module in nn.Module.modules(model) if layout == CHANNELS_LAST else ():

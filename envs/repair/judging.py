@@ -38,7 +38,7 @@ from ..surgery.filter_group import FilterGroup, vanished
 from ..surgery.shared_weights import sharing_modules
 from ..surgery.slicing import slice_axes
 from .patches import SampledPlaces, Samples
-from .reconstruction import Reconstruction, Site, follow, narrowed, put_solution
+from .reconstruction import Reconstruction, Site, follow, largest_value, narrowed, put_solution
 
 CHUNK_BYTES = 2**22  # of the largest value that the images of one pass make on a CPU
 SIDE_BY_SIDE_BYTES = 2**31  # that masks which run side by side may take together
@@ -89,7 +89,7 @@ class Judge:
         self._dense = dict(traced.named_modules())
         if self.obstacle:
             return
-        n_bytes = self._graph.largest_value(some, self._dense)
+        n_bytes = largest_value(traced, some)
         fit = self.images[:0] if self.repair is None else self.repair.images
         on_cpu = self.images.device.type == "cpu"
         self._chunk = max(2, CHUNK_BYTES // n_bytes) if on_cpu else max(len(fit), 1024)
@@ -272,16 +272,6 @@ class _Graph:
         for part in str(node.target).split("."):
             found = getattr(found, part)
         return found
-
-    def largest_value(self, some: Tensor, modules: Modules) -> int:
-        """Bytes per image of the largest value."""
-        largest, values = some[0].numel() * some.element_size(), {self.images: some}
-        with torch.inference_mode():
-            for node in self.nodes:
-                found = values[node] = self.value(node, values, modules)
-                if isinstance(found, Tensor):
-                    largest = max(largest, found.numel() * found.element_size() // len(some))
-        return largest
 
     @staticmethod
     def _loaded(args: Any, values: Values) -> Any:

@@ -54,6 +54,8 @@ class ReconstructionSettings:
         ridge: pull towards the weights as cut, relative to the mean energy of an input; stronger where a layer has few
             samples per weight (`patches.chosen_ridge`).
         max_inputs: layers with more weights per filter stay as cut (the system grows with the square).
+        per_weight: samples per weight of a filter that are enough: layers with few weights are read at fewer places.
+            None: at `places`, all of them.
     """
 
     images: int = 1000
@@ -145,11 +147,13 @@ class Reconstruction:
     def _spare_memory(self) -> None:
         """Take fewer images, at more places each, where values of all would not fit; fewer places, where samples."""
         asked, settings = len(self.images), self.settings
-        n_images = min(asked, max(FEWEST_IMAGES, VALUE_BYTES // (3 * _largest_value(self.traced, self.images[:2]))))
+        n_images = min(asked, max(FEWEST_IMAGES, VALUE_BYTES // (3 * largest_value(self.traced, self.images[:2]))))
         places = math.ceil(settings.places * asked / n_images)
         per_sample = sum(self._sample_bytes(site) for site in self.sites.values())
         places = min(places, max(1, SAMPLE_BYTES // max(1, per_sample * n_images)))
-        self.images, self.settings = self.images[:n_images], replace(settings, places=places)
+        if n_images < asked:
+            self.images = self.images[:n_images].clone()  # a part of the others would keep them all
+        self.settings = replace(settings, places=places)
 
     def _sample_bytes(self, site: Site) -> int:
         weight = _tensor(self.traced.get_submodule(site.module), "weight")
@@ -293,7 +297,7 @@ def follow(model: nn.Module, images: Tensor) -> fx.GraphModule:
     return traced
 
 
-def _largest_value(traced: fx.GraphModule, some: Tensor) -> int:
+def largest_value(traced: fx.GraphModule, some: Tensor) -> int:
     """Bytes per image of the largest value of a pass."""
     sizes = [some.numel() * some.element_size()]
 

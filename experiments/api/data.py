@@ -9,7 +9,7 @@ import torch
 from ...envs.data.datasets import images_in_memory
 from ...envs.data.image_folder import FolderImages
 from ...envs.data.images import ArrayImages, LabelledData
-from ...envs.data.objective import TOP1, ImagesWithObjective, Objective, with_objective
+from ...envs.data.objective import TOP1, Objective, with_objective, without_objective
 from ...envs.data.splits import Source, Splits, split
 
 MOST_REWARD_IMAGES = 2000
@@ -25,7 +25,7 @@ def three_splits(
     if reward_size is None and reward_from in ("train", "test"):
         reward_size = min(MOST_REWARD_IMAGES, max(1, len(getattr(data, reward_from)) // 5))
     splits = split(data, reward_from=reward_from, reward_size=reward_size or 0, seed=seed, objective=objective)
-    bare = splits.reward.images if isinstance(splits.reward, ImagesWithObjective) else splits.reward
+    bare = without_objective(splits.reward)
     if isinstance(bare, ArrayImages):
         return splits
     if isinstance(bare, FolderImages):

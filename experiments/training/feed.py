@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...envs.data.images import ArrayImages, LabelledImages, batches_of
-from ...envs.data.objective import ImagesWithObjective
+from ...envs.data.objective import without_objective
 from .augment import Augment, drawn_apart
 from .devices import Team
 
@@ -34,15 +34,15 @@ class Feed:
         self.data, self.augment, self.device = data, augment, device
         self.apart = drawn_apart(augment)
         self.resident: ArrayImages | None = None
-        bare = data.images if isinstance(data, ImagesWithObjective) else data
+        bare = without_objective(data)
         if isinstance(bare, ArrayImages) and stay and self.is_reproducible:
             self.resident = bare.on(device) if bare.n_bytes <= free_bytes(device) // SHARE else None
 
     @property
     def is_reproducible(self) -> bool:
         """Whether seed and step alone say what a batch holds: images in memory, and no code of a user's for them."""
-        bare = self.data.images if isinstance(self.data, ImagesWithObjective) else self.data
-        return type(bare) is ArrayImages and (self.augment is None or self.apart is not None)
+        in_memory = type(without_objective(self.data)) is ArrayImages
+        return in_memory and (self.augment is None or self.apart is not None)
 
     @property
     def is_binary(self) -> bool:

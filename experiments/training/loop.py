@@ -230,8 +230,10 @@ class _Run:
 
     def _graph(self) -> None:
         """The step as a graph; a new one where somebody has moved weights in memory between two epochs."""
+        if self.capture is None:
+            return
         places = [value.data_ptr() for value in (*self.model.parameters(), *self.model.buffers())]
-        if self.capture is not None and places != self.places:
+        if places != self.places:
             self.graphed, self.places = Graphed(self._take, self.capture, "The step of this training"), places
 
     def _taught(self) -> Teacher | None:

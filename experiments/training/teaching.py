@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...envs.data.objective import output_of
+from ...envs.networks.memory_layout import is_channels_last
 
 REMEMBERED = 2**28  # bytes of a teacher's answers
 TRIALS = 4  # batches of images in other company, in which answers have to be those that are remembered
@@ -48,11 +49,6 @@ def content_key(images: Tensor) -> Hashable:
     """What tells images (B, ...) from all others: their values, and the order in memory. A GPU is waited for."""
     digest = hashlib.blake2b(images.detach().cpu().contiguous().numpy().tobytes(), digest_size=16).digest()
     return digest, is_channels_last(images)
-
-
-def is_channels_last(images: Tensor) -> bool:
-    """Whether images lie in channels-last order."""
-    return images.dim() == 4 and images.is_contiguous(memory_format=torch.channels_last)
 
 
 class RowMemory:

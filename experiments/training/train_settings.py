@@ -44,8 +44,9 @@ class TrainSettings:
             takes Lightning (`keepdrop[lightning]`). `batch_size` is still that of a step.
         graphs: on a GPU, whether a whole step is captured as a CUDA graph and replayed, without which a small network
             waits for the host; one that cannot be captured runs step by step, after a notice. Rounding differs.
-        compile: whether network and teacher go through `torch.compile` first, half a minute to a minute each time: it
-            pays where a training takes many minutes. Rounding differs. Not with several devices.
+        compile: whether network and teacher go through `torch.compile` first, half a minute to a minute each time.
+            Slower than without on the processor it was measured on; meant for a GPU without graphs. Rounding differs.
+            Not with several devices.
         sync_batch_norm: with several devices, whether batch normalisation takes the images of all of them together, as
             one device does; false: each its own share.
     """

@@ -170,8 +170,8 @@ def test_memory_of_a_batch_is_used_again_when_nobody_holds_it():
     assert buffers.empty((2, 3)).data_ptr() == place and buffers.empty((4,)).shape == (4,)
 
 
-KILLED = """
-import os, signal, sys, torch
+ITEMS = """
+import os, signal, torch
 from keepdrop.envs.data.datasets import DatasetImages
 from keepdrop.envs.data.read_ahead import Workers
 
@@ -182,6 +182,8 @@ class Items:
     def __getitem__(self, index):
         return torch.zeros(1, 64, 64), index % 3
 
+"""
+KILLED = f"""{ITEMS}
 batches = DatasetImages(Items(), 3, workers=Workers(2)).batches(torch.arange(4000).split(400))
 next(batches)
 print(*[each.pid for each in torch.multiprocessing.active_children()], flush=True)
@@ -241,18 +243,7 @@ def test_what_ends_a_run_while_workers_start_is_not_lost(number, monkeypatch):
             signal.signal(each, handler)
 
 
-TERMINATED = """
-import os, signal, torch
-from keepdrop.envs.data.datasets import DatasetImages
-from keepdrop.envs.data.read_ahead import Workers
-
-class Items:
-    def __len__(self):
-        return 4000
-
-    def __getitem__(self, index):
-        return torch.zeros(1, 64, 64), index % 3
-
+TERMINATED = f"""{ITEMS}
 def stop(number, frame):
     raise SystemExit(143)
 

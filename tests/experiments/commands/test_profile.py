@@ -6,6 +6,7 @@ from dataclasses import replace
 import keepdrop as package
 import pytest
 import torch
+from gpu_events import note_events
 from keepdrop.envs.groups.finding import find_groups
 from keepdrop.envs.networks.built_in import cifar_resnet, small_cnn
 from keepdrop.envs.surgery.cutting import kept_rows
@@ -195,21 +196,7 @@ def test_the_onnx_file_of_a_pruned_copy_answers_as_it_does():
 
 
 def test_on_a_gpu_events_time_a_pass(monkeypatch):
-    said = []
-
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
-
-        def record(self, stream):
-            said.append(stream)
-
-        def elapsed_time(self, end):
-            return 4.0  # milliseconds
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: said.append("wait"))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "stream")
+    said = note_events(monkeypatch, lambda device: "stream")
     seconds = profiling.one_turn(lambda inputs: said.append("run"), torch.zeros(1), torch.device("cuda"))
     assert seconds == 4e-3 and said[:5] == ["wait", "stream", "run", "stream", "wait"]
 

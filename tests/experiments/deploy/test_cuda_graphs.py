@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from gpu_events import note_events
 from keepdrop import profile
 from keepdrop.envs.networks.built_in import small_cnn
 from keepdrop.errors import UserError
@@ -72,21 +73,7 @@ def test_on_a_processor_it_is_refused_and_not_missed(keepdrop):
 
 
 def test_the_latency_card_times_it_by_events_on_its_own_gpu(capture, monkeypatch):
-    said = []
-
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
-
-        def record(self, stream):
-            said.append(stream)
-
-        def elapsed_time(self, end):
-            return 4.0  # milliseconds
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: said.append("wait"))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    said = note_events(monkeypatch, lambda device: f"stream of {device}")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     monkeypatch.setattr(latency, "_device", lambda inputs: torch.device("cuda:1"))
     models = {"base": small_cnn().eval()}
